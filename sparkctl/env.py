@@ -1,0 +1,28 @@
+"""The one place that reads the environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def hub_endpoint() -> str:
+    """Where hub ids are looked up (HF_ENDPOINT)."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def hub_offline() -> bool:
+    """True where HF_HUB_OFFLINE forbids asking the hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def user_data_folder() -> Path:
+    """Where measurements of this machine are kept across runs (SPARKCTL_HOME, else XDG_DATA_HOME/sparkctl)."""
+    if home := os.environ.get("SPARKCTL_HOME"):
+        return Path(home)
+    return Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share")) / "sparkctl"
+
+
+def no_color() -> bool:
+    """True where NO_COLOR asks for plain text."""
+    return bool(os.environ.get("NO_COLOR"))

@@ -1,0 +1,1 @@
+"""The run manifest: its schema, its store on disk, its lineage."""

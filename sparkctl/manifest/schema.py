@@ -1,0 +1,304 @@
+"""`run.toml`, table by table. One field is one key, one flag and one line of help.
+
+A step writes its own table and reads the others: analyze [model] [data] [analysis], recommend [plan], train [train]
+and [[checkpoints]], merge [merge]. `made_from` in a table is the fingerprint of everything it was made from.
+Sizes are bytes, times seconds, instants ISO 8601 in UTC. Paths are relative to the run's folder where they can be.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA = 1
+
+Mode = Literal["lora", "full"]
+EngineName = Literal["native", "reference", "unsloth"]
+Schedule = Literal["cosine", "linear"]
+CheckpointKind = Literal["base", "step", "merged", "mtp-head", "served"]
+
+
+class Table(BaseModel):
+    """An unknown key is an error; assignments are checked like a file's values."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class RunTable(Table):
+    id: str
+    name: str
+    created: str
+    sparkctl: str = Field(description="version that wrote this manifest last")
+    folder: str = Field(description="absolute folder at the last write: where relative paths led before a move")
+    parent: str | None = Field(None, description="the run of the round before")
+    continues: bool = Field(False, description="training goes on from the parent's best checkpoint")
+
+
+class ChatTemplate(Table):
+    file: str = Field(description="the run's own copy")
+    sha256: str
+
+
+class ModelTable(Table):
+    source: str = Field(description="a folder, or a hub id where `revision` is set")
+    revision: str | None = Field(None, description="the hub commit that every file comes from")
+    config_sha256: str
+    model_type: str
+    parameters: int = Field(description="without the MTP head")
+    vocab_size: int = Field(description="rows of the embedding")
+    tokenizer_sha256: str
+    chat_template: ChatTemplate
+    allow_unknown: bool = False
+
+
+class DataFile(Table):
+    path: str
+    sha256: str
+    size: int
+    mtime_ns: int
+    examples: int
+
+
+class Dropped(Table):
+    empty_assistant: int = 0
+    no_trained_token: int = 0
+    too_long: int = 0
+    bad_lines: int = 0
+
+
+class DataTable(Table):
+    files: list[DataFile]
+    max_seq_length: int | None = None
+    eval_fraction: float = 0.02
+    seed: int = 0
+    skip_bad: bool = False
+    recipe: str | None = Field(None, description="recipe that `recommend` takes where no other is named")
+    dropped: Dropped = Field(default_factory=Dropped)
+
+
+class Histogram(Table):
+    edges: list[int] = Field(description="tokens; one more than counts")
+    counts: list[int]
+
+
+class AnalysisTable(Table):
+    examples: int
+    train_examples: int
+    eval_examples: int
+    tokens: int
+    assistant_tokens: int = Field(description="tokens with a label: what the model has to say")
+    train_tokens: int
+    train_assistant_tokens: int
+    mean: float
+    p50: int
+    p90: int
+    p95: int
+    p99: int
+    max: int
+    mean_length_128: int = Field(description="the mean rounded up to 128: 5354 gives 5376")
+    histogram: Histogram
+    duplicates: int = Field(description="examples that another one equals in every token")
+    turns: float = Field(description="assistant turns an example, mean")
+    marker_examples: int = Field(0, description="examples whose text holds the template's own markers")
+    marker_places: list[str] = Field(default_factory=list, description="file:line of the first 20 of them")
+    reused: int = Field(0, description="examples taken over from the parent's store without tokenising")
+    seconds: float
+    made_from: str
+
+
+class Lora(Table):
+    r: int = Field(128, ge=1, description="rank of the adapters")
+    alpha: int = Field(128, ge=1, description="the update is alpha / r times B·A")
+
+
+class Choices(Table):
+    """What a recipe may set and a flag may override; None leaves it to the rules."""
+
+    mode: Mode | None = Field(None, description="lora or full fine-tuning")
+    engine: EngineName | None = Field(None, description="which engine computes the step")
+    lora_r: int | None = Field(None, ge=1, description="rank of the adapters")
+    lora_alpha: int | None = Field(None, ge=1, description="scale of the adapters: alpha / r")
+    tokens_per_step: int | None = Field(None, ge=1, description="tokens an optimiser step sees")
+    pack_length: int | None = Field(None, ge=1, description="tokens in a pack of whole documents")
+    epochs: int | None = Field(None, ge=1, description="times that training sees every example")
+    max_steps: int | None = Field(None, ge=1, description="stop after so many optimiser steps")
+    learning_rate: float | None = Field(None, gt=0, description="peak learning rate of AdamW")
+    schedule: Schedule | None = Field(None, description="decay after the warm-up")
+    warmup_fraction: float | None = Field(None, ge=0, lt=1, description="share of the steps that warm up")
+    min_lr_fraction: float | None = Field(None, ge=0, le=1, description="share of the peak rate left at the end")
+    weight_decay: float | None = Field(None, ge=0, description="decoupled weight decay")
+    max_grad_norm: float | None = Field(None, gt=0, description="gradients are clipped to this norm")
+    checkpointing: bool | None = Field(None, description="recompute activations layer by layer")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints")
+    keep: int | None = Field(None, ge=1, description="checkpoints kept beside the best")
+    seed: int | None = Field(None, ge=0, description="seed of adapters, packs and order")
+
+
+class Machine(Table):
+    name: str = Field(description="GPU name, or the processor's where there is no GPU")
+    device: Literal["cuda", "cpu"]
+    capability: str | None = Field(None, description="compute capability, 12.1")
+    memory: int = Field(
+        description="bytes training may use: GPU memory, or system memory where it is unified or the CPU trains"
+    )
+    unified_memory: bool = False
+    cores: int
+
+
+class MemoryTerms(Table):
+    """Peak bytes by cause; the memory model in sparkctl/hardware writes it."""
+
+    weights: int
+    masters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    runtime: int = Field(description="interpreter, libraries, allocator slack")
+
+    @property
+    def total(self) -> int:
+        return sum(dict(self).values())
+
+
+class Estimates(Table):
+    steps: int
+    seconds: float
+    tokens_per_second: float
+    throughput_from: str = Field(description="the measurement or the table that the rate comes from")
+    peak_memory: int
+    memory: MemoryTerms
+    disk: int = Field(description="checkpoints, store and merged model")
+    trainable_parameters: int
+
+
+class PlanTable(Table):
+    mode: Mode
+    engine: EngineName
+    lora: Lora | None = Field(None, description="absent in full fine-tuning")
+    tokens_per_step: int
+    pack_length: int
+    gradient_accumulation: int = Field(description="packs an optimiser step")
+    epochs: int
+    max_steps: int | None = None
+    steps: int
+    learning_rate: float
+    schedule: Schedule
+    warmup_steps: int
+    min_lr_fraction: float
+    weight_decay: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    max_grad_norm: float
+    checkpointing: bool
+    save_every: int
+    keep: int
+    seed: int
+    recipe: str | None = None
+    reasons: dict[str, str] = Field(default_factory=dict, description="why each choice is as it is")
+    origin: dict[str, str] = Field(default_factory=dict, description="flag, recipe, parent or rule: which won")
+    estimates: Estimates
+    machine: Machine
+    made_from: str
+
+
+class Gate(Table):
+    limit: float = Field(description="largest share by which the new loss may be worse")
+    parent_loss: float
+    loss: float
+    passed: bool
+
+
+class TrainTable(Table):
+    status: Literal["running", "interrupted", "failed", "done"]
+    started: str
+    engine: EngineName
+    versions: dict[str, str]
+    choices: dict[str, str] = Field(default_factory=dict, description="tiles and kernels this run is pinned to")
+    made_from: str = Field(description="fingerprint of plan and token store")
+    step: int = Field(0, description="optimiser steps done and saved")
+    steps: int
+    trainable_parameters: int
+    first_loss: float | None = None
+    final_loss: float | None = Field(None, description="mean of the last ten steps")
+    first_eval_loss: float | None = None
+    final_eval_loss: float | None = None
+    best_eval_loss: float | None = None
+    best_checkpoint: str | None = None
+    last_checkpoint: str | None = None
+    tokens: int = 0
+    tokens_per_second: float | None = None
+    seconds: float = 0.0
+    estimated_seconds: float
+    peak_memory: int | None = None
+    estimated_peak_memory: int
+    gate: Gate | None = None
+
+
+class Resume(Table):
+    step: int
+    checkpoint: str | None = Field(description="None: from the beginning, nothing had been saved")
+    reason: str
+    when: str
+
+
+class MergeTable(Table):
+    checkpoint: str
+    folder: str
+    tensors: int
+    changed_tensors: int
+    bytes: int
+    seconds: float
+    created: str
+    made_from: str
+
+
+class Lossless(Table):
+    """The certificate of `verify lossless`."""
+
+    passed: bool
+    worst_gradient_ratio: float
+    created: str
+    made_from: str
+
+
+class MtpTable(Table):
+    mode: Literal["trained", "default", "skipped"]
+    source: str | None = None
+    skipped: str | None = Field(None, description="why there is no head")
+    made_from: str
+
+
+class Checkpoint(Table):
+    id: str
+    kind: CheckpointKind
+    parent: str | None = None
+    path: str
+    step: int | None = None
+    created: str
+    digest: str
+    eval_loss: float | None = None
+
+
+class Manifest(Table):
+    schema_: int = Field(SCHEMA, alias="schema")
+    run: RunTable
+    model: ModelTable | None = None
+    data: DataTable | None = None
+    analysis: AnalysisTable | None = None
+    plan: PlanTable | None = None
+    train: TrainTable | None = None
+    resumes: list[Resume] = Field(default_factory=list)
+    lossless: Lossless | None = None
+    merge: MergeTable | None = None
+    adapter: MergeTable | None = None
+    mtp: MtpTable | None = None
+    checkpoints: list[Checkpoint] = Field(default_factory=list)
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, populate_by_name=True)
+
+    def checkpoint(self, id: str) -> Checkpoint | None:
+        """The checkpoint of that id, or None."""
+        return next((c for c in self.checkpoints if c.id == id), None)

@@ -1,0 +1,187 @@
+"""A run on disk: the manifest is read and checked whole, written whole, and locked.
+
+Two locks, both released by the kernel when their process dies: `.manifest.lock` for the instant of a write, and
+`.step.lock` for as long as a step works, which is how a running step is told from a killed one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from sparkctl import __version__
+from sparkctl.errors import SparkError, UsageError
+from sparkctl.files import write_atomic
+from sparkctl.manifest.schema import SCHEMA, Manifest, RunTable
+
+NAME = "run.toml"
+
+
+def now() -> str:
+    """This instant as the manifest writes it."""
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+class Run:
+    """A run's folder and its manifest as last read. Steps change it only through `edit`."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self.root = root
+        self.manifest = manifest
+
+    @classmethod
+    def create(cls, root: Path, *, parent: Run | None = None, continues: bool = False) -> Run:
+        """A new run in `root` (made where absent). Raises UsageError where a run is there already."""
+        root = Path(root).absolute()
+        if (root / NAME).exists():
+            raise UsageError(f"`{root}` holds a run already", f"sparkctl show {root}")
+        if root.exists() and not root.is_dir():
+            raise UsageError(f"`{root}` is a file; a run is a folder")
+        root.mkdir(parents=True, exist_ok=True)
+        link = os.path.relpath(parent.root, root) if parent else None
+        table = RunTable(
+            id=uuid.uuid4().hex[:12],
+            name=root.name,
+            created=now(),
+            sparkctl=__version__,
+            folder=str(root),
+            parent=link,
+            continues=continues,
+        )
+        run = cls(root, Manifest(schema=SCHEMA, run=table))
+        with run._manifest_lock():
+            run._write(run.manifest)
+        return run
+
+    @classmethod
+    def open(cls, root: Path) -> Run:
+        """The run in `root`. Raises UsageError where it is absent, broken or from a newer sparkctl."""
+        root = Path(root).absolute()
+        return cls(root, read_manifest(root))
+
+    @contextmanager
+    def edit(self) -> Iterator[Manifest]:
+        """The manifest as it is on disk now, under the lock; what the block changes is written whole at its end."""
+        with self._manifest_lock():
+            manifest = read_manifest(self.root)
+            yield manifest
+            manifest.run.sparkctl = __version__
+            manifest.run.folder = str(self.root)
+            self._write(manifest)
+            self.manifest = manifest
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Hold the run for one step. Raises SparkError where another process works in it."""
+        lock = FileLock(self.root / ".step.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise SparkError(
+                f"{self._holder()} in `{self.root}`", "wait for it, or stop it with Ctrl-C: it saves before it ends"
+            ) from None
+        try:
+            (self.root / ".step.json").write_text(json.dumps({"step": name, "pid": os.getpid()}))
+            self.manifest = read_manifest(self.root)
+            yield
+        finally:
+            lock.release()
+
+    def running(self) -> str | None:
+        """Which step works in this run right now ("train", …), or None."""
+        lock = FileLock(self.root / ".step.lock")
+        try:
+            with lock.acquire(timeout=0):
+                return None
+        except Timeout:
+            return str(self._claim().get("step", "a step"))
+
+    def resolve(self, path: str) -> Path:
+        """A manifest's path as one that can be opened: relative to the run, or to where the run was before a move."""
+        here = Path(os.path.normpath(self.root / path))
+        if here.exists():
+            return here
+        before = Path(os.path.normpath(Path(self.manifest.run.folder) / path))
+        return before if before.exists() else here
+
+    def relative(self, path: Path) -> str:
+        """A path as the manifest keeps it: relative to the run's folder."""
+        return os.path.relpath(Path(path).absolute(), self.root)
+
+    def _write(self, manifest: Manifest) -> None:
+        values = manifest.model_dump(mode="json", by_alias=True, exclude_none=True)
+        Manifest.model_validate(values)
+        write_atomic(self.root / NAME, tomli_w.dumps(values).encode())
+
+    @contextmanager
+    def _manifest_lock(self) -> Iterator[None]:
+        with FileLock(self.root / ".manifest.lock", timeout=60):
+            yield
+
+    def _claim(self) -> dict[str, Any]:
+        try:
+            claim = json.loads((self.root / ".step.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return claim if isinstance(claim, dict) else {}
+
+    def _holder(self) -> str:
+        claim = self._claim()
+        return f"`{claim.get('step', 'a step')}` is running (process {claim.get('pid', 'unknown')})"
+
+
+def read_manifest(root: Path) -> Manifest:
+    """`run.toml` in `root`, migrated and checked. Every problem is named at once."""
+    path = root / NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(
+            f"`{root}` is not a run: it has no {NAME}", f"sparkctl analyze DATA --run {root} --model MODEL"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"`{path}` is not UTF-8: {error.reason} at byte {error.start}") from None
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"`{path}` is broken: {error}", "mend the line by hand or restore the file") from None
+    try:
+        return Manifest.model_validate(migrate(values, path))
+    except ValidationError as error:
+        raise UsageError(f"`{path}` does not hold:\n{describe(error)}", "mend the keys named above") from None
+
+
+def describe(error: ValidationError) -> str:
+    """A pydantic error as one line a problem: the key, then what is wrong."""
+    return "\n".join(f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg'].lower()}" for e in error.errors())
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+
+def migrate(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Values of an older schema brought to this one, a version at a time. Raises UsageError on a newer one."""
+    version = values.get("schema")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise UsageError(
+            f"`{path}` has no valid `schema` number", f"a manifest of this version says `schema = {SCHEMA}`"
+        )
+    if version > SCHEMA:
+        raise UsageError(
+            f"`{path}` has schema {version}; this sparkctl {__version__} knows {SCHEMA}",
+            "pip install --upgrade dgx-sparkctl",
+        )
+    for step in range(version, SCHEMA):
+        values = MIGRATIONS[step](values) | {"schema": step + 1}
+    return values
