@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparkctl.data.batches import Pack, Schedule, eval_packs, share
+from sparkctl.data.tokens import Row, TokenStore, TokenStoreWriter
+from sparkctl.errors import SparkError
+
+SETTINGS = dict(pack_length=128, gradient_accumulation=4, epochs=3, seed=5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 documents of up to 100 tokens; every tenth is held out."""
+    folder = tmp_path_factory.mktemp("tokens")
+    random = np.random.RandomState(0)
+    writer = TokenStoreWriter(folder)
+    for i in range(300):
+        length = random.randint(2, 100)
+        ids = random.randint(0, 272, length).astype(np.int32)
+        writer.add(Row(ids, random.rand(length) < 0.4, i, i.to_bytes(16, "big"), f"x:{i}"))
+    writer.finish(np.arange(300) % 10 == 0)
+    return folder
+
+
+def ids(packs: list[Pack]) -> list[list[int]]:
+    return [[document.id for document in pack.documents] for pack in packs]
+
+
+def test_every_training_example_once_an_epoch_in_a_new_order(folder: Path) -> None:
+    schedule = Schedule(TokenStore.open(folder), **SETTINGS)
+    by_epoch: dict[int, list[list[int]]] = {}
+    for n in range(schedule.steps):
+        by_epoch.setdefault(schedule.epoch(n), []).extend(ids(schedule.step(n)))
+    assert sorted(by_epoch) == [0, 1, 2]
+    for packs in by_epoch.values():
+        assert sorted(i for pack in packs for i in pack) == [i for i in range(300) if i % 10]
+    assert by_epoch[0] != by_epoch[1]
+    assert {frozenset(p) for p in by_epoch[0]} != {frozenset(p) for p in by_epoch[1]}
+
+
+def test_counts_are_those_of_the_documents(folder: Path) -> None:
+    schedule = Schedule(TokenStore.open(folder), **SETTINGS)
+    for n in range(schedule.steps):
+        packs = schedule.step(n)
+        for pack in packs:
+            assert pack.tokens == sum(len(document.ids) for document in pack.documents) <= 128
+            assert pack.labels == sum(int(document.trained[1:].sum()) for document in pack.documents)
+        assert schedule.labels(n) == sum(pack.labels for pack in packs)
+        last = n + 1 == schedule.steps or schedule.epoch(n + 1) != schedule.epoch(n)
+        assert len(packs) == 4 or (last and len(packs) < 4)
+
+
+def test_a_step_is_the_same_asked_for_at_once_in_another_process(folder: Path) -> None:
+    schedule = Schedule(TokenStore.open(folder), **SETTINGS)
+    steps = [ids(schedule.step(n)) for n in range(schedule.steps)]
+    script = (
+        "import json, sys; from pathlib import Path\n"
+        "from sparkctl.data.batches import Schedule; from sparkctl.data.tokens import TokenStore\n"
+        "s = Schedule(TokenStore.open(Path(sys.argv[1])), **json.loads(sys.argv[2]))\n"
+        "print(json.dumps([[[d.id for d in p.documents] for p in s.step(n)] for n in (s.steps - 1, 7)]))"
+    )
+    command = [sys.executable, "-c", script, str(folder), json.dumps(SETTINGS)]
+    answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert answer == [steps[-1], steps[7]]
+
+
+def test_max_steps_ends_early_and_changes_nothing_before(folder: Path) -> None:
+    store = TokenStore.open(folder)
+    short, whole = Schedule(store, **SETTINGS, max_steps=5), Schedule(store, **SETTINGS)
+    assert short.steps == 5
+    assert [ids(short.step(n)) for n in range(5)] == [ids(whole.step(n)) for n in range(5)]
+    with pytest.raises(IndexError):
+        short.step(5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_a_step_in_equal_counts(folder: Path, world_size: int) -> None:
+    schedule = Schedule(TokenStore.open(folder), **SETTINGS, world_size=world_size)
+    for n in range(schedule.steps):
+        packs = schedule.step(n)
+        shares = [share(packs, rank, world_size) for rank in range(world_size)]
+        assert len({len(mine) for mine in shares}) == 1
+        dealt = [document.id for mine in shares for pack in mine for document in pack.documents]
+        assert sorted(dealt) == sorted(i for pack in ids(packs) for i in pack)
+
+
+def test_eval_packs_hold_the_held_out_part(folder: Path) -> None:
+    store = TokenStore.open(folder)
+    packs = eval_packs(store, 128)
+    assert sorted(i for pack in ids(packs) for i in pack) == list(range(0, 300, 10))
+    assert ids(eval_packs(store, 128)) == ids(packs)
+    assert max(pack.tokens for pack in packs) <= 128
+
+
+def test_the_rehearsal_pack_holds_the_longest_document(folder: Path) -> None:
+    store = TokenStore.open(folder)
+    trained = np.where(store.held_out, 0, store.lengths)
+    lengths = [len(document.ids) for document in Schedule(store, **SETTINGS).longest().documents]
+    assert max(lengths) == trained.max()
+
+
+def test_a_store_without_training_examples_is_an_error(tmp_path: Path) -> None:
+    writer = TokenStoreWriter(tmp_path)
+    writer.add(Row(np.array([1, 2], dtype=np.int32), np.array([False, True]), 1, b"0" * 16, "x:1"))
+    writer.finish(np.array([True]))
+    with pytest.raises(SparkError, match="no training example"):
+        Schedule(TokenStore.open(tmp_path), **SETTINGS)
