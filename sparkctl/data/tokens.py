@@ -34,6 +34,8 @@ class Row(NamedTuple):
     prompt_key: int  # uint64: hash of the turns that are not the model's
     row_hash: bytes  # 16 bytes: hash of the whole example, by which a later round knows it again
     place: str  # "chats.jsonl:12"
+    turns: int = 1  # assistant turns
+    holds_markers: bool = False  # its text holds the template's own markers
 
 
 def label_count(trained: np.ndarray) -> int:
@@ -68,6 +70,8 @@ def _features() -> Any:
             "prompt_key": Value("uint64"),
             "row_hash": Value("binary"),
             "place": Value("string"),
+            "turns": Value("int32"),
+            "holds_markers": Value("bool"),
             "held_out": Value("bool"),
         }
     )
@@ -143,6 +147,8 @@ class TokenStoreWriter:
             pa.array([row.prompt_key for row in rows], type=pa.uint64()),
             pa.array([row.row_hash for row in rows], type=pa.binary()),
             pa.array([row.place for row in rows], type=pa.string()),
+            pa.array([row.turns for row in rows], type=pa.int32()),
+            pa.array([row.holds_markers for row in rows], type=pa.bool_()),
         ]
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
 
@@ -183,6 +189,8 @@ class TokenStore:
         self.label_counts: np.ndarray = _numbers(table, "labels")  # int32 [N]
         self.held_out: np.ndarray = _numbers(table, "held_out")  # bool [N]
         self.prompt_keys: np.ndarray = _numbers(table, "prompt_key")  # uint64 [N]
+        self.turns: np.ndarray = _numbers(table, "turns")  # int32 [N]
+        self.holds_markers: np.ndarray = _numbers(table, "holds_markers")  # bool [N]
         self._ids = _Lists(table.column("input_ids"))
         self._spans = _Lists(table.column("trained"))
         self._places = table.column("place")
@@ -221,9 +229,8 @@ class TokenStore:
         return self._places[i].as_py()
 
     def row_hashes(self) -> np.ndarray:
-        """The 16-byte hashes of all rows, as an array of dtype S16 … V16 [N]."""
-        parts = [np.frombuffer(b"".join(chunk.to_pylist()), dtype="V16") for chunk in self._hashes.chunks]
-        return np.concatenate(parts) if parts else np.zeros(0, dtype="V16")
+        """The hashes of all rows: uint64 [N, 2]."""
+        return np.frombuffer(b"".join(self._hashes.to_pylist()), dtype="<u8").reshape(-1, 2)
 
 
 def _numbers(table: pa.Table, name: str) -> np.ndarray:

@@ -98,10 +98,11 @@ class AnalysisTable(Table):
     max: int
     mean_length_128: int = Field(description="the mean rounded up to 128: 5354 gives 5376")
     histogram: Histogram
-    duplicates: int = Field(description="examples that another one equals in every token")
+    duplicates: int = Field(description="examples that equal an earlier one in every token")
     turns: float = Field(description="assistant turns an example, mean")
     marker_examples: int = Field(0, description="examples whose text holds the template's own markers")
     marker_places: list[str] = Field(default_factory=list, description="file:line of the first 20 of them")
+    digest: str | None = Field(None, description="content digest of the token store")
     reused: int = Field(0, description="examples taken over from the parent's store without tokenising")
     seconds: float
     made_from: str

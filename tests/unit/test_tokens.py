@@ -56,7 +56,7 @@ def test_what_is_written_is_read(tmp_path: Path, count: int) -> None:
         assert store.label_counts[i] == trained[1:].sum()
         assert store.prompt_keys[i] == row.prompt_key
         assert store.place(i) == row.place
-    assert [bytes(h) for h in store.row_hashes()] == [row.row_hash for row in made]
+    assert [h.tobytes() for h in store.row_hashes()] == [row.row_hash for row in made]
     assert sorted(p.name for p in (tmp_path / "tokens").iterdir()) == [tokens.ARROW, "dataset_info.json", "state.json"]
 
 
