@@ -26,10 +26,15 @@ def test_a_million_lengths_in_three_seconds() -> None:
     assert fill(packs, lengths, 32768) > 0.999
 
 
-@pytest.mark.parametrize(("low", "capacity"), [(1, 4096), (16, 4096), (50, 8192)])
+@pytest.mark.parametrize(("low", "capacity"), [(1, 4096), (16, 4096), (100, 4096), (50, 8192)])
 def test_documents_shorter_than_a_quarter_fill_packs(low: int, capacity: int) -> None:
     lengths = np.random.RandomState(1).randint(low, capacity // 4, 200_000)
     assert fill(best_fit(lengths, capacity, seed=3), lengths, capacity) > 0.999
+
+
+def test_exact_pairs_fill_what_best_fit_leaves() -> None:
+    lengths = np.random.RandomState(4).randint(100, 300, 200_000)  # by best fit alone 99.4 %
+    assert fill(best_fit(lengths, 4096, seed=0), lengths, 4096) > 0.999
 
 
 def test_long_documents_leave_no_room_that_others_could_take() -> None:
