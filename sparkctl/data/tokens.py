@@ -202,18 +202,17 @@ class TokenStore:
         import pyarrow as pa
 
         folder = Path(folder)
-        hint = "sparkctl analyze with --force makes the store again"
+        hint = "run `sparkctl analyze` again, with `--force`"
+        if not (folder / ARROW).is_file():
+            raise SparkError(f"`{folder}` holds no token store", hint)
+        digest = stored_digest(folder)
+        if digest is None:
+            raise SparkError(f"the token store `{folder}` is damaged: `{ARROW}` was cut or its JSON is broken", hint)
         try:
-            state = json.loads((folder / STATE).read_text())
-            size = json.loads((folder / INFO).read_text())["dataset_size"]
-            if (folder / ARROW).stat().st_size != size:
-                raise ValueError(f"`{ARROW}` should have {size} bytes")
             with pa.memory_map(str(folder / ARROW)) as source:
                 table = pa.ipc.open_stream(source).read_all()
-            return cls(folder, table, state["_fingerprint"])
-        except FileNotFoundError:
-            raise SparkError(f"`{folder}` holds no token store", hint) from None
-        except (KeyError, ValueError, pa.ArrowException) as error:
+            return cls(folder, table, digest)
+        except (KeyError, pa.ArrowException) as error:
             raise SparkError(f"the token store `{folder}` is damaged: {error}", hint) from None
 
     def __len__(self) -> int:
@@ -251,3 +250,13 @@ class _Lists:
         chunk = int(np.searchsorted(self._firsts, i, side="right")) - 1
         start, end = self._offsets[chunk][i - self._firsts[chunk] :][:2]
         return self._values[chunk][start:end]
+
+
+def stored_digest(folder: Path) -> str | None:
+    """The digest of a whole store, read without Arrow; None where there is none or its file was cut."""
+    try:
+        if (folder / ARROW).stat().st_size != json.loads((folder / INFO).read_text())["dataset_size"]:
+            return None
+        return str(json.loads((folder / STATE).read_text())["_fingerprint"])
+    except (OSError, ValueError, KeyError):
+        return None

@@ -49,7 +49,7 @@ class ModelTable(Table):
     vocab_size: int = Field(description="rows of the embedding")
     tokenizer_sha256: str
     chat_template: ChatTemplate
-    allow_unknown: bool = False
+    allow_unknown: bool = Field(False, description="accept a model type that is not in the catalogue")
 
 
 class DataFile(Table):
@@ -69,10 +69,10 @@ class Dropped(Table):
 
 class DataTable(Table):
     files: list[DataFile]
-    max_seq_length: int | None = None
-    eval_fraction: float = 0.02
+    max_seq_length: int | None = Field(None, ge=1, description="longer examples are dropped; none is cut")
+    eval_fraction: float = Field(0.02, ge=0, le=0.9, description="share of the examples that is held out")
     seed: int = 0
-    skip_bad: bool = False
+    skip_bad: bool = Field(False, description="drop bad lines, count them and show the first five")
     recipe: str | None = Field(None, description="recipe that `recommend` takes where no other is named")
     dropped: Dropped = Field(default_factory=Dropped)
 

@@ -1,0 +1,282 @@
+"""`sparkctl analyze`: chat files to the token store, and the tables [model], [data] and [analysis] of a run.
+
+A run is made where there is none. Nothing but the new token store, the run's copy of the chat template and the
+manifest is written, each whole; where the work fails, a run made for it is removed again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparkctl.data.tokens import stored_digest
+from sparkctl.errors import SparkError, UsageError
+from sparkctl.files import staged_folder, sweep_stages, write_atomic
+from sparkctl.manifest.schema import AnalysisTable, ChatTemplate, Checkpoint, DataTable, Manifest, ModelTable
+from sparkctl.manifest.store import NAME, Run, now
+from sparkctl.progress import Progress, silent
+from sparkctl.steps.inputs import Inputs, Request, analysed, gather
+
+if TYPE_CHECKING:
+    from sparkctl.data.chat import ChatFormat
+    from sparkctl.model.inspect import ModelInfo
+
+    from sparkctl.data.ingest import Earlier, Tally
+
+TOKENS = "tokens"
+TEMPLATE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An example as the model sees it: stretches of text, each trained or not."""
+
+    place: str
+    tokens: int
+    pieces: list[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What analyze found; the tables are those of the manifest."""
+
+    run: Path
+    model: ModelTable
+    data: DataTable
+    analysis: AnalysisTable
+    up_to_date: bool = False
+    bad: list[str] = field(default_factory=list)
+    shown: list[Shown] = field(default_factory=list)
+
+
+def analyze(request: Request, *, force: bool = False, dry_run: bool = False, progress: Progress = silent) -> Result:
+    """Tokenise the request's files into its run, unless that is done. Under `dry_run` nothing is written."""
+    run = Run.open(request.run) if (request.run / NAME).exists() else None
+    inputs = gather(request, run, progress)
+    if run and not force and _is_true(run, inputs):
+        return _up_to_date(run, inputs, request.show, dry_run)
+    if run and run.manifest.train and not force:
+        raise UsageError(
+            f"`{request.run}` has been trained on the data it holds; other data would make that result untrue",
+            f"analyze into a new run with `--run NEW --parent {request.run}`, or add `--force` to start this one anew",
+        )
+    if dry_run:
+        return _Analysis(inputs, request, progress).dry_run(run)
+    with _claimed(request, run, inputs.parent) as claimed:
+        return _Analysis(inputs, request, progress).write(claimed)
+
+
+@contextmanager
+def _claimed(request: Request, run: Run | None, parent: Run | None) -> Iterator[Run]:
+    """The run, locked for this step; one that was made for it goes away again where the work fails."""
+    with ExitStack() as undo:
+        if run is None:
+            new = not request.run.exists()
+            run = Run.create(request.run, parent=parent, continues=request.continues)
+            undo.callback(_remove, run.root, new)
+        with run.step("analyze"):
+            sweep_stages(run.root)
+            yield run
+        undo.pop_all()
+
+
+def _remove(root: Path, whole: bool) -> None:
+    """Remove a run that never came to be; in a folder that was there before, only what a run is made of."""
+    if whole:
+        shutil.rmtree(root, ignore_errors=True)
+        return
+    shutil.rmtree(root / TOKENS, ignore_errors=True)
+    for name in (NAME, TEMPLATE, ".step.lock", ".step.json", ".manifest.lock"):
+        (root / name).unlink(missing_ok=True)
+
+
+def _is_true(run: Run, inputs: Inputs) -> bool:
+    """Whether the run holds what these inputs give: the manifest says so, and the store is the one it means."""
+    analysis, model = run.manifest.analysis, run.manifest.model
+    if not analysis or not model or analysis.made_from != inputs.made_from:
+        return False
+    whole = stored_digest(run.root / TOKENS) == analysis.digest
+    return whole and (run.root / model.chat_template.file).exists()
+
+
+def _up_to_date(run: Run, inputs: Inputs, show: int, dry_run: bool) -> Result:
+    """The tables as they are; wishes that change no token (recipe, --continue) are still recorded."""
+    if not dry_run and inputs.wishes_differ(run.manifest):
+        with run.edit() as manifest:
+            inputs.record_wishes(manifest)
+    shown = _show(run.root / TOKENS, inputs.chat_format(), show) if show else []
+    return Result(run.root, *analysed(run), up_to_date=True, shown=shown)
+
+
+class _Analysis:
+    """One pass over the data, its inputs gathered."""
+
+    def __init__(self, inputs: Inputs, request: Request, progress: Progress) -> None:
+        self._inputs, self._request, self._progress = inputs, request, progress
+        self._started = time.monotonic()
+        self._info: ModelInfo = inputs.model_info()
+        self._format: ChatFormat = inputs.chat_format()
+        if self._format.vocab_size > self._info.vocab_size:
+            raise SparkError(
+                f"the tokenizer of `{inputs.source.folder}` has {self._format.vocab_size} tokens, "
+                f"the embedding {self._info.vocab_size} rows",
+                "use the tokenizer that belongs to the model",
+            )
+
+    def dry_run(self, run: Run | None) -> Result:
+        """The same numbers, nothing written."""
+        shown: list[Shown] = []
+
+        def keep_first(row: Any) -> None:
+            if len(shown) < self._request.show:
+                shown.append(_as_seen(self._format, row.input_ids, row.trained, row.place))
+
+        root = self._request.run.absolute()
+        tally = self._ingest(keep_first, run)
+        held_out = self._held_out(tally)
+        return self._result(root, tally, held_out, digest=None, shown=shown)
+
+    def write(self, run: Run) -> Result:
+        """Store, template and manifest, in this order: a manifest never speaks of what is not there."""
+        from sparkctl.data.tokens import TokenStoreWriter
+
+        with staged_folder(run.root / TOKENS, replace=True) as stage:
+            writer = TokenStoreWriter(stage)
+            try:
+                tally = self._ingest(writer.add, run)
+                held_out = self._held_out(tally)
+                digest = writer.finish(held_out)
+            finally:
+                writer.close()
+            shown = _show(stage, self._format, self._request.show)
+        write_atomic(run.root / TEMPLATE, self._format.template.encode())
+        result = self._result(run.root, tally, held_out, digest, shown)
+        with run.edit() as manifest:
+            self._record(manifest, result)
+        return result
+
+    def _ingest(self, add: Any, run: Run | None) -> Tally:
+        from sparkctl.data.ingest import Ingest
+
+        inputs = self._inputs
+        ingest = Ingest(
+            self._format, add, seed=inputs.seed, max_seq_length=inputs.max_seq_length,
+            skip_bad=self._request.skip_bad, earlier=self._earlier(run),
+        )  # fmt: skip
+        total = sum(file.size for file in inputs.files)
+        with self._progress.task("tokenising", total, unit="B") as task:
+            tally = ingest.run(self._request.data, task.advance)
+        if not tally.lengths:
+            raise SparkError(f"no example is left: {_counts(tally)}", "check the files with `--show 1 --dry-run`")
+        return tally
+
+    def _earlier(self, run: Run | None) -> list[Earlier]:
+        """Stores to take known rows from: this run's own and the parent's, where whole and made of the same tokens."""
+        from sparkctl.data.ingest import Earlier
+        from sparkctl.data.tokens import TokenStore
+
+        wanted = (self._format.tokenizer_sha256, self._format.template_sha256)
+        stores = []
+        for known in (run, self._inputs.parent):
+            if known and known.manifest.model and known.manifest.analysis:
+                model, digest = known.manifest.model, known.manifest.analysis.digest
+                same = (model.tokenizer_sha256, model.chat_template.sha256) == wanted
+                if same and digest and stored_digest(known.root / TOKENS) == digest:
+                    stores.append(Earlier(TokenStore.open(known.root / TOKENS)))
+        return stores
+
+    def _held_out(self, tally: Tally) -> np.ndarray:
+        from sparkctl.data.split import choose_held_out
+
+        keys = np.frombuffer(tally.prompt_keys, dtype=np.uint64)
+        held_out = choose_held_out(keys, self._inputs.eval_fraction, self._inputs.inherited())
+        if held_out.all():
+            raise SparkError(
+                "every example is held out, so none is left to train on",
+                "give more data: what an earlier round held out is never trained",
+            )
+        return held_out
+
+    def _result(self, root: Path, tally: Tally, held_out: np.ndarray, digest: str | None, shown: list[Shown]) -> Result:
+        from sparkctl.data.stats import describe
+
+        inputs = self._inputs
+        description = describe(
+            np.frombuffer(tally.lengths, dtype=np.int32),
+            np.frombuffer(tally.labels, dtype=np.int32),
+            held_out,
+            token_keys=np.frombuffer(tally.token_keys, dtype=np.uint64),
+            turns=np.frombuffer(tally.turns, dtype=np.int32),
+        )
+        for file, examples in zip(inputs.files, tally.read, strict=True):
+            file.examples = examples
+        analysis = AnalysisTable(
+            **(asdict(description) | {"histogram": description.histogram}),
+            marker_examples=tally.marker_examples,
+            marker_places=tally.marker_places,
+            digest=digest,
+            reused=tally.reused,
+            seconds=round(time.monotonic() - self._started, 2),
+            made_from=inputs.made_from,
+        )
+        data = inputs.data_table(self._request.skip_bad, tally.dropped)
+        return Result(root, self._model_table(), data, analysis, bad=tally.bad, shown=shown)
+
+    def _model_table(self) -> ModelTable:
+        inputs, info = self._inputs, self._info
+        return ModelTable(
+            source=inputs.model_path(),
+            revision=inputs.source.revision,
+            config_sha256=inputs.config_sha256,
+            model_type=info.model_type,
+            parameters=info.parameters,
+            vocab_size=info.vocab_size,
+            tokenizer_sha256=self._format.tokenizer_sha256,
+            chat_template=ChatTemplate(file=TEMPLATE, sha256=self._format.template_sha256),
+            allow_unknown=inputs.allow_unknown,
+        )
+
+    def _record(self, manifest: Manifest, result: Result) -> None:
+        manifest.model, manifest.data, manifest.analysis = result.model, result.data, result.analysis
+        self._inputs.record_wishes(manifest)
+        base = Checkpoint(
+            id="base", kind="base", path=result.model.source, created=now(), digest=result.model.config_sha256
+        )
+        manifest.checkpoints = [base, *(c for c in manifest.checkpoints if c.id != "base")]
+
+
+def _counts(tally: Tally) -> str:
+    dropped = tally.dropped
+    reasons = {
+        "without assistant text": dropped.empty_assistant,
+        "without a trained token": dropped.no_trained_token,
+        "longer than the limit": dropped.too_long,
+        "bad": dropped.bad_lines,
+    }
+    named = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+    return f"{sum(tally.read) + dropped.bad_lines} read, {named or 'none kept'}"
+
+
+def _show(folder: Path, format: ChatFormat, count: int) -> list[Shown]:
+    from sparkctl.data.tokens import TokenStore
+
+    if not count:
+        return []
+    store = TokenStore.open(folder)
+    return [_as_seen(format, *store.document(i), store.place(i)) for i in range(min(count, len(store)))]
+
+
+def _as_seen(format: ChatFormat, ids: np.ndarray, trained: np.ndarray, place: str) -> Shown:
+    """The document's text, cut where training begins and ends."""
+    cuts = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
+    texts = format.tokens_as_text(ids)
+    pieces = [("".join(texts[a:b]), bool(trained[a])) for a, b in pairwise(cuts) if b > a]
+    return Shown(place, len(ids), pieces)

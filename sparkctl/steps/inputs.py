@@ -1,0 +1,260 @@
+"""What an analysis starts from: flags, else the parent's values, else the defaults; and one fingerprint over it all.
+
+Gathering is cheap, since a second run must say "up to date" at once: no torch, no transformers, and a data file is
+hashed again only where its size or time changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sparkctl.errors import SparkError, UsageError
+from sparkctl.files import sha256_bytes, sha256_file
+from sparkctl.manifest.fingerprint import fingerprint
+from sparkctl.manifest.schema import AnalysisTable, DataFile, DataTable, Dropped, Manifest, ModelTable
+from sparkctl.manifest.store import Run
+from sparkctl.progress import Progress
+
+if TYPE_CHECKING:
+    from sparkctl.data.chat import ChatFormat
+    from sparkctl.model.hub import ModelSource
+    from sparkctl.model.inspect import ModelInfo
+
+FORMAT = 1  # of tokens and their meaning: a change here makes every analysis stale
+SEED = 0
+EVAL_FRACTION = 0.02
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line of `sparkctl analyze`; None leaves a value to the parent or the default."""
+
+    data: tuple[Path, ...]
+    run: Path
+    model: str | None = None
+    parent: Path | None = None
+    continues: bool = False
+    recipe: str | None = None
+    max_seq_length: int | None = None
+    eval_fraction: float | None = None
+    chat_template: Path | None = None
+    allow_unknown: bool = False
+    skip_bad: bool = False
+    show: int = 0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A request with everything decided."""
+
+    root: Path  # of the run, absolute; it may not exist yet
+    source: ModelSource
+    parent: Run | None
+    files: list[DataFile]
+    config_sha256: str
+    template_text: str | None  # None: the model's own
+    max_seq_length: int | None
+    eval_fraction: float
+    seed: int
+    recipe: str | None
+    continues: bool
+    allow_unknown: bool
+    made_from: str
+
+    def model_info(self) -> ModelInfo:
+        """What config.json says of the model."""
+        from sparkctl.model.inspect import inspect
+
+        return inspect(self.source.folder, allow_unknown=self.allow_unknown)
+
+    def chat_format(self) -> ChatFormat:
+        """The model's tokenizer and chat template."""
+        from sparkctl.data.chat import ChatFormat
+
+        return ChatFormat.load(self.source.folder, self.template_text)
+
+    def model_path(self) -> str:
+        """The model as [model] names it: a hub id, or the folder relative to the run."""
+        return self.source.source if self.source.is_hub else os.path.relpath(self.source.folder.absolute(), self.root)
+
+    def data_table(self, skip_bad: bool, dropped: Dropped) -> DataTable:
+        """[data], once the files were read."""
+        return DataTable(
+            files=self.files,
+            max_seq_length=self.max_seq_length,
+            eval_fraction=self.eval_fraction,
+            seed=self.seed,
+            skip_bad=skip_bad,
+            recipe=self.recipe,
+            dropped=dropped,
+        )
+
+    def inherited(self) -> np.ndarray:
+        """Prompt keys (uint64) that the parent or a run before it held out."""
+        from sparkctl.manifest.lineage import ancestors
+
+        from sparkctl.data.tokens import TokenStore
+
+        if self.parent is None:
+            return np.zeros(0, dtype=np.uint64)
+        if not (self.parent.root / "tokens").is_dir():
+            raise SparkError(
+                f"the parent `{self.parent.root}` has no token store, which says what it held out",
+                f"sparkctl analyze DATA --run {self.parent.root} --force, with the data of that round",
+            )
+        stores = [run.root / "tokens" for run in (self.parent, *ancestors(self.parent))]
+        opened = [TokenStore.open(folder) for folder in stores if folder.is_dir()]
+        return np.unique(np.concatenate([store.prompt_keys[store.held_out] for store in opened]))
+
+    def wishes_differ(self, manifest: Manifest) -> bool:
+        """Whether the manifest records other wishes than these for the steps to come."""
+        assert manifest.data
+        assert manifest.model
+        recorded = (manifest.data.recipe, manifest.run.continues, manifest.model.allow_unknown)
+        return recorded != (self.recipe, self.continues, self.allow_unknown)
+
+    def record_wishes(self, manifest: Manifest) -> None:
+        """Write down what later steps are to do; no token depends on it."""
+        assert manifest.data
+        assert manifest.model
+        manifest.data.recipe = self.recipe
+        manifest.model.allow_unknown = self.allow_unknown
+        manifest.run.continues = self.continues
+        manifest.run.parent = os.path.relpath(self.parent.root, self.root) if self.parent else None
+
+
+def analysed(run: Run) -> tuple[ModelTable, DataTable, AnalysisTable]:
+    """The tables that analyze wrote. Raises UsageError where it has not."""
+    manifest = run.manifest
+    if not (manifest.model and manifest.data and manifest.analysis):
+        raise UsageError(f"no [analysis] in `{run.root}`", f"sparkctl analyze DATA --run {run.root} --model MODEL")
+    return manifest.model, manifest.data, manifest.analysis
+
+
+def gather(request: Request, run: Run | None, progress: Progress) -> Inputs:
+    """Decide every value. Raises UsageError or SparkError where a file, the model or the parent is not there."""
+    root = request.run.absolute()
+    parent = _parent(request, run)
+    recorded = parent.manifest.data if parent else None
+    files = _files(request.data, root, run)
+    source = _model(request, run, parent, progress)
+    template_text = _template(request, parent)
+    config_sha256 = sha256_file(source.folder / "config.json")
+    max_seq_length = request.max_seq_length or (recorded.max_seq_length if recorded else None)
+    eval_fraction = request.eval_fraction
+    if eval_fraction is None:
+        eval_fraction = recorded.eval_fraction if recorded else EVAL_FRACTION
+    seed = recorded.seed if recorded else SEED
+    tokenizer = {n: sha256_file(source.folder / n) for n in TOKENIZER_FILES if (source.folder / n).is_file()}
+    made_from = fingerprint(
+        FORMAT, [file.sha256 for file in files], config_sha256, tokenizer, template_text, max_seq_length,
+        eval_fraction, seed, request.skip_bad, analysed(parent)[2].made_from if parent else None,
+    )  # fmt: skip
+    return Inputs(
+        root=root,
+        source=source,
+        parent=parent,
+        files=files,
+        config_sha256=config_sha256,
+        template_text=template_text,
+        max_seq_length=max_seq_length,
+        eval_fraction=eval_fraction,
+        seed=seed,
+        recipe=_recipe(request, root, parent),
+        continues=request.continues,
+        allow_unknown=request.allow_unknown or bool(parent and analysed(parent)[0].allow_unknown),
+        made_from=made_from,
+    )
+
+
+def _parent(request: Request, run: Run | None) -> Run | None:
+    """The run of the round before: the flag's, else the one this run has already."""
+    folder = request.parent
+    if folder is None and run and run.manifest.run.parent:
+        folder = run.resolve(run.manifest.run.parent)
+    if folder is None:
+        if request.continues:
+            raise UsageError("`--continue` goes on from a parent's checkpoint", "name the parent: `--parent RUN`")
+        return None
+    if folder.absolute() == request.run.absolute():
+        raise UsageError(f"`{folder}` cannot be its own parent", "name another folder with `--run`")
+    parent = Run.open(folder)
+    analysed(parent)
+    return parent
+
+
+def _files(paths: Sequence[Path], root: Path, run: Run | None) -> list[DataFile]:
+    """Each file with its digest, taken from the run where size and time have not changed."""
+    known = {f.path: f for f in run.manifest.data.files} if run and run.manifest.data else {}
+    files = []
+    for path in paths:
+        if not path.exists():
+            raise UsageError(f"no file `{path}`", "give JSONL, .jsonl.gz or Parquet files")
+        if path.is_dir():
+            raise UsageError(f"`{path}` is a folder", f"name the files in it: `{path}/*.jsonl`")
+        status, name = path.stat(), os.path.relpath(path.absolute(), root)
+        if status.st_size == 0:
+            raise SparkError(f"`{path}` is empty", "give a file with one chat a line")
+        before = known.get(name)
+        same = before and (before.size, before.mtime_ns) == (status.st_size, status.st_mtime_ns)
+        digest = before.sha256 if before and same else sha256_file(path)
+        examples = before.examples if before else 0
+        files.append(
+            DataFile(path=name, sha256=digest, size=status.st_size, mtime_ns=status.st_mtime_ns, examples=examples)
+        )
+    return files
+
+
+def _model(request: Request, run: Run | None, parent: Run | None, progress: Progress) -> ModelSource:
+    """The flag's model, else the run's own, else the parent's; a hub id keeps the commit it was recorded with."""
+    from sparkctl.model.hub import locate
+
+    owners = [(o.root, o.manifest.model) for o in (run, parent) if o and o.manifest.model]
+    if request.model is not None:
+        pinned = next((model.revision for _, model in owners if model.source == request.model), None)
+        return locate(request.model, revision=pinned, progress=progress)
+    for root, model in owners:
+        return locate(model.source, revision=model.revision, base=root, progress=progress)
+    raise UsageError("which model to train is not said", "name it: `--model FOLDER` or `--model HUB_ID`")
+
+
+def _template(request: Request, parent: Run | None) -> str | None:
+    """The flag's template file; without one the parent's copy where the model is the parent's too."""
+    if request.chat_template:
+        try:
+            return request.chat_template.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UsageError(f"no file `{request.chat_template}`", "give a Jinja chat template") from None
+        except UnicodeDecodeError as error:
+            raise UsageError(f"`{request.chat_template}` is not UTF-8: byte {error.start}") from None
+    if parent is None or request.model is not None:
+        return None
+    recorded = analysed(parent)[0].chat_template
+    text = (parent.root / recorded.file).read_text(encoding="utf-8")
+    if sha256_bytes(text.encode()) != recorded.sha256:
+        raise SparkError(f"`{parent.root / recorded.file}` changed since it was recorded", "restore it")
+    return text
+
+
+def _recipe(request: Request, root: Path, parent: Run | None) -> str | None:
+    """The recipe's name, or its file relative to the run; checked here so that a wrong key is said at once."""
+    from sparkctl.plan.recipes import load_recipe
+
+    name = request.recipe
+    if name is None:
+        recorded = analysed(parent)[1].recipe if parent else None
+        if parent and recorded and recorded.endswith(".toml"):
+            return os.path.relpath(parent.resolve(recorded), root)
+        return recorded
+    load_recipe(name)
+    return os.path.relpath(Path(name).absolute(), root) if Path(name).suffix == ".toml" else name
