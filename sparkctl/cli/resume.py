@@ -1,0 +1,40 @@
+"""`sparkctl resume`: its options; the answer is that of `train`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sparkctl.cli import console
+from sparkctl.cli.options import DryRunOpt, JsonOpt, RunArg
+from sparkctl.cli.train import trained
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(resume)
+
+
+def resume(
+    run: RunArg,
+    checkpoint: Annotated[
+        str | None, typer.Option("--from", metavar="ID", help="Go on from this checkpoint, not from the newest.")
+    ] = None,
+    json: JsonOpt = False,
+    dry_run: DryRunOpt = False,
+) -> None:
+    """Go on with a training that was interrupted, failed or killed, as if it had never stopped."""
+    from sparkctl.steps.resume import resume as work
+
+    progress = console.progress()
+    result = work(run, checkpoint=checkpoint, dry_run=dry_run, progress=progress)
+    if result.up_to_date:
+        progress.say(f"up to date: the training of `{run}` is finished")
+    elif dry_run:
+        progress.say(f"would go on from {result.checkpoint or 'the beginning'}")
+    answer = {
+        "ok": True, "run": str(result.run), "up_to_date": result.up_to_date, "dry_run": dry_run,
+        "checkpoint": result.checkpoint, "train": result.train.model_dump(mode="json"),
+    }  # fmt: skip
+    console.answer(answer, trained(result.train), json=json)

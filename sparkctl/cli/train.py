@@ -1,0 +1,78 @@
+"""`sparkctl train`: its options, and what a person sees of a training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from sparkctl.cli import console
+from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, RunArg
+from sparkctl.manifest.schema import Gate, PlanTable, TrainTable
+
+if TYPE_CHECKING:
+    from sparkctl.steps.train import Result
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(train)
+
+
+def train(
+    run: RunArg,
+    gate: Annotated[float | None, typer.Option("--gate", min=0, help=Gate.model_fields["limit"].description)] = None,
+    json: JsonOpt = False,
+    dry_run: DryRunOpt = False,
+    force: ForceOpt = False,
+) -> None:
+    """Train as the plan says: checkpoints, metrics and the best held-out loss stay in the run."""
+    from sparkctl.steps.train import train as work
+
+    progress = console.progress()
+    result = work(run, gate=gate, force=force, dry_run=dry_run, progress=progress)
+    if result.up_to_date:
+        progress.say(f"up to date: `{run}` is trained as planned")
+    human = trained(result.train) if result.train and not dry_run else planned(result.plan)
+    console.answer(_json(result, dry_run), human, json=json)
+
+
+def trained(table: TrainTable) -> Table:
+    """A training for a person."""
+    pairs: list[tuple[str, object]] = [
+        ("steps", f"{table.step:,} of {table.steps:,}, {table.tokens:,} tokens"),
+        ("loss", f"{_loss(table.first_loss)} at the first step, {_loss(table.final_loss)} over the last ten"),
+        ("held-out loss", f"{_loss(table.first_eval_loss)} before, best {_loss(table.best_eval_loss)}"),
+        ("best checkpoint", table.best_checkpoint or "none"),
+        ("rate", f"{table.tokens_per_second or 0:,.0f} tokens per second, evaluations and saves included"),
+        ("time", f"{console.duration(table.seconds)} (estimated {console.duration(table.estimated_seconds)})"),
+        (
+            "peak memory",
+            f"{console.size(table.peak_memory or 0)} (estimated {console.size(table.estimated_peak_memory)})",
+        ),
+    ]
+    if table.gate:
+        pairs.append(("gate", f"{table.gate.loss:.4f} against the parent's {table.gate.parent_loss:.4f}: passed"))
+    return console.rows("trained" if table.status == "done" else table.status, *pairs)
+
+
+def planned(plan: PlanTable) -> Table:
+    """What would be trained."""
+    return console.rows(
+        "would train (dry run: nothing written)",
+        ("mode", f"{plan.mode}, engine {plan.engine}"),
+        ("steps", f"{plan.steps:,} of {plan.gradient_accumulation} packs of up to {plan.pack_length:,} tokens"),
+        ("time", f"{console.duration(plan.estimates.seconds)} estimated"),
+        ("peak memory", f"{console.size(plan.estimates.peak_memory)} estimated"),
+        ("disk", f"{console.size(plan.estimates.disk)} estimated"),
+    )
+
+
+def _json(result: Result, dry_run: bool) -> dict[str, Any]:
+    table = result.train.model_dump(mode="json") if result.train else None
+    return {"ok": True, "run": str(result.run), "up_to_date": result.up_to_date, "dry_run": dry_run, "train": table}
+
+
+def _loss(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"

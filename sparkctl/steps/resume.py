@@ -1,0 +1,79 @@
+"""`sparkctl resume`: a training that stopped goes on from a checkpoint as if it had never stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparkctl.errors import UsageError
+from sparkctl.manifest.schema import Manifest, Resume, TrainTable
+from sparkctl.manifest.store import Run, now
+from sparkctl.progress import Progress, silent
+from sparkctl.steps.record import carry_out
+from sparkctl.steps.training import Job, complete, planned
+from sparkctl.train import state
+
+
+@dataclass(frozen=True)
+class Result:
+    """`checkpoint` is where it went on from; None: from the beginning, since nothing whole had been saved."""
+
+    run: Path
+    train: TrainTable
+    checkpoint: str | None
+    up_to_date: bool = False
+
+
+def resume(
+    folder: Path, *, checkpoint: str | None = None, dry_run: bool = False, progress: Progress = silent
+) -> Result:
+    """Go on from the newest complete checkpoint, or from the one named."""
+    run = Run.open(folder)
+    with run.step("resume"):
+        job, trained = planned(run), run.manifest.train
+        if trained is None:
+            raise UsageError(f"`{run.root}` has not been trained yet", f"sparkctl train {run.root}")
+        if trained.made_from != job.made_from:
+            raise UsageError(
+                f"the plan or the data of `{run.root}` changed since this training began",
+                f"sparkctl train {run.root} --force",
+            )
+        if checkpoint is None and trained.status == "done" and complete(job):
+            return Result(run.root, trained, trained.last_checkpoint, up_to_date=True)
+        start = _named(job, checkpoint) if checkpoint else _newest(job, progress)
+        id = start.name if start else None
+        if dry_run:
+            return Result(run.root, trained, id)
+        progress.say(f"resuming from {id}" if id else "nothing whole was saved: resuming from the beginning")
+        entry = Resume(
+            step=state.step_of(start) if start else 0, checkpoint=id, reason=_reason(trained, checkpoint), when=now()
+        )
+
+        def record(manifest: Manifest) -> None:
+            manifest.resumes = [*manifest.resumes, entry]
+
+        return Result(run.root, carry_out(job, start, progress, record), id)
+
+
+def _named(job: Job, id: str) -> Path:
+    """The checkpoint of that id. Raises UsageError where there is none, CheckpointDamaged where it is not whole."""
+    there = {path.name: path for path in state.listed(job.checkpoints)}
+    if id not in there:
+        known = ", ".join(there) or "none"
+        raise UsageError(f"no checkpoint `{id}` in `{job.run.root}`; there: {known}", f"sparkctl show {job.run.root}")
+    state.verify(there[id])
+    return there[id]
+
+
+def _newest(job: Job, progress: Progress) -> Path | None:
+    found, damaged = state.newest_complete(job.checkpoints)
+    for error in damaged:
+        progress.say(f"{error.message}; taking the one before it")
+    return found
+
+
+def _reason(trained: TrainTable, named: str | None) -> str:
+    """Why the training has to be resumed: a status of `running` that nobody holds is a kill."""
+    if named:
+        return f"--from {named}"
+    return "killed" if trained.status == "running" else trained.status

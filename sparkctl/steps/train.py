@@ -1,0 +1,66 @@
+"""`sparkctl train`: the plan, carried out as it stands; [train], [[checkpoints]], checkpoints/ and metrics.jsonl."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparkctl.errors import UsageError
+from sparkctl.manifest.schema import Manifest, PlanTable, TrainTable
+from sparkctl.manifest.store import Run
+from sparkctl.progress import Progress, silent
+from sparkctl.steps import gate as gates
+from sparkctl.steps.record import carry_out
+from sparkctl.steps.training import Job, complete, planned
+from sparkctl.train import state
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training came to; `train` is None under --dry-run, where nothing was trained yet."""
+
+    run: Path
+    plan: PlanTable
+    train: TrainTable | None
+    up_to_date: bool = False
+
+
+def train(
+    folder: Path, *, gate: float | None = None, force: bool = False, dry_run: bool = False, progress: Progress = silent
+) -> Result:
+    """Train the run in `folder`. Raises SparkError where the gate's limit is passed, after all is saved."""
+    run = Run.open(folder)
+    with run.step("train"):
+        job = planned(run)
+        rival = gates.rival(run) if gate is not None else None
+        done = not force and _done(job)
+        if dry_run:
+            return Result(run.root, job.plan, run.manifest.train, up_to_date=done)
+        if not done:
+            carry_out(job, None, progress, _begin_anew)
+        if rival is not None and gate is not None:
+            gates.judge(job, rival, gate, progress)
+        return Result(run.root, job.plan, run.manifest.train, up_to_date=done)
+
+
+def _begin_anew(manifest: Manifest) -> None:
+    manifest.resumes = []
+
+
+def _done(job: Job) -> bool:
+    """Whether this training is there already. Raises UsageError where another one is, or one that stopped half-way."""
+    run, trained = job.run, job.run.manifest.train
+    if trained is None:
+        return False
+    anew = f"sparkctl train {run.root} --force"
+    if trained.made_from != job.made_from:
+        if trained.step == 0 and not state.listed(job.checkpoints):
+            return False  # it failed before anything was worth keeping, and was planned anew
+        raise UsageError(
+            f"`{run.root}` was trained with another plan or other data",
+            f"{anew}, which begins anew, or analyze into a new run",
+        )
+    if trained.status == "done" and complete(job):
+        return True
+    where = f"at step {trained.step} of {trained.steps}"
+    raise UsageError(f"the training of `{run.root}` stopped {where}", f"sparkctl resume {run.root}")

@@ -1,0 +1,141 @@
+"""A run's training as its manifest plans it: what `train`, `resume` and the gate start from. Loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparkctl.errors import UsageError
+from sparkctl.files import sha256_file
+from sparkctl.manifest.fingerprint import fingerprint
+from sparkctl.manifest.schema import ModelTable, PlanTable
+from sparkctl.manifest.store import Run
+from sparkctl.progress import Progress
+from sparkctl.steps.inputs import analysed
+from sparkctl.train import state
+
+if TYPE_CHECKING:
+    from sparkctl.data.tokens import TokenStore
+
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+# how a plan is carried out, not what comes of it: these may change between a start and a resume
+FREE = {
+    "tokens_per_step", "steps", "checkpointing", "save_every", "keep", "recipe", "reasons", "origin", "estimates",
+    "machine", "made_from",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training that can be started: its tables are there and fit each other and the token store."""
+
+    run: Run
+    plan: PlanTable
+    model: ModelTable
+    parent: tuple[Run, Path] | None  # the run and the checkpoint that `--continue` starts from
+    made_from: str
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.run.root / CHECKPOINTS
+
+    def store(self) -> TokenStore:
+        """The run's tokens."""
+        from sparkctl.data.tokens import TokenStore
+
+        return TokenStore.open(self.run.root / "tokens")
+
+    def model_folder(self, progress: Progress) -> Path:
+        """The base model with its weights, as it was analysed. Raises UsageError where it is another by now."""
+        return model_folder(self.run, self.model, progress)
+
+
+def model_folder(run: Run, model: ModelTable, progress: Progress) -> Path:
+    """The folder of a run's base model, downloaded where needed."""
+    from sparkctl.model.hub import locate
+
+    source = locate(model.source, revision=model.revision, base=run.root, weights=True, progress=progress)
+    if sha256_file(source.folder / "config.json") != model.config_sha256:
+        raise UsageError(
+            f"`{source.folder / 'config.json'}` is not the one that `analyze` saw",
+            f"sparkctl analyze DATA --run {run.root} --force",
+        )
+    return source.folder
+
+
+def planned(run: Run) -> Job:
+    """The run's training. Raises UsageError naming the step that is missing or has to be done again."""
+    from sparkctl.data.tokens import stored_digest
+
+    model, _, analysis = analysed(run)
+    plan = run.manifest.plan
+    if plan is None:
+        raise UsageError(f"no [plan] in `{run.root}`", f"sparkctl recommend {run.root}")
+    check_fresh(run, plan)
+    if stored_digest(run.root / "tokens") != analysis.digest:
+        raise UsageError(
+            f"`{run.root / 'tokens'}` is not what `analyze` wrote", f"sparkctl analyze DATA --run {run.root} --force"
+        )
+    parent = continued(run, plan) if run.manifest.run.continues else None
+    start = state.digest(parent[1]) if parent else None
+    settings = {name: value for name, value in plan.model_dump(mode="json").items() if name not in FREE}
+    return Job(run, plan, model, parent, fingerprint(settings, analysis.digest, model.config_sha256, start))
+
+
+def check_fresh(run: Run, plan: PlanTable) -> None:
+    """Raise UsageError where the analysis is not the one that the plan was made from."""
+    from sparkctl.plan.recommend import is_made_from
+
+    if not is_made_from(plan, analysed(run)[2]):
+        raise UsageError(f"the plan of `{run.root}` was made from another analysis", f"sparkctl recommend {run.root}")
+
+
+def complete(job: Job) -> bool:
+    """Whether the checkpoints that [train] speaks of are there as they were written."""
+    trained = job.run.manifest.train
+    wanted = {id for id in (trained.best_checkpoint, trained.last_checkpoint) if id} if trained else set()
+    for id in wanted:
+        entry, path = job.run.manifest.checkpoint(id), job.checkpoints / id
+        files = (state.TRAINABLE, state.OPTIMIZER, state.STATE, state.DIGESTS)
+        if not entry or not all((path / file).is_file() for file in files) or state.digest(path) != entry.digest:
+            return False
+    return bool(wanted)
+
+
+def parent_of(run: Run) -> tuple[Run, Path]:
+    """The round before and its best checkpoint. Raises UsageError where either is not there."""
+    link = run.manifest.run.parent
+    if link is None:
+        raise UsageError(f"`{run.root}` has no parent", f"sparkctl analyze DATA --run {run.root} --parent RUN")
+    parent = Run.open(run.resolve(link))
+    trained = parent.manifest.train
+    if trained is None or trained.best_checkpoint is None:
+        raise UsageError(f"the parent `{parent.root}` has no checkpoint", f"sparkctl train {parent.root}")
+    checkpoint = parent.root / CHECKPOINTS / trained.best_checkpoint
+    if not checkpoint.is_dir():
+        raise UsageError(f"the parent's best checkpoint `{checkpoint}` is gone", f"sparkctl resume {parent.root}")
+    return parent, checkpoint
+
+
+def continued(run: Run, plan: PlanTable) -> tuple[Run, Path]:
+    """Where `--continue` starts. Raises UsageError unless base, mode and rank are the parent's."""
+    parent, checkpoint = parent_of(run)
+    model, trained = analysed(run)[0], state.read_state(checkpoint)
+    differences = [
+        what
+        for what, same in (
+            ("base model", model.config_sha256 == analysed(parent)[0].config_sha256),
+            ("mode", plan.mode == trained.mode),
+            ("LoRA rank and alpha", plan.lora == trained.lora),
+        )
+        if not same
+    ]
+    if differences:
+        raise UsageError(
+            f"`{run.root}` cannot continue `{parent.root}`: another {' and another '.join(differences)}",
+            f"plan it alike with `sparkctl recommend {run.root}`, or analyze without `--continue`",
+        )
+    return parent, checkpoint

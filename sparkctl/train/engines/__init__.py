@@ -1,0 +1,32 @@
+"""Engines: three ways to compute a micro-step's loss and gradients, behind the interface in base.py."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparkctl.errors import UsageError
+from sparkctl.manifest.schema import PlanTable
+
+if TYPE_CHECKING:
+    from sparkctl.train.engines.base import Engine
+
+# an engine's module holds `load(plan, folder, choices) -> Engine`
+ENGINES = {"reference": "sparkctl.train.engines.reference"}
+
+
+def make_engine(plan: PlanTable, folder: Path, choices: dict[str, str] | None = None, name: str = "RUN") -> Engine:
+    """The plan's engine with the model of `folder` on the plan's device.
+
+    choices: those of an earlier start of the same training, to be kept; None lets the engine choose. name: the run
+    in hints.
+    Raises UsageError where the engine or the device is not there.
+    """
+    if plan.engine not in ENGINES:
+        known = ", ".join(f"`{name}`" for name in ENGINES)
+        raise UsageError(
+            f"the engine `{plan.engine}` is not in this version, which has {known}",
+            f"sparkctl recommend {name} --engine reference",
+        )
+    return import_module(ENGINES[plan.engine]).load(plan, folder, choices or {})

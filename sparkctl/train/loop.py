@@ -1,0 +1,167 @@
+"""The training loop: the only one. What differs between modes, engines, fresh and resumed runs is handed to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparkctl.data.batches import Pack, share
+from sparkctl.progress import Progress, Task, silent
+from sparkctl.train import metrics, state
+from sparkctl.train.metrics import Metrics
+from sparkctl.train.ranks import Ranks
+from sparkctl.train.state import RECENT, State
+
+if TYPE_CHECKING:
+    from sparkctl.data.batches import Schedule
+    from sparkctl.train.engines.base import Engine
+    from sparkctl.train.guard import Numbers, Signals
+    from sparkctl.train.optim import Optimizer
+
+Saved = Callable[[Path, State, list[str]], None]  # the checkpoint, its state, and the ids that had to go for it
+
+
+@dataclass
+class Loop:
+    """A training, ready to run. `state` is where it stands; `run` takes it to the schedule's end.
+
+    rate: learning rate of a step (from 0). saved: told of each checkpoint. held_out: packs that are never trained.
+    """
+
+    engine: Engine
+    schedule: Schedule
+    optimizer: Optimizer
+    rate: Callable[[int], float]
+    state: State
+    folder: Path
+    save_every: int
+    keep: int
+    held_out: Sequence[Pack]
+    metrics: Metrics | None
+    numbers: Numbers
+    signals: Signals
+    saved: Saved
+    progress: Progress = silent
+    ranks: Ranks = field(default_factory=Ranks)
+
+    def run(self) -> State:
+        """Train to the end. Raises Interrupted after saving; SparkError at a loss or norm that is no number."""
+        self._began = self._counted = time.monotonic()
+        self._first = self._saved_at = self.state.step
+        total = self.schedule.steps
+        with self.progress.task("training", total, unit="steps") as task:
+            task.advance(self.state.step)
+            if self.state.step == 0:
+                self._evaluate()
+            while self.state.step < total:
+                if self._stop() or not self._step(task):
+                    self._leave()
+                done = self.state.step
+                if done % self.save_every == 0 or done == total:
+                    self._evaluate()
+                    self._save()
+        return self.state
+
+    def _step(self, task: Task) -> bool:
+        """One optimiser step. False where a signal came between two packs: the step is then as if never begun."""
+        began, n = time.monotonic(), self.state.step
+        packs, labels = self.schedule.step(n), self.schedule.labels(n)
+        mine = share(packs, self.ranks.rank, self.ranks.size)
+        sums = []
+        for pack in mine:
+            if self.signals.received and self.ranks.size == 1:
+                self.optimizer.clear()
+                return False
+            sums.append(self.engine.micro_step(pack, 1 / labels))
+        self.ranks.sum_gradients(self.optimizer.parameters.values())
+        norm_tensor = self.optimizer.clip()
+        losses = [float(value) for value in sums]  # the first wait for the device in this step
+        norm = float(norm_tensor)
+        loss = self.ranks.sum([sum(losses)], self.engine.device)[0] / labels
+        self.numbers.check(n + 1, mine, losses)
+        self.numbers.check_step(n + 1, packs, loss, norm)
+        rate = self.rate(n)
+        self.optimizer.step(rate)
+        self._count(packs, loss)
+        self._report(task, packs, labels, loss, norm, rate, time.monotonic() - began)
+        return True
+
+    def _report(
+        self, task: Task, packs: Sequence[Pack], labels: int, loss: float, norm: float, rate: float, seconds: float
+    ) -> None:
+        """The step's line in metrics.jsonl, and the live one."""
+        now, tokens = self.state, sum(pack.tokens for pack in packs)
+        if self.metrics:
+            self.metrics.write(
+                step=now.step, loss=loss, grad_norm=norm, learning_rate=rate, tokens=tokens, labels=labels,
+                tokens_per_second=round(tokens / seconds, 1), seconds=round(seconds, 4), memory=now.peak_memory,
+            )  # fmt: skip
+        task.advance()
+        each = (time.monotonic() - self._began) / (now.step - self._first)
+        left = clock(each * (self.schedule.steps - now.step))
+        task.note(f"loss {loss:.4f} · {tokens / seconds:,.0f} tok/s · {left} left")
+
+    def _count(self, packs: Sequence[Pack], loss: float) -> None:
+        """Move the state one step on."""
+        now = self.state
+        now.epoch = self.schedule.epoch(now.step)
+        now.step += 1
+        now.tokens += sum(pack.tokens for pack in packs)
+        now.first_loss = loss if now.first_loss is None else now.first_loss
+        now.recent_losses = [*now.recent_losses, loss][-RECENT:]
+        now.eval_loss = None
+        now.peak_memory = max(now.peak_memory or 0, metrics.peak_memory(self.engine.device))
+
+    def _evaluate(self) -> None:
+        """The held-out loss, mean over label tokens; nothing where nothing is held out."""
+        if not self.held_out:
+            return
+        loss = held_out_loss(self.engine, self.held_out, self.ranks)
+        self.state.eval_loss = loss
+        if self.state.step == 0:
+            self.state.first_eval_loss = loss
+        if self.metrics:
+            self.metrics.write(step=self.state.step, eval_loss=loss)
+        self.progress.say(f"step {self.state.step}: held-out loss {loss:.4f}")
+
+    def _save(self) -> None:
+        """A checkpoint of this step; without a held-out loss the newest counts as the best."""
+        now, id = self.state, state.checkpoint_id(self.state.step)
+        measured = now.eval_loss if self.held_out else 0.0
+        if measured is not None and (now.best_eval_loss is None or measured < now.best_eval_loss or not self.held_out):
+            now.best_checkpoint, now.best_eval_loss = id, measured if self.held_out else None
+        now.seconds += time.monotonic() - self._counted
+        self._counted = time.monotonic()
+        if self.ranks.writes:
+            path = state.save(self.folder, now, self.optimizer)
+            self.saved(path, now, state.prune(self.folder, self.keep, now.best_checkpoint))
+        self._saved_at = now.step
+
+    def _stop(self) -> bool:
+        """Whether a signal reached any rank: all stop at the same step."""
+        received = float(self.signals.received is not None)
+        return self.ranks.sum([received], self.engine.device)[0] > 0
+
+    def _leave(self) -> None:
+        """Save where we stand, unless that is saved, and end."""
+        if self.state.step > self._saved_at:
+            self._save()
+        at = f"after step {self.state.step} of {self.schedule.steps}"
+        raise self.signals.stopped(f"interrupted {at}; " + ("saved" if self.state.step else "nothing to save yet"))
+
+
+def held_out_loss(engine: Engine, packs: Sequence[Pack], ranks: Ranks) -> float:
+    """Mean loss over the label tokens of `packs`, each rank taking its share."""
+    mine = [pack for pack in share(packs, ranks.rank, ranks.size) if pack.documents]
+    total = sum(float(engine.eval_sum(pack)) for pack in mine)
+    return ranks.sum([total], engine.device)[0] / sum(pack.labels for pack in packs)
+
+
+def clock(seconds: float) -> str:
+    """2:05:09."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,60 @@
+"""The processes that train together, as torch.distributed has them; one process is a group of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch.nn import Parameter
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place. All ranks hold the same weights; each computes its share of a step's packs."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def current(cls) -> Ranks:
+        """As torch.distributed was initialised, else one process."""
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes files."""
+        return self.rank == 0
+
+    def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
+        """Add up every `.grad` over the ranks, in fp32; a rank without a gradient brings zeros."""
+        import torch
+        import torch.distributed as dist
+
+        if self.size == 1:
+            return
+        waiting = []
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            waiting.append(dist.all_reduce(parameter.grad, async_op=True))
+        for work in waiting:
+            if work is not None:
+                work.wait()
+
+    def sum(self, values: Sequence[float], device: torch.device) -> list[float]:
+        """Add numbers up over the ranks, in fp64."""
+        import torch
+        import torch.distributed as dist
+
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return total.tolist()

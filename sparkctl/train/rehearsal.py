@@ -1,0 +1,69 @@
+"""Before step 1: the longest pack, one eval batch, one checkpoint. Memory and disk fail here, in minute one."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparkctl.errors import SparkError
+from sparkctl.train import guard, random, state
+
+if TYPE_CHECKING:
+    from sparkctl.data.batches import Pack
+    from sparkctl.train.engines.base import Engine
+    from sparkctl.train.optim import Optimizer
+    from sparkctl.train.state import State
+
+
+def rehearse(
+    engine: Engine, optimizer: Optimizer, longest: Pack, held_out: Sequence[Pack], folder: Path, now: State,
+    *, checkpoints: int, name: str, writes: bool = True,
+) -> None:  # fmt: skip
+    """Try everything once; weights, moments and random states are afterwards what they were.
+
+    checkpoints: how many will lie in `folder` at once. name: the run in hints. writes: whether this rank saves.
+    """
+    hint = f"sparkctl recommend {name} --checkpointing, or drop such examples: `sparkctl analyze … --max-seq-length N`"
+    with random.untouched():
+        what = f"the longest pack ({longest.tokens:,} tokens, longest document {_longest(longest):,})"
+        with guard.memory(what, hint):
+            engine.micro_step(longest, 1 / max(1, longest.labels)).item()
+        optimizer.clear()
+        if held_out:
+            largest = max(held_out, key=lambda pack: pack.tokens)
+            with guard.memory(f"the largest held-out pack ({largest.tokens:,} tokens)", hint):
+                engine.eval_sum(largest).item()
+        if writes:
+            check_disk(optimizer, folder, now, checkpoints, name)
+
+
+def check_disk(optimizer: Optimizer, folder: Path, now: State, checkpoints: int, name: str) -> None:
+    """Write a checkpoint and remove it. Raises SparkError where that, or room for `checkpoints` of them, is lacking."""
+    folder.mkdir(exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=".rehearsal.", suffix=".tmp", dir=folder))
+    try:
+        there = sum(state.size(path) for path in state.listed(folder))
+        state.write(stage, now, optimizer)
+        each = state.size(stage)
+        wanted = each * checkpoints
+        room = shutil.disk_usage(stage).free + each + there
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise SparkError(f"the disk of `{folder}` is full: not even one checkpoint fits", "free some space") from None
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    if room < wanted:
+        raise SparkError(
+            f"`{folder}` has room for {room / 1e9:.2f} GB of checkpoints; the plan keeps {checkpoints} of "
+            f"{each / 1e9:.2f} GB at a time",
+            f"free some space, or keep fewer: `sparkctl recommend {name} --keep 1`",
+        )
+
+
+def _longest(pack: Pack) -> int:
+    return max(len(document.ids) for document in pack.documents)

@@ -1,0 +1,104 @@
+"""A plan, a model and a token store put together into something that trains; `train`, `resume` and proofs open one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparkctl.data.batches import Pack, Schedule, eval_packs
+from sparkctl.manifest.schema import PlanTable
+from sparkctl.progress import Progress, silent
+from sparkctl.train import guard, random, state
+from sparkctl.train.engines import make_engine
+from sparkctl.train.loop import Loop, Saved
+from sparkctl.train.metrics import Metrics
+from sparkctl.train.optim import Optimizer, learning_rate
+from sparkctl.train.ranks import Ranks
+from sparkctl.train.rehearsal import rehearse
+from sparkctl.train.state import State
+
+if TYPE_CHECKING:
+    from sparkctl.data.tokens import TokenStore
+    from sparkctl.train.engines.base import Engine
+
+
+@dataclass
+class Session:
+    """All that a training holds in memory. `name` is the run in hints."""
+
+    plan: PlanTable
+    store: TokenStore
+    engine: Engine
+    schedule: Schedule
+    optimizer: Optimizer
+    held_out: Sequence[Pack]
+    state: State
+    ranks: Ranks
+    name: str
+
+    @classmethod
+    def open(
+        cls, plan: PlanTable, folder: Path, store: TokenStore, *,
+        choices: dict[str, str] | None = None, ranks: Ranks | None = None, name: str = "RUN",
+    ) -> Session:  # fmt: skip
+        """Load the model of `folder` and stand before step 1. choices: the pinned ones of an earlier start."""
+        ranks = ranks or Ranks()
+        schedule = Schedule(
+            store, pack_length=plan.pack_length, gradient_accumulation=plan.gradient_accumulation, epochs=plan.epochs,
+            seed=plan.seed, world_size=ranks.size, max_steps=plan.max_steps,
+        )  # fmt: skip
+        guard.limit_memory(plan.machine)
+        random.seed_all(plan.seed)
+        hint = f"sparkctl recommend {name} --mode lora, or a model that fits this machine"
+        with guard.memory("the model and its optimiser", hint):
+            engine = make_engine(plan, folder, choices, name)
+            optimizer = Optimizer(engine.parameters(), plan)
+        held_out = eval_packs(store, plan.pack_length)
+        start = State(mode=plan.mode, lora=plan.lora)
+        return cls(plan, store, engine, schedule, optimizer, held_out, start, ranks, name)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Stand where `checkpoint` stands."""
+        self.state = state.load(checkpoint, self.optimizer)
+
+    def start_from(self, checkpoint: Path) -> None:
+        """Begin with the weights of another training's checkpoint, everything else fresh."""
+        state.load_trainable(checkpoint, self.engine.parameters())
+
+    def rehearse(self, folder: Path) -> None:
+        """Try the longest pack, an evaluation and a checkpoint in `folder`; nothing is changed by it."""
+        saves = -(-self.schedule.steps // self.plan.save_every)
+        rehearse(
+            self.engine, self.optimizer, self.schedule.longest(), self.held_out, folder, self.state,
+            checkpoints=min(saves, self.plan.keep + 2), name=self.name, writes=self.ranks.writes,
+        )  # fmt: skip
+
+    def loop(
+        self, folder: Path, metrics: Metrics | None, signals: guard.Signals, saved: Saved, progress: Progress = silent
+    ) -> Loop:
+        """The loop from here to the schedule's end."""
+        numbers = guard.Numbers(
+            self.store.place,
+            f"look at these examples; a lower rate may help: `sparkctl recommend {self.name} --learning-rate "
+            f"{self.plan.learning_rate / 2:g}`",
+        )
+        steps = self.schedule.steps
+        return Loop(
+            engine=self.engine,
+            schedule=self.schedule,
+            optimizer=self.optimizer,
+            rate=lambda step: learning_rate(self.plan, step, steps),
+            state=self.state,
+            folder=folder,
+            save_every=self.plan.save_every,
+            keep=self.plan.keep,
+            held_out=self.held_out,
+            metrics=metrics,
+            numbers=numbers,
+            signals=signals,
+            saved=saved,
+            progress=progress,
+            ranks=self.ranks,
+        )

@@ -1,0 +1,203 @@
+"""Checkpoints: complete or absent, streamed tensor by tensor, each file with its digest.
+
+    checkpoints/step-000200/
+      trainable.safetensors   fp32: adapters "<module path>.lora_A.weight" [r, in], ".lora_B.weight" [out, r] by the
+                              checkpoint's module paths, or the masters by the checkpoint's tensor names
+      optimizer.safetensors   "exp_avg.<name>", "exp_avg_sq.<name>" in fp32, "random.<generator>"
+      state.json              where training stands (`State`)
+      digests.json            {file: sha256}
+
+A folder gets its name by a rename once all of it is synced, and loses it by a rename before anything in it is removed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field, ValidationError
+
+from sparkctl.errors import SparkError
+from sparkctl.files import sha256_file, staged_folder
+from sparkctl.manifest.schema import Lora, Mode, Table
+from sparkctl.train import random
+
+if TYPE_CHECKING:
+    import torch
+    from torch.nn import Parameter
+
+    from sparkctl.train.optim import Optimizer
+
+TRAINABLE, OPTIMIZER, STATE, DIGESTS = "trainable.safetensors", "optimizer.safetensors", "state.json", "digests.json"
+FORMAT = 1
+RECENT = 10  # losses that the final one is the mean of
+RANDOM = "random."
+
+
+class CheckpointDamaged(SparkError):
+    """A file of a checkpoint is missing, changed or not ours."""
+
+
+class State(Table):
+    """state.json: where a training stands after `step` optimiser steps."""
+
+    format: int = FORMAT
+    mode: Mode
+    lora: Lora | None = None
+    step: int = 0
+    epoch: int = 0
+    tokens: int = 0
+    seconds: float = Field(default=0.0, description="of training, evaluations and saves, over all resumes")
+    first_loss: float | None = None
+    recent_losses: list[float] = Field(default_factory=list, description="of the last ten steps")
+    first_eval_loss: float | None = None
+    eval_loss: float | None = Field(default=None, description="held-out loss at this step, where it was measured")
+    best_eval_loss: float | None = None
+    best_checkpoint: str | None = None
+    peak_memory: int | None = None
+
+
+def checkpoint_id(step: int) -> str:
+    """step-000200."""
+    return f"step-{step:06d}"
+
+
+def listed(folder: Path) -> list[Path]:
+    """The checkpoints in a run's `checkpoints` folder by their names, oldest first; none is looked into."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((p for p in found if re.fullmatch(r"step-\d{6,}", p.name) and p.is_dir()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimiser step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def save(folder: Path, state: State, optimizer: Optimizer) -> Path:
+    """Write the checkpoint of `state.step` under `folder` and give it its name. Raises OSError and leaves nothing."""
+    final = folder / checkpoint_id(state.step)
+    with staged_folder(final, replace=True) as stage:
+        write(stage, state, optimizer)
+    return final
+
+
+def write(stage: Path, state: State, optimizer: Optimizer) -> None:
+    """The four files, into a folder that is there."""
+    randoms = {RANDOM + name: value for name, value in random.capture().items()}
+    _write_tensors(stage / TRAINABLE, dict(optimizer.parameters))
+    _write_tensors(stage / OPTIMIZER, {**dict(optimizer.moments()), **randoms})
+    (stage / STATE).write_bytes(_canonical(state.model_dump(mode="json", exclude_none=True)))
+    digests = {name: sha256_file(stage / name) for name in (OPTIMIZER, STATE, TRAINABLE)}
+    (stage / DIGESTS).write_bytes(_canonical(digests))
+
+
+def digest(checkpoint: Path) -> str:
+    """One digest for the whole checkpoint."""
+    return sha256_file(checkpoint / DIGESTS)
+
+
+def verify(checkpoint: Path) -> None:
+    """Read every byte. Raises CheckpointDamaged naming the first file that is not what was written."""
+    hint = "name another with `sparkctl resume RUN --from ID`"
+    path = checkpoint / DIGESTS
+    try:
+        data = path.read_bytes()
+        digests = json.loads(data)
+    except (OSError, ValueError):
+        raise CheckpointDamaged(f"`{path}` is missing or broken", hint) from None
+    if not isinstance(digests, dict) or set(digests) != {OPTIMIZER, STATE, TRAINABLE} or _canonical(digests) != data:
+        raise CheckpointDamaged(f"`{path}` is damaged", hint)
+    for name, wanted in digests.items():
+        if not (checkpoint / name).is_file():
+            raise CheckpointDamaged(f"`{checkpoint / name}` is missing", hint)
+        if sha256_file(checkpoint / name) != wanted:
+            raise CheckpointDamaged(f"`{checkpoint / name}` is damaged: its digest is not the one in {DIGESTS}", hint)
+
+
+def newest_complete(folder: Path) -> tuple[Path | None, list[CheckpointDamaged]]:
+    """The newest checkpoint in `folder` that is whole, and what is wrong with those after it."""
+    damaged: list[CheckpointDamaged] = []
+    for checkpoint in reversed(listed(folder)):
+        try:
+            verify(checkpoint)
+            return checkpoint, damaged
+        except CheckpointDamaged as error:
+            damaged.append(error)
+    return None, damaged
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """One safetensors file, a tensor at a time: no second copy of the weights in memory."""
+    from sparkctl.model.weights import ShardWriter
+
+    with ShardWriter(path, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
+def read_state(checkpoint: Path) -> State:
+    """state.json. Raises CheckpointDamaged where it does not hold."""
+    try:
+        return State.model_validate_json((checkpoint / STATE).read_bytes())
+    except (OSError, ValidationError):
+        raise CheckpointDamaged(f"`{checkpoint / STATE}` is missing or broken") from None
+
+
+def load(checkpoint: Path, optimizer: Optimizer) -> State:
+    """Fill the live parameters and moments, one tensor at a time, and put the random states back."""
+    from safetensors import safe_open
+
+    state = read_state(checkpoint)
+    load_trainable(checkpoint, optimizer.parameters)
+    with safe_open(checkpoint / OPTIMIZER, framework="pt") as file:
+        for name, moment in optimizer.moments():
+            moment.copy_(file.get_tensor(name))
+        saved = (name for name in file.keys() if name.startswith(RANDOM))  # noqa: SIM118 (not a dict)
+        random.restore({name.removeprefix(RANDOM): file.get_tensor(name) for name in saved})
+    optimizer.set_step(state.step)
+    return state
+
+
+def load_trainable(checkpoint: Path, parameters: dict[str, Parameter]) -> None:
+    """Copy a checkpoint's trained tensors into the live ones. Raises SparkError where names or shapes differ."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(checkpoint / TRAINABLE, framework="pt") as file:
+        shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        if shapes != {name: list(parameter.shape) for name, parameter in parameters.items()}:
+            raise SparkError(f"`{checkpoint}` holds other tensors than this model trains")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(file.get_tensor(name))
+
+
+def prune(folder: Path, keep: int, best: str | None) -> list[str]:
+    """Remove all but the newest `keep` checkpoints and the best; the ids that went."""
+    checkpoints = listed(folder)
+    gone = [checkpoint for checkpoint in checkpoints[:-keep] if checkpoint.name != best]
+    for checkpoint in gone:
+        remove(checkpoint)
+    return [checkpoint.name for checkpoint in gone]
+
+
+def remove(checkpoint: Path) -> None:
+    """Take the name away, then the files: a kill between leaves a stage, never half a checkpoint."""
+    trash = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.replace(checkpoint, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def size(folder: Path) -> int:
+    """Bytes of the files in a checkpoint."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _canonical(value: object) -> bytes:
+    # one spelling of each value: a flipped bit anywhere is another text
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

@@ -1,0 +1,283 @@
+"""The loop with an engine of one matrix: what it evaluates, saves, keeps, stops at, and shares between ranks."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ready
+import torch
+
+from sparkctl.data.batches import Pack, Schedule, eval_packs
+from sparkctl.data.tokens import TokenStore
+from sparkctl.errors import Interrupted, SparkError
+from sparkctl.train import metrics, state
+from sparkctl.train.guard import Numbers, Signals
+from sparkctl.train.loop import Loop
+from sparkctl.train.optim import Optimizer, learning_rate
+from sparkctl.train.ranks import Ranks
+from sparkctl.train.state import State
+
+
+class Bigrams:
+    """Logits of the next token are a row of one fp32 table. `before` sees each pack before it is computed."""
+
+    name = "bigrams"
+    device = torch.device("cpu")
+
+    def __init__(self, before: Callable[[Pack], None] = lambda pack: None) -> None:
+        self.table = torch.nn.Parameter(torch.zeros(ready.VOCABULARY, ready.VOCABULARY))
+        self.before, self.poison = before, 1.0
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {"table": self.table}
+
+    def micro_step(self, pack: Pack, scale: float) -> torch.Tensor:
+        self.before(pack)
+        loss = self._loss(pack)
+        (loss * scale).backward()
+        return loss.detach()
+
+    def eval_sum(self, pack: Pack) -> torch.Tensor:
+        with torch.no_grad():
+            return self._loss(pack)
+
+    def describe(self) -> list[tuple[str, str]]:
+        return []
+
+    def choices(self) -> dict[str, str]:
+        return {}
+
+    def _loss(self, pack: Pack) -> torch.Tensor:
+        total = self.table.sum() * 0
+        for document in pack.documents:
+            ids, at = torch.from_numpy(document.ids.astype(np.int64)), np.flatnonzero(document.trained[1:])
+            loss = torch.nn.functional.cross_entropy(self.table[ids[at]], ids[at + 1], reduction="sum")
+            total = total + loss * self.poison
+        return total
+
+
+@dataclass
+class Training:
+    """A loop in a folder, and what it said of its checkpoints."""
+
+    folder: Path
+    engine: Bigrams = field(default_factory=Bigrams)
+    plan: object = field(default_factory=ready.plan)
+    ranks: Ranks = field(default_factory=Ranks)
+    saved: list[tuple[str, float | None, list[str]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        tokens = self.folder / "tokens"
+        self.store = TokenStore.open(tokens) if tokens.exists() else ready.store(tokens, ready.documents(40))
+        plan = self.plan
+        self.schedule = Schedule(
+            self.store, pack_length=plan.pack_length, gradient_accumulation=plan.gradient_accumulation,
+            epochs=plan.epochs, seed=plan.seed, world_size=self.ranks.size, max_steps=plan.max_steps,
+        )  # fmt: skip
+        self.optimizer = Optimizer(self.engine.parameters(), plan)
+        self.signals = Signals("sparkctl resume r1", lambda text: None)
+        self.state = State(mode="lora")
+        self.held_out = eval_packs(self.store, plan.pack_length)
+
+    def run(self) -> State:
+        writes = self.ranks.writes
+        loop = Loop(
+            engine=self.engine,
+            schedule=self.schedule,
+            optimizer=self.optimizer,
+            rate=lambda step: learning_rate(self.plan, step, self.schedule.steps),
+            state=self.state,
+            folder=self.folder / "checkpoints",
+            save_every=self.plan.save_every,
+            keep=self.plan.keep,
+            held_out=self.held_out,
+            metrics=metrics.Metrics(self.folder / "metrics.jsonl") if writes else None,
+            numbers=Numbers(self.store.place, "lower the rate"),
+            signals=self.signals,
+            saved=lambda path, at, gone: self.saved.append((path.name, at.eval_loss, gone)),
+            ranks=self.ranks,
+        )
+        return loop.run()
+
+    def lines(self, key: str) -> dict[int, float]:
+        return {line["step"]: line[key] for line in metrics.read(self.folder / "metrics.jsonl") if key in line}
+
+
+def test_held_out_loss_at_the_start_at_each_checkpoint_and_at_the_end(tmp_path: Path) -> None:
+    training = Training(tmp_path, plan=ready.plan(learning_rate=0.3, save_every=4, epochs=4, keep=1, max_steps=11))
+    end = training.run()
+    losses, evals = training.lines("loss"), training.lines("eval_loss")
+    assert list(losses) == list(range(1, training.schedule.steps + 1))
+    assert list(evals) == [0, 4, 8, 11]
+    assert evals[0] == pytest.approx(np.log(ready.VOCABULARY))
+    assert losses[1] == pytest.approx(np.log(ready.VOCABULARY))
+    assert evals[11] < evals[4] < evals[0]
+    assert training.saved[0] == ("step-000004", evals[4], [])
+    assert (end.best_checkpoint, end.best_eval_loss, end.step) == ("step-000011", evals[11], 11)
+    assert [p.name for p in state.listed(tmp_path / "checkpoints")] == ["step-000011"]
+    rates = training.lines("learning_rate")
+    assert rates[1] == pytest.approx(0.15)
+    assert max(rates.values()) == pytest.approx(0.3)
+    keys = {"step", "loss", "grad_norm", "learning_rate", "tokens", "labels", "tokens_per_second", "seconds", "memory"}
+    assert set(metrics.read(tmp_path / "metrics.jsonl")[1]) == keys
+
+
+def test_the_best_is_kept_when_the_loss_rises_again(tmp_path: Path) -> None:
+    training = Training(tmp_path, plan=ready.plan(learning_rate=0.3, save_every=2, epochs=4, keep=1, max_steps=11))
+    measured = iter([9.0, 5.0, 4.0, 6.0, 7.0, 8.0, 9.0])
+    labels = sum(pack.labels for pack in training.held_out)
+    count = len(training.held_out)
+    losses: list[float] = []
+
+    def eval_sum(pack: Pack) -> torch.Tensor:
+        if not losses:
+            losses.extend([next(measured) * labels / count] * count)
+        return torch.tensor(losses.pop(), dtype=torch.float64)
+
+    training.engine.eval_sum = eval_sum
+    end = training.run()
+    assert (end.best_checkpoint, end.best_eval_loss) == ("step-000004", pytest.approx(4.0))
+    assert [p.name for p in state.listed(tmp_path / "checkpoints")] == ["step-000004", "step-000011"]
+    assert state.read_state(tmp_path / "checkpoints" / "step-000004").best_checkpoint == "step-000004"
+
+
+def test_without_held_out_documents_the_newest_is_the_best(tmp_path: Path) -> None:
+    ready.store(tmp_path / "tokens", ready.documents(40), np.zeros(40, dtype=bool))
+    training = Training(tmp_path)
+    end = training.run()
+    assert training.lines("eval_loss") == {}
+    assert end.best_checkpoint == state.listed(tmp_path / "checkpoints")[-1].name
+    assert end.best_eval_loss is None
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_never_reaches_the_optimiser(tmp_path: Path, poison: float) -> None:
+    training = Training(tmp_path)
+    bad = training.schedule.step(4)[1]
+    seen: list[torch.Tensor] = []
+
+    def before(pack: Pack) -> None:
+        same = [d.id for d in pack.documents] == [d.id for d in bad.documents] and training.state.step == 4
+        training.engine.poison = poison if same else 1.0
+        seen.append(training.engine.table.detach().clone())
+
+    training.engine.before = before
+    with pytest.raises(SparkError, match=r"the loss of step 5 is (nan|inf) in the pack of documents") as caught:
+        training.run()
+    for document in bad.documents:
+        assert f" {document.id} (chats.jsonl:{document.id + 1})" in caught.value.message
+    other = next(d for pack in training.schedule.step(4) if pack != bad for d in pack.documents)
+    assert f" {other.id} (chats" not in caught.value.message
+    assert torch.equal(training.engine.table, seen[-1])
+    assert max(training.lines("loss")) == 4
+    assert state.newest_complete(tmp_path / "checkpoints")[0] == tmp_path / "checkpoints" / "step-000003"
+
+
+def test_a_gradient_norm_that_is_no_number_stops_too(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    training.engine.table.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(SparkError, match=r"the gradient norm of step 1 is (nan|inf), with documents"):
+        training.run()
+    assert torch.equal(training.engine.table, torch.zeros_like(training.engine.table))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_last_boundary_and_the_rest_follows_bit_for_bit(
+    tmp_path: Path, number: int, status: int
+) -> None:
+    straight = Training(tmp_path / "straight")
+    straight.run()
+    training = Training(tmp_path / "stopped")
+
+    def before(pack: Pack) -> None:
+        if training.state.step == 4 and training.engine.table.grad is not None:
+            signal.raise_signal(number)  # in the middle of an accumulation
+
+    training.engine.before = before
+    handler = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="after step 4 of 6; saved") as caught, training.signals.caught():
+        training.run()
+    assert signal.getsignal(number) is handler
+    assert (caught.value.exit_status, caught.value.hint) == (status, "sparkctl resume r1")
+    assert list(training.lines("loss")) == [1, 2, 3, 4]
+    again = Training(tmp_path / "stopped")
+    again.state = state.load(tmp_path / "stopped" / "checkpoints" / "step-000004", again.optimizer)
+    again.run()
+    assert again.lines("loss") == straight.lines("loss")
+    assert again.lines("eval_loss") == straight.lines("eval_loss")
+    assert torch.equal(again.engine.table, straight.engine.table)
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+
+    def before(pack: Pack) -> None:
+        if training.state.step == 4:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+
+    training.engine.before = before
+    with pytest.raises(Interrupted, match="at once") as caught, training.signals.caught():
+        training.run()
+    assert caught.value.exit_status == 143
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+
+
+def test_a_full_disk_takes_the_torn_line_back(small_disk: Path) -> None:
+    written = metrics.Metrics(small_disk / "metrics.jsonl")
+    written.write(step=1, loss=1.0)
+    with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
+        written.write(step=2, loss="x" * (2 << 20))
+    assert metrics.read(small_disk / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
+    assert (small_disk / "metrics.jsonl").read_bytes().endswith(b"}\n")
+
+
+def test_metrics_are_cut_at_a_step_and_a_torn_last_line_goes(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": 0, "eval_loss": 3.0}, *({"step": n, "loss": 1 / n} for n in range(1, 6))]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    path.write_text(text + '{"step": 6, "lo')
+    assert metrics.read(path) == lines
+    metrics.truncate(path, 5)
+    assert path.read_text() == text
+    metrics.truncate(path, 3)
+    assert metrics.read(path) == lines[:4]
+    metrics.truncate(path, 0)
+    assert path.read_text() == ""
+    metrics.truncate(tmp_path / "absent", 3)
+
+
+def _rank(rank: int, folder: str, port: int) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    training = Training(Path(folder), plan=ready.plan(learning_rate=0.3), ranks=Ranks.current())
+    training.run()
+    assert (rank == 0) == bool(training.saved)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_give_the_losses_of_one_process(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = Training(tmp_path / "alone", plan=ready.plan(learning_rate=0.3))
+    ready.store(tmp_path / "two" / "tokens", ready.documents(40))
+    alone.run()
+    spawn = torch.multiprocessing.start_processes  # forked: a fresh import of torch in each would take seconds
+    spawn(_rank, args=(str(tmp_path / "two"), port), nprocs=2, start_method="fork")
+    two = Training(tmp_path / "two")
+    for key in ("loss", "eval_loss", "grad_norm"):
+        assert two.lines(key) == pytest.approx(alone.lines(key), rel=1e-6)  # observed 2e-7
+    assert two.lines("tokens") == alone.lines("tokens")
+    state.load(tmp_path / "two" / "checkpoints" / "step-000006", two.optimizer)
+    assert torch.allclose(two.engine.table, alone.engine.table, atol=1e-5)
