@@ -240,7 +240,7 @@ class TrainTable(Table):
 
 class Resume(Table):
     step: int
-    checkpoint: str | None = Field(description="None: from the beginning, nothing had been saved")
+    checkpoint: str | None = Field(None, description="absent: from the beginning, nothing had been saved")
     reason: str
     when: str
 
