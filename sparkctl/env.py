@@ -26,3 +26,19 @@ def user_data_folder() -> Path:
 def no_color() -> bool:
     """True where NO_COLOR asks for plain text."""
     return bool(os.environ.get("NO_COLOR"))
+
+
+def visible_gpu() -> str | None:
+    """Number or UUID of the first GPU that CUDA may use (CUDA_VISIBLE_DEVICES); None where it hides them all."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    return None if first in ("", "-1") else first
+
+
+def world_size() -> int:
+    """Processes that torchrun started (WORLD_SIZE); 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number among those that torchrun started on this box (LOCAL_RANK)."""
+    return int(os.environ.get("LOCAL_RANK", "0"))

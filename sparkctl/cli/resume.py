@@ -37,4 +37,5 @@ def resume(
         "ok": True, "run": str(result.run), "up_to_date": result.up_to_date, "dry_run": dry_run,
         "checkpoint": result.checkpoint, "train": result.train.model_dump(mode="json"),
     }  # fmt: skip
-    console.answer(answer, trained(result.train), json=json)
+    if result.rank == 0:
+        console.answer(answer, trained(result.train), json=json)

@@ -35,7 +35,8 @@ def train(
     if result.up_to_date:
         progress.say(f"up to date: `{run}` is trained as planned")
     human = trained(result.train) if result.train and not dry_run else planned(result.plan)
-    console.answer(_json(result, dry_run), human, json=json)
+    if result.rank == 0:
+        console.answer(_json(result, dry_run), human, json=json)
 
 
 def trained(table: TrainTable) -> Table:

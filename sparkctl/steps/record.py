@@ -17,10 +17,10 @@ from sparkctl.manifest.store import now
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.training import METRICS, Job
 from sparkctl.train import state
+from sparkctl.train.ranks import Ranks
 from sparkctl.train.state import State
 
 if TYPE_CHECKING:
-    from sparkctl.train.ranks import Ranks
     from sparkctl.train.session import Session
 
 MEASURED_STEPS = 5  # at least so many steps make a rate
@@ -30,7 +30,11 @@ Status = Literal["running", "interrupted", "failed", "done"]
 
 
 def carry_out(
-    job: Job, checkpoint: Path | None, progress: Progress, also: Callable[[Manifest], None] | None = None
+    job: Job,
+    checkpoint: Path | None,
+    ranks: Ranks,
+    progress: Progress,
+    also: Callable[[Manifest], None] | None = None,
 ) -> TrainTable:
     """Train from `checkpoint` (None: from the beginning) to the end; [train] as it is then.
 
@@ -38,13 +42,12 @@ def carry_out(
     """
     from sparkctl.train.guard import Signals
     from sparkctl.train.metrics import Metrics, truncate
-    from sparkctl.train.ranks import Ranks
 
-    ranks = Ranks.current()
     progress = progress if ranks.writes else silent
     session = open_session(job, checkpoint, ranks, progress)
     signals = Signals(f"sparkctl resume {job.run.root}", progress.say)
     recorder = _Recorder(job, session)
+    ranks.meet(session.engine.device)  # all have read the run before the first changes it
     with signals.caught():
         if not ranks.writes:
             session.loop(job.checkpoints, None, signals, recorder.saved, progress).run()

@@ -10,7 +10,7 @@ from sparkctl.manifest.schema import Manifest, Resume, TrainTable
 from sparkctl.manifest.store import Run, now
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.record import carry_out
-from sparkctl.steps.training import Job, complete, planned
+from sparkctl.steps.training import Job, claimed, complete, planned
 from sparkctl.train import state
 
 
@@ -22,6 +22,7 @@ class Result:
     train: TrainTable
     checkpoint: str | None
     up_to_date: bool = False
+    rank: int = 0
 
 
 def resume(
@@ -29,7 +30,7 @@ def resume(
 ) -> Result:
     """Go on from the newest complete checkpoint, or from the one named."""
     run = Run.open(folder)
-    with run.step("resume"):
+    with claimed(run, "resume") as ranks:
         job, trained = planned(run), run.manifest.train
         if trained is None:
             raise UsageError(f"`{run.root}` has not been trained yet", f"sparkctl train {run.root}")
@@ -39,11 +40,11 @@ def resume(
                 f"sparkctl train {run.root} --force",
             )
         if checkpoint is None and trained.status == "done" and complete(job):
-            return Result(run.root, trained, trained.last_checkpoint, up_to_date=True)
+            return Result(run.root, trained, trained.last_checkpoint, True, ranks.rank)
         start = _named(job, checkpoint) if checkpoint else _newest(job, progress)
         id = start.name if start else None
         if dry_run:
-            return Result(run.root, trained, id)
+            return Result(run.root, trained, id, rank=ranks.rank)
         progress.say(f"resuming from {id}" if id else "nothing whole was saved: resuming from the beginning")
         entry = Resume(
             step=state.step_of(start) if start else 0, checkpoint=id, reason=_reason(trained, checkpoint), when=now()
@@ -52,7 +53,7 @@ def resume(
         def record(manifest: Manifest) -> None:
             manifest.resumes = [*manifest.resumes, entry]
 
-        return Result(run.root, carry_out(job, start, progress, record), id)
+        return Result(run.root, carry_out(job, start, ranks, progress, record), id, rank=ranks.rank)
 
 
 def _named(job: Job, id: str) -> Path:

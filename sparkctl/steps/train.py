@@ -6,23 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparkctl.errors import UsageError
-from sparkctl.manifest.schema import Manifest, PlanTable, TrainTable
+from sparkctl.manifest.schema import Gate, Manifest, PlanTable, TrainTable
 from sparkctl.manifest.store import Run
 from sparkctl.progress import Progress, silent
 from sparkctl.steps import gate as gates
 from sparkctl.steps.record import carry_out
-from sparkctl.steps.training import Job, complete, planned
+from sparkctl.steps.training import Job, claimed, complete, planned
 from sparkctl.train import state
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a training came to; `train` is None under --dry-run, where nothing was trained yet."""
+    """What a training came to. train: None under --dry-run, where nothing was trained yet. rank: whose word it is."""
 
     run: Path
     plan: PlanTable
     train: TrainTable | None
     up_to_date: bool = False
+    rank: int = 0
 
 
 def train(
@@ -30,17 +31,27 @@ def train(
 ) -> Result:
     """Train the run in `folder`. Raises SparkError where the gate's limit is passed, after all is saved."""
     run = Run.open(folder)
-    with run.step("train"):
+    with claimed(run, "train") as ranks:
         job = planned(run)
         rival = gates.rival(run) if gate is not None else None
         done = not force and _done(job)
         if dry_run:
-            return Result(run.root, job.plan, run.manifest.train, up_to_date=done)
-        if not done:
-            carry_out(job, None, progress, _begin_anew)
+            return Result(run.root, job.plan, run.manifest.train, done, ranks.rank)
+        trained = run.manifest.train
+        if not done or trained is None:
+            trained = carry_out(job, None, ranks, progress, _begin_anew)
         if rival is not None and gate is not None:
-            gates.judge(job, rival, gate, progress)
-        return Result(run.root, job.plan, run.manifest.train, up_to_date=done)
+            trained.gate = gates.score(job, rival, trained, gate, ranks, progress)
+            if ranks.writes:
+                _record(run, trained.gate)
+            gates.judge(run, rival, trained.gate)
+        return Result(run.root, job.plan, trained, done, ranks.rank)
+
+
+def _record(run: Run, gate: Gate) -> None:
+    with run.edit() as manifest:
+        assert manifest.train
+        manifest.train.gate = gate
 
 
 def _begin_anew(manifest: Manifest) -> None:

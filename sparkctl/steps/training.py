@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +16,7 @@ from sparkctl.manifest.store import Run
 from sparkctl.progress import Progress
 from sparkctl.steps.inputs import analysed
 from sparkctl.train import state
+from sparkctl.train.ranks import Ranks, joined
 
 if TYPE_CHECKING:
     from sparkctl.data.tokens import TokenStore
@@ -64,6 +67,13 @@ def model_folder(run: Run, model: ModelTable, progress: Progress) -> Path:
             f"sparkctl analyze DATA --run {run.root} --force",
         )
     return source.folder
+
+
+@contextmanager
+def claimed(run: Run, step: str) -> Iterator[Ranks]:
+    """The run held for a step, and the processes that work on it: of several, the first holds it."""
+    with joined() as ranks, run.step(step) if ranks.writes else nullcontext():
+        yield ranks
 
 
 def planned(run: Run) -> Job:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from sparkctl import env
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +25,8 @@ class Ranks:
     @classmethod
     def current(cls) -> Ranks:
         """As torch.distributed was initialised, else one process."""
+        if "torch" not in sys.modules:
+            return cls()
         import torch.distributed as dist
 
         if dist.is_available() and dist.is_initialized():
@@ -58,3 +64,25 @@ class Ranks:
         total = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def meet(self, device: torch.device) -> None:
+        """Wait until every rank has come this far."""
+        self.sum([0.0], device)
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The processes that torchrun started, joined for the length of the block; without torchrun, this one alone."""
+    if env.world_size() == 1:
+        yield Ranks.current()
+        return
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(env.local_rank())
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield Ranks.current()
+    finally:
+        dist.destroy_process_group()

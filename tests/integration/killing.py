@@ -102,10 +102,10 @@ def moments(calls: list[str], count: int, seed: int) -> list[tuple[int, str]]:
     return [(at, WHEN[i % len(WHEN)]) for i, at in enumerate(picked[:count])]
 
 
-def killed(root: Path, at: int, when: str) -> None:
-    """A training that does not live to its end."""
+def killed(work: Callable[[Path], object], root: Path, at: int, when: str) -> None:
+    """A training, or the resumption of one, that does not live to its end."""
     Watch(at, when)
-    train(root)
+    work(root)
 
 
 def main(folder: Path, model: Path, count: int, seed: int) -> dict[str, Any]:
@@ -115,6 +115,7 @@ def main(folder: Path, model: Path, count: int, seed: int) -> dict[str, Any]:
     def copy(name: str) -> Path:
         return Path(shutil.copytree(prepared, folder / name))
 
+    train(copy("warm"))  # here, so that the forks inherit every import and every kernel
     straight = copy("straight")
 
     def watched() -> None:
@@ -128,15 +129,17 @@ def main(folder: Path, model: Path, count: int, seed: int) -> dict[str, Any]:
     report = []
     for n, (at, when) in enumerate(moments(calls, count, seed)):
         root = copy(f"killed{n}")
-        status = forked(partial(killed, root, at, when))
+        status = forked(partial(killed, train, root, at, when))
         began = Run.open(root).manifest.train is not None
+        again = began and n % 3 == 0  # the resumption is killed too, where it lives that long
+        twice = forked(partial(killed, resume, root, at // 2, when)) if again else None
         resumed = forked(partial(resume if began else train, root))
         got = outcome(root) if resumed == 0 else {}
         different = [key for key in wanted if got.get(key) != wanted[key]]
         entries = [entry.reason for entry in Run.open(root).manifest.resumes]
         report.append(
-            {"at": at, "call": calls[at], "when": when, "killed": status, "began": began, "resumed": resumed,
-             "different": different, "resumes": entries}
+            {"at": at, "call": calls[at], "when": when, "killed": status, "twice": twice, "began": began,
+             "resumed": resumed, "different": different, "resumes": entries}
         )  # fmt: skip
     return {"calls": len(calls), "steps": len([line for line in wanted["lines"] if "loss" in line]), "moments": report}
 

@@ -28,4 +28,5 @@ def test_killed_at_twenty_moments_and_resumed(llama_folder: Path, tmp_path: Path
     assert [m for m in moments if m["resumed"] != 0 or m["different"]] == []
     began = [m for m in moments if m["began"]]
     assert len(began) >= MOMENTS // 2
-    assert all(m["resumes"] == ["killed"] for m in began)
+    assert all("killed" in m["resumes"] for m in began)
+    assert sum(m["twice"] == -signal.SIGKILL for m in moments) >= 3

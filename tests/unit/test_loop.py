@@ -235,6 +235,7 @@ def test_a_full_disk_takes_the_torn_line_back(small_disk: Path) -> None:
     written.write(step=1, loss=1.0)
     with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
         written.write(step=2, loss="x" * (2 << 20))
+    written.close()
     assert metrics.read(small_disk / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
     assert (small_disk / "metrics.jsonl").read_bytes().endswith(b"}\n")
 
