@@ -1,0 +1,134 @@
+"""What was measured on this machine, kept over all runs in the user's data folder.
+
+    measurements.json   {"schema": 1, "training": [...], "probes": [...]}, one entry a machine and what was measured
+
+It is a notebook, not data of a run: where it cannot be read it counts as empty, where it cannot be written training
+ends as well as ever.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from sparkctl import env
+from sparkctl.files import write_atomic
+from sparkctl.hardware.machine import identity
+from sparkctl.manifest.fingerprint import fingerprint
+from sparkctl.manifest.schema import EngineName, Machine, Mode
+
+NAME = "measurements.json"
+
+
+class Measurement(NamedTuple):
+    """A finished training's rate."""
+
+    engine: EngineName
+    pack_length: int
+    tokens_per_second: float
+    when: str
+
+
+class Probe(NamedTuple):
+    """Rates of single operations: bf16 multiply-adds of a matrix product, times two, and bytes copied."""
+
+    operations: float
+    bytes: float
+
+
+def record(
+    machine: Machine,
+    model_key: str,
+    mode: Mode,
+    engine: EngineName,
+    tokens_per_second: float,
+    pack_length: int,
+    when: str,
+) -> bool:
+    """Keep a training's rate, in place of an earlier one of the same kind. False where that could not be written.
+
+    model_key: [model] config_sha256. when: as the manifest writes instants.
+    """
+    kind = dict(machine=_key(machine), model=model_key, mode=mode, engine=engine, pack_length=pack_length)
+    return _put("training", kind, dict(tokens_per_second=round(tokens_per_second, 2), when=when, name=machine.name))
+
+
+def lookup(machine: Machine, model_key: str, mode: Mode) -> list[Measurement]:
+    """All rates that were measured here with this model and mode."""
+    found = (entry for entry in _read()["training"] if _is(entry, machine=_key(machine), model=model_key, mode=mode))
+    return [Measurement(e["engine"], e["pack_length"], e["tokens_per_second"], e["when"]) for e in found]
+
+
+def probe(machine: Machine) -> Probe:
+    """This machine's rates, measured in less than a second the first time (torch is imported for it), then kept."""
+    kind = dict(machine=_key(machine))
+    for entry in _read()["probes"]:
+        if _is(entry, **kind):
+            return Probe(entry["operations"], entry["bytes"])
+    measured = measure(machine.device)
+    _put("probes", kind, dict(operations=measured.operations, bytes=measured.bytes, name=machine.name))
+    return measured
+
+
+def measure(device: str) -> Probe:
+    """The best of a few short products of bf16 matrices and a few copies."""
+    import torch
+
+    size = 8192 if device == "cuda" else 768
+    a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+    b = torch.empty(1 << 24, dtype=torch.float32, device=device)
+    c = torch.empty_like(b)
+    operations = 2 * size**3 / _best(lambda: torch.mm(a, a), device)
+    return Probe(operations, 2 * b.nbytes / _best(lambda: c.copy_(b), device))
+
+
+def _best(work: Any, device: str, seconds: float = 0.3) -> float:
+    """Seconds of the fastest of some calls."""
+    import time
+
+    import torch
+
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _key(machine: Machine) -> str:
+    return fingerprint(*identity(machine))
+
+
+def _is(entry: dict[str, Any], **wanted: Any) -> bool:
+    return all(entry.get(name) == value for name, value in wanted.items())
+
+
+def _path() -> Path:
+    return env.user_data_folder() / NAME
+
+
+def _read() -> dict[str, Any]:
+    try:
+        values = json.loads(_path().read_text())
+    except (OSError, ValueError):
+        values = {}
+    good = isinstance(values, dict) and values.get("schema") == 1
+    return values if good else {"schema": 1, "training": [], "probes": []}
+
+
+def _put(table: str, kind: dict[str, Any], values: dict[str, Any]) -> bool:
+    try:
+        _path().parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(_path().with_suffix(".lock"), timeout=10):
+            kept = _read()
+            kept[table] = [entry for entry in kept[table] if not _is(entry, **kind)] + [{**kind, **values}]
+            write_atomic(_path(), (json.dumps(kept, indent=1) + "\n").encode())
+    except (OSError, Timeout):
+        return False
+    return True

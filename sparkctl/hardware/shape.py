@@ -1,0 +1,85 @@
+"""A model's dimensions as the memory model and the throughput estimate need them, from config.json alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+CHUNK = 64  # tokens of a GatedDeltaNet chunk
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The text model. Widths are features of a token: `queries` = heads x head_dim, and so on.
+
+    `head_norms`: queries and keys are normalised a head at a time. `gated`: attention's output has a gate.
+    `rule_keys` are GatedDeltaNet's keys repeated for each of its `rule_heads` value heads.
+    """
+
+    parameters: int  # of the text model, an untied head included
+    float32_parameters: int  # of these, published in F32
+    hidden: int
+    ffn: int
+    vocabulary: int
+    attention_layers: int
+    queries: int
+    keys: int
+    head_norms: bool
+    gated: bool
+    tied: bool
+    rule_layers: int = 0
+    rule_heads: int = 0
+    rule_keys: int = 0
+    rule_values: int = 0
+    convolved: int = 0
+
+    @property
+    def layers(self) -> int:
+        """All of them."""
+        return self.attention_layers + self.rule_layers
+
+    @property
+    def head_parameters(self) -> int:
+        """lm_head, which works on label tokens alone."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def layer_parameters(self) -> int:
+        """What every token is multiplied with: all but the embedding and the head."""
+        return self.parameters - self.head_parameters * (1 if self.tied else 2)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], parameters: int, float32_parameters: int = 0) -> Shape:
+        """The shape that config.json describes, whose text model has so many `parameters`."""
+        text = config.get("text_config") or config
+        kind = str(text.get("model_type", config.get("model_type", "")))
+        layers, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
+        head_dim = text.get("head_dim") or text["hidden_size"] // heads
+        rules = _rule_layers(text, layers) if "linear_num_value_heads" in text else 0
+        value_heads, key_heads = text.get("linear_num_value_heads", 0), text.get("linear_num_key_heads", 0)
+        key_dim, value_dim = text.get("linear_key_head_dim", 0), text.get("linear_value_head_dim", 0)
+        return cls(
+            parameters=parameters,
+            float32_parameters=float32_parameters,
+            hidden=int(text["hidden_size"]),
+            ffn=int(text["intermediate_size"]),
+            vocabulary=int(text["vocab_size"]),
+            attention_layers=layers - rules,
+            queries=heads * head_dim,
+            keys=(text.get("num_key_value_heads") or heads) * head_dim,
+            head_norms=not kind.startswith(("llama", "mistral", "qwen2")),
+            gated=bool(rules) or bool(text.get("attn_output_gate")),
+            tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+            rule_layers=rules,
+            rule_heads=value_heads,
+            rule_keys=value_heads * key_dim,
+            rule_values=value_heads * value_dim,
+            convolved=2 * key_heads * key_dim + value_heads * value_dim,
+        )
+
+
+def _rule_layers(text: dict[str, Any], layers: int) -> int:
+    kinds = text.get("layer_types")
+    if kinds:
+        return sum(kind == "linear_attention" for kind in kinds)
+    return layers - layers // int(text.get("full_attention_interval", 4))

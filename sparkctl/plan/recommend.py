@@ -1,0 +1,220 @@
+"""The plan of a run: what was given, the rules for the rest, what it costs, and whether that fits.
+
+Nothing that somebody chose is changed. Where it does not fit the plan is refused, with the nearest one that does as
+the command to type; what the rules choose fits by itself, where anything does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from sparkctl.data.batches import Schedule
+from sparkctl.errors import UsageError
+from sparkctl.hardware.machine import identity
+from sparkctl.hardware.measurements import lookup
+from sparkctl.hardware.throughput import Rate, expected
+from sparkctl.manifest.fingerprint import fingerprint
+from sparkctl.manifest.schema import AnalysisTable, Estimates, Lora, Machine, ModelTable, PlanTable
+from sparkctl.plan import estimates, rules
+from sparkctl.plan.estimates import Documents
+from sparkctl.plan.fit import Memory, Variant, nearest
+from sparkctl.plan.request import ALL, GB, Situation, Wishes, no_room, too_large, too_long
+from sparkctl.plan.resolve import Decisions, resolve
+from sparkctl.plan.rules import Chosen
+
+FORMAT = 1  # of the rules: a change here makes every plan stale
+
+
+def made_from(analysis: AnalysisTable, table: ModelTable, wishes: Wishes, machine: Machine) -> str:
+    """The analysis's fingerprint, then that of everything else."""
+    parent = wishes.parent.made_from if wishes.parent else None
+    rest = fingerprint(
+        FORMAT, table.config_sha256, wishes.flags, sorted(wishes.auto), wishes.recipe, wishes.recipe_name, parent,
+        identity(machine), list(rules.AVAILABLE_ENGINES),
+    )  # fmt: skip
+    return f"{analysis.made_from}.{rest}"
+
+
+def is_made_from(plan: PlanTable, analysis: AnalysisTable) -> bool:
+    """Whether the plan was made from this analysis."""
+    return plan.made_from.partition(".")[0] == analysis.made_from
+
+
+def recommend(at: Situation, wishes: Wishes) -> PlanTable:
+    """The plan. Raises UsageError where a choice cannot be, SparkError where memory or disk does not suffice."""
+    return _Planner(at, wishes).plan()
+
+
+class _Planner:
+    """One plan in the making: each method decides a few choices, in the order that they depend on each other."""
+
+    def __init__(self, at: Situation, wishes: Wishes) -> None:
+        self._at, self._wishes = at, wishes
+        self._made: Decisions = resolve(wishes.flags, wishes.recipe, wishes.recipe_name, wishes.parent, wishes.auto)
+        self._documents = Documents.of(at.store)
+        self._values = self._made.values
+
+    def plan(self) -> PlanTable:
+        """Decide everything, then write it down."""
+        made, at = self._made, self._at
+        made.decide("seed", rules.seed())
+        made.decide("mode", Chosen("lora", "a rank was given") if made.given("lora_r") else rules.mode(at.analysis))
+        self._check_engine()
+        self._tokens_per_step()
+        self._memory = Memory(
+            at.machine.memory, at.machine.device, at.fla, at.model, self._documents, self._values["seed"]
+        )
+        variant = self._variant()
+        made.decide("engine", rules.engine(self._measured(variant)))
+        accumulation = rules.accumulation(self._values["tokens_per_step"], variant.pack_length)
+        steps = self._steps(variant, accumulation)
+        self._learning(steps)
+        return self._table(variant, accumulation, steps)
+
+    def _check_engine(self) -> None:
+        engine = self._values.get("engine")
+        if engine is not None and engine not in rules.AVAILABLE_ENGINES:
+            raise UsageError(
+                f"the engine `{engine}` is not in this version, which has {', '.join(rules.AVAILABLE_ENGINES)}",
+                self._wishes.command(self._at.run, engine=rules.AVAILABLE_ENGINES[0]),
+            )
+
+    def _tokens_per_step(self) -> None:
+        self._made.decide("tokens_per_step", rules.tokens_per_step(self._at.analysis))
+
+    def _measured(self, variant: Variant) -> dict[Any, float]:
+        here = lookup(self._at.machine, self._at.table.config_sha256, variant.mode)
+        return {m.engine: max(o.tokens_per_second for o in here if o.engine == m.engine) for m in here}
+
+    def _variant(self) -> Variant:
+        """Mode, rank, pack length and checkpointing: as given, the rest as wanted where that fits, else as near."""
+        made, values, longest = self._made, self._values, self._documents.longest
+        here = lookup(self._at.machine, self._at.table.config_sha256, values["mode"])
+        if made.origin.get("pack_length") == "parent" and values["pack_length"] < longest:
+            made.origin["pack_length"] = "rule"
+        goal = made.decide(
+            "pack_length",
+            rules.pack_length(longest, values["tokens_per_step"], {m.pack_length: m.tokens_per_second for m in here}),
+        )
+        error = too_long(self._at, self._wishes, goal, longest)
+        if error:
+            raise error
+        wanted = Variant(
+            values["mode"], values.get("lora_r", rules.RANK), goal, bool(values.get("checkpointing", False))
+        )
+        free = {name for name in ALL - {"lora_r"} if not made.given(name)}
+        least = min(goal, rules.round_up(longest))
+        chosen = nearest(self._memory, wanted, free, least)
+        if chosen is None:
+            raise too_large(self._at, self._wishes, self._memory, wanted, least)
+        if "pack_length" in free and chosen.pack_length != goal:
+            even = rules.even(chosen.pack_length, least, values["tokens_per_step"])
+            chosen = replace(chosen, pack_length=even)
+        self._note(wanted, chosen)
+        return chosen
+
+    def _note(self, wanted: Variant, chosen: Variant) -> None:
+        """Write down what was chosen, and what memory changed of what the rules wanted."""
+        made, room = self._made, f"{self._at.machine.memory / GB:.0f} GB"
+        changes = wanted.differences(chosen)
+        if "mode" in changes:
+            reason = f"{made.reasons['mode']}; but full fine-tuning does not fit in {room}"
+            made.put("mode", "lora", "rule", reason)
+        if "pack_length" in changes:
+            fits = f"as long as fits in {room}" + ("" if chosen.checkpointing else " without checkpointing")
+            made.put("pack_length", chosen.pack_length, "rule", fits)
+        needed = self._memory.terms(replace(chosen, checkpointing=False)).total / GB
+        needs = f"without it the plan needs {needed:.0f} GB"
+        without = Chosen(False, f"not needed: everything fits in {room}")
+        made.decide("checkpointing", Chosen(True, f"{needs} of {room}") if chosen.checkpointing else without)
+        if chosen.mode == "lora":
+            made.decide("lora_r", rules.lora_r())
+            made.decide("lora_alpha", rules.lora_alpha(chosen.lora_r))
+
+    def _steps(self, variant: Variant, accumulation: int) -> int:
+        """Optimiser steps of the run, counted over its real packs."""
+        self._made.decide("epochs", rules.epochs(len(self._documents.lengths)))
+        packing = dict(pack_length=variant.pack_length, gradient_accumulation=accumulation, seed=self._values["seed"])
+        self._epoch_steps = Schedule(self._at.store, epochs=1, **packing).steps
+        most = self._values.get("max_steps")
+        return Schedule(self._at.store, epochs=self._values["epochs"], max_steps=most, **packing).steps
+
+    def _learning(self, steps: int) -> None:
+        made, mode = self._made, self._values["mode"]
+        made.decide("learning_rate", rules.learning_rate(mode, self._at.table.parameters))
+        made.decide("schedule", rules.schedule())
+        made.decide("warmup_fraction", rules.warmup_fraction(steps))
+        made.decide("min_lr_fraction", rules.min_lr_fraction())
+        made.decide("weight_decay", rules.weight_decay())
+        made.decide("max_grad_norm", rules.max_grad_norm())
+
+    def _rate(self, variant: Variant) -> Rate:
+        """Real tokens a second, and where the number is from."""
+        at, documents, length = self._at, self._documents, variant.pack_length
+        load = replace(self._memory.load(variant), labels=int(documents.label_share * length))
+        engine = self._values["engine"]
+        rate = expected(
+            at.machine, at.model.shape, load, engine, model_key=at.table.config_sha256, parameters=at.table.parameters,
+            pack_length=length,
+        )  # fmt: skip
+        if rate.measured or engine != "reference":
+            return rate
+        return replace(rate, tokens_per_second=rate.tokens_per_second / documents.padding(length, self._values["seed"]))
+
+    def _table(self, variant: Variant, accumulation: int, steps: int) -> PlanTable:
+        made, values, wishes, at = self._made, self._values, self._wishes, self._at
+        costs = self._estimates(variant, steps)
+        lora = Lora(r=variant.lora_r, alpha=values["lora_alpha"]) if variant.mode == "lora" else None
+        return PlanTable(
+            lora=lora,
+            gradient_accumulation=accumulation,
+            steps=steps,
+            warmup_steps=rules.warmup_steps(values["warmup_fraction"], steps),
+            recipe=wishes.recipe_name,
+            reasons=made.reasons,
+            origin=made.origin,
+            estimates=costs,
+            machine=at.machine,
+            made_from=made_from(at.analysis, at.table, wishes, at.machine),
+            **{name: value for name, value in values.items() if name in PlanTable.model_fields},
+        )
+
+    def _estimates(self, variant: Variant, steps: int) -> Estimates:
+        """Time, memory and disk; on the way the save cadence, which follows from the time."""
+        made, values, at, documents = self._made, self._values, self._at, self._documents
+        rate, trainable = self._rate(variant), at.model.trainable(variant.mode, variant.lora_r)
+        step = documents.tokens / self._epoch_steps / rate.tokens_per_second
+        evaluation = estimates.evaluation_seconds(documents, rate.tokens_per_second)
+        save = estimates.save_seconds(trainable)
+        every = made.decide("save_every", rules.save_every(steps, step, save + evaluation))
+        memory = self._memory.terms(variant)
+        return Estimates(
+            steps=steps,
+            seconds=estimates.wall_seconds(
+                steps=steps, step=step, save_every=every, evaluation=evaluation, save=save, weights=at.model.bytes
+            ),
+            tokens_per_second=rate.tokens_per_second,
+            throughput_from=rate.source,
+            peak_memory=memory.total,
+            memory=memory,
+            disk=self._disk(variant, trainable, -(-steps // every)),
+            trainable_parameters=trainable,
+        )
+
+    def _disk(self, variant: Variant, trainable: int, saves: int) -> int:
+        """Bytes on disk at the end. Raises SparkError where there is no room; a rule's `keep` makes do with less."""
+        made, at, values = self._made, self._at, self._values
+
+        def bytes_of(keep: int, trained: int) -> tuple[int, int]:
+            return estimates.disk_bytes(
+                store=at.store_bytes, trainable=trained, merged=at.model.bytes, keep=keep, saves=saves
+            )
+
+        made.decide("keep", rules.keep())
+        if not made.given("keep") and bytes_of(values["keep"], trainable)[1] > at.disk:
+            made.put("keep", 1, "rule", f"beside the best: the disk has {at.disk / GB:.1f} GB free")
+        error = no_room(at, self._wishes, variant, values["keep"], lambda keep, trained: bytes_of(keep, trained)[1])
+        if error:
+            raise error
+        return bytes_of(values["keep"], trainable)[0]
