@@ -182,7 +182,7 @@ class _Planner:
 
     def _estimates(self, variant: Variant, steps: int) -> Estimates:
         """Time, memory and disk; on the way the save cadence, which follows from the time."""
-        made, values, at, documents = self._made, self._values, self._at, self._documents
+        made, at, documents = self._made, self._at, self._documents
         rate, trainable = self._rate(variant), at.model.trainable(variant.mode, variant.lora_r)
         step = documents.tokens / self._epoch_steps / rate.tokens_per_second
         evaluation = estimates.evaluation_seconds(documents, rate.tokens_per_second)
