@@ -7,7 +7,6 @@ the command to type; what the rules choose fits by itself, where anything does.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from sparkctl.data.batches import Schedule
 from sparkctl.errors import UsageError
@@ -60,43 +59,35 @@ class _Planner:
         made, at = self._made, self._at
         made.decide("seed", rules.seed())
         made.decide("mode", Chosen("lora", "a rank was given") if made.given("lora_r") else rules.mode(at.analysis))
-        self._check_engine()
-        self._tokens_per_step()
+        self._engine()
+        made.decide("tokens_per_step", rules.tokens_per_step(at.analysis))
         self._memory = Memory(
             at.machine.memory, at.machine.device, at.fla, at.model, self._documents, self._values["seed"]
         )
         variant = self._variant()
-        made.decide("engine", rules.engine(self._measured(variant)))
         accumulation = rules.accumulation(self._values["tokens_per_step"], variant.pack_length)
         steps = self._steps(variant, accumulation)
         self._learning(steps)
         return self._table(variant, accumulation, steps)
 
-    def _check_engine(self) -> None:
-        engine = self._values.get("engine")
-        if engine is not None and engine not in rules.AVAILABLE_ENGINES:
+    def _engine(self) -> None:
+        """The engine, and the rates measured here with it by pack length."""
+        at, values = self._at, self._values
+        if self._made.given("engine") and values["engine"] not in rules.AVAILABLE_ENGINES:
             raise UsageError(
-                f"the engine `{engine}` is not in this version, which has {', '.join(rules.AVAILABLE_ENGINES)}",
-                self._wishes.command(self._at.run, engine=rules.AVAILABLE_ENGINES[0]),
+                f"the engine `{values['engine']}` is not in this version; there is {', '.join(rules.AVAILABLE_ENGINES)}",
+                self._wishes.command(at.run, engine=rules.AVAILABLE_ENGINES[0]),
             )
-
-    def _tokens_per_step(self) -> None:
-        self._made.decide("tokens_per_step", rules.tokens_per_step(self._at.analysis))
-
-    def _measured(self, variant: Variant) -> dict[Any, float]:
-        here = lookup(self._at.machine, self._at.table.config_sha256, variant.mode)
-        return {m.engine: max(o.tokens_per_second for o in here if o.engine == m.engine) for m in here}
+        here = sorted(lookup(at.machine, at.table.config_sha256, values["mode"]), key=lambda m: m.tokens_per_second)
+        engine = self._made.decide("engine", rules.engine({m.engine: m.tokens_per_second for m in here}))
+        self._measured = {m.pack_length: m.tokens_per_second for m in here if m.engine == engine}
 
     def _variant(self) -> Variant:
         """Mode, rank, pack length and checkpointing: as given, the rest as wanted where that fits, else as near."""
         made, values, longest = self._made, self._values, self._documents.longest
-        here = lookup(self._at.machine, self._at.table.config_sha256, values["mode"])
         if made.origin.get("pack_length") == "parent" and values["pack_length"] < longest:
             made.origin["pack_length"] = "rule"
-        goal = made.decide(
-            "pack_length",
-            rules.pack_length(longest, values["tokens_per_step"], {m.pack_length: m.tokens_per_second for m in here}),
-        )
+        goal = made.decide("pack_length", rules.pack_length(longest, values["tokens_per_step"], self._measured))
         error = too_long(self._at, self._wishes, goal, longest)
         if error:
             raise error
