@@ -13,7 +13,7 @@ from sparkctl.cli import console
 from sparkctl.errors import SparkError, UsageError
 
 # a command's file in sparkctl/cli, in the order that --help shows
-COMMANDS = ("show",)
+COMMANDS = ("analyze", "recommend", "train", "resume", "show")
 
 BUG = 70
 
