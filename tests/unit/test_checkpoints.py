@@ -162,19 +162,12 @@ small = Optimizer({"a": torch.nn.Parameter(torch.ones(4))}, ready.plan())
 state.save(Path(sys.argv[1]), state.State(mode="full", step=1), small)
 before = peak()
 state.save(Path(sys.argv[1]), state.State(mode="full", step=2), optimizer)
-saved = peak()
-state.load(Path(sys.argv[1]) / "step-000002", optimizer)
-print((saved - before) // 1024, (peak() - saved) // 1024)
+print((peak() - before) // 1024)
 """
 
 
-def test_saving_and_loading_hold_no_second_copy(tmp_path: Path) -> None:
+def test_saving_holds_no_second_copy(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PEAK, str(tmp_path)]
     paths = {"PYTHONPATH": f"{Path(__file__).parents[1]}:{':'.join(sys.path)}"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=paths)
-    saving, loading = map(int, done.stdout.split())
-    assert saving < 24  # MB, of 384 that are written; observed 8
-    assert loading < 160  # the mapped file's pages count too, a file at a time; observed 130
-
-
-"""a whole copy would be 384"""
+    assert int(done.stdout) < 24  # MB, of 384 that are written; observed 7
