@@ -28,8 +28,8 @@ WITHOUT_FLA = 1696 / 16214
 MARGIN = 0.9  # runs of one training differ by 10 %
 
 # a CPU, fitted on 2 cores to the reference engine with models of 3 to 135 M parameters
-CPU_SHARE = 0.55  # of a large product's rate that the products of a layer reach
-CPU_PASSES = 80.0  # copies of what autograd keeps that elementwise work, casts and softmax take as long as
+CPU_SHARE = 0.66  # of a large product's rate that the products of a layer reach
+CPU_PASSES = 55.0  # copies of what autograd keeps that elementwise work, casts and softmax take as long as
 CPU_LAYER_SECONDS = 0.008  # a layer, a batch: what Python and small operations take
 
 

@@ -75,7 +75,7 @@ class _Planner:
         at, values = self._at, self._values
         if self._made.given("engine") and values["engine"] not in rules.AVAILABLE_ENGINES:
             raise UsageError(
-                f"the engine `{values['engine']}` is not in this version; there is {', '.join(rules.AVAILABLE_ENGINES)}",
+                f"no engine `{values['engine']}` in this version, which has {', '.join(rules.AVAILABLE_ENGINES)}",
                 self._wishes.command(at.run, engine=rules.AVAILABLE_ENGINES[0]),
             )
         here = sorted(lookup(at.machine, at.table.config_sha256, values["mode"]), key=lambda m: m.tokens_per_second)
