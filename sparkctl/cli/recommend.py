@@ -90,7 +90,7 @@ def _human(result: Result, dry_run: bool) -> Group:
     memory = ", ".join(f"{name} {console.size(value)}" for name, value in costs.memory if value)
     estimates = console.rows(
         f"on {plan.machine.name}, {console.size(plan.machine.memory)}",
-        ("steps", f"{costs.steps:,} of {plan.gradient_accumulation} packs, the first {plan.warmup_steps} warm up"),
+        ("steps", f"{costs.steps:,}, packs a step: {plan.gradient_accumulation}, warm-up: {plan.warmup_steps}"),
         ("time", f"{console.duration(costs.seconds)} at {costs.tokens_per_second:,.0f} tok/s: {costs.throughput_from}"),
         ("memory", f"{console.size(costs.peak_memory)} at its peak: {memory}"),
         ("disk", f"{console.size(costs.disk)}: tokens, checkpoints and the merged model"),

@@ -49,9 +49,13 @@ class Shape:
         return self.parameters - self.head_parameters * (1 if self.tied else 2)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], parameters: int, float32_parameters: int = 0) -> Shape:
-        """The shape that config.json describes, whose text model has so many `parameters`."""
+    def from_config(cls, config: dict[str, Any], parameters: int) -> Shape:
+        """The shape that config.json describes, whose text model has so many `parameters`.
+
+        A model published in F32 stays so; the few F32 tensors of one published in bf16 are not worth counting.
+        """
         text = config.get("text_config") or config
+        dtype = next((t[key] for t in (text, config) for key in ("dtype", "torch_dtype") if t.get(key)), None)
         kind = str(text.get("model_type", config.get("model_type", "")))
         layers, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
         head_dim = text.get("head_dim") or text["hidden_size"] // heads
@@ -60,7 +64,7 @@ class Shape:
         key_dim, value_dim = text.get("linear_key_head_dim", 0), text.get("linear_value_head_dim", 0)
         return cls(
             parameters=parameters,
-            float32_parameters=float32_parameters,
+            float32_parameters=parameters if dtype == "float32" else 0,
             hidden=int(text["hidden_size"]),
             ffn=int(text["intermediate_size"]),
             vocabulary=int(text["vocab_size"]),

@@ -25,6 +25,13 @@ def test_terms_make_up_the_total() -> None:
     assert all(value > 0 for _, value in terms)
 
 
+def test_a_model_published_in_f32_stays_so() -> None:
+    config = plans.config("2b")
+    config["text_config"]["dtype"] = "float32"
+    wide, shape = Shape.from_config(config, 1_881_825_088), plans.model("2b").shape
+    assert peak(wide, H200).weights - peak(shape, H200).weights == 2 * 1_881_825_088
+
+
 def test_full_fine_tuning_holds_18_bytes_a_parameter() -> None:
     shape = plans.model("2b").shape
     terms = peak(shape, replace(H200, mode="full", trainable=shape.parameters, rank=0))
