@@ -12,8 +12,17 @@ def hub_endpoint() -> str:
 
 
 def hub_offline() -> bool:
-    """True where HF_HUB_OFFLINE forbids asking the hub."""
-    return os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}
+    """True where HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) forbids asking the hub."""
+    asked = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return asked.strip().upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def hub_cache() -> Path:
+    """Where models of the hub are kept (HF_HUB_CACHE, else HF_HOME/hub, else XDG_CACHE_HOME/huggingface/hub)."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("HF_HOME", os.path.join(cache, "huggingface"))
+    hub = os.environ.get("HF_HUB_CACHE", os.environ.get("HUGGINGFACE_HUB_CACHE", os.path.join(home, "hub")))
+    return Path(os.path.expandvars(os.path.expanduser(hub)))
 
 
 def user_data_folder() -> Path:
@@ -21,11 +30,6 @@ def user_data_folder() -> Path:
     if home := os.environ.get("SPARKCTL_HOME"):
         return Path(home)
     return Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share")) / "sparkctl"
-
-
-def no_color() -> bool:
-    """True where NO_COLOR asks for plain text."""
-    return bool(os.environ.get("NO_COLOR"))
 
 
 def visible_gpu() -> str | None:
@@ -42,3 +46,8 @@ def world_size() -> int:
 def local_rank() -> int:
     """This process's number among those that torchrun started on this box (LOCAL_RANK)."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def fix_cublas() -> None:
+    """Have cuBLAS add in the same order at each call (CUBLAS_WORKSPACE_CONFIG), unless that is set; before its first."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -10,12 +11,13 @@ from importlib import import_module
 import typer
 
 from sparkctl.cli import console
-from sparkctl.errors import SparkError, UsageError
+from sparkctl.errors import Interrupted, SparkError, UsageError
 
 # a command's file in sparkctl/cli, in the order that --help shows
-COMMANDS = ("analyze", "recommend", "train", "resume", "show")
+COMMANDS = ("analyze", "recommend", "train", "resume", "merge", "show", "demo")
 
 BUG = 70
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="sparkctl",
@@ -40,6 +42,8 @@ def run(arguments: Sequence[str]) -> int:
     json = "--json" in arguments
     try:
         status = register()(args=list(arguments), prog_name="sparkctl", standalone_mode=False)
+        if status == INTERRUPTED:  # what Typer makes of a Ctrl-C inside a command
+            raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
     except typer.TyperException as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "sparkctl")
@@ -49,15 +53,15 @@ def run(arguments: Sequence[str]) -> int:
         console.failure(error, json=json)
         return error.exit_status
     except OSError as error:
-        if error.errno == errno.EPIPE:
-            return 1
         if error.errno is None or (error.filename is None and error.errno not in DISK_FULL):
             raise
         console.failure(system_error(error), json=json)
         return 1
     except (KeyboardInterrupt, typer.Abort):
-        console.err().print("interrupted", style="bold red")
-        return 130
+        console.failure(Interrupted("interrupted", None, signal.SIGINT), json=json)
+        return INTERRUPTED
+    except SystemExit as ended:  # whoever read our stdout has gone (`| head`): Typer ends quietly
+        return ended.code if isinstance(ended.code, int) else 1
 
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import json as jsonlib
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.tree import Tree
 
 from sparkctl.cli import console
 from sparkctl.cli.options import JsonOpt, RunArg
-from sparkctl.manifest.store import Run
+
+if TYPE_CHECKING:
+    from sparkctl.manifest.schema import Checkpoint
+    from sparkctl.manifest.store import Run
+    from sparkctl.steps.show import Shown, Step
+
+COLOURS = {"done": "green", "running": "cyan", "stopped": "yellow", "stale": "yellow", "not run": "dim"}
 
 
 def register(app: typer.Typer) -> None:
@@ -14,8 +27,83 @@ def register(app: typer.Typer) -> None:
     app.command()(show)
 
 
-def show(run: RunArg, json: JsonOpt = False) -> None:
-    """Show a run, the state of its steps, and its lineage over rounds."""
-    opened = Run.open(run)
-    data = opened.manifest.model_dump(mode="json", by_alias=True, exclude_none=True)
-    console.answer(data, console.rows(opened.manifest.run.name), json=json)
+def show(
+    run: RunArg,
+    get: Annotated[
+        str | None, typer.Option("--get", metavar="KEY", help="Print one value of the manifest: plan.pack_length.")
+    ] = None,
+    json: JsonOpt = False,
+) -> None:
+    """Show a run: the state of its steps, and its lineage over the rounds."""
+    from sparkctl.steps.show import get as one
+    from sparkctl.steps.show import show as work
+
+    shown = work(run)
+    if get is None:
+        console.answer(_json(shown), _human(shown), json=json)
+        return
+    value = one(shown, get)
+    if json:
+        console.answer({"ok": True, "key": get, "value": value}, "", json=True)
+    else:
+        typer.echo(value if isinstance(value, str) else jsonlib.dumps(value, ensure_ascii=False))
+
+
+def _json(shown: Shown) -> dict[str, Any]:
+    steps = {step.name: {"status": step.status, "detail": step.detail, "hint": step.mend} for step in shown.steps}
+    lineage = [{"id": run.manifest.run.id, "name": run.manifest.run.name} for run in shown.rounds]
+    return {"ok": True, **shown.values(), "steps": steps, "lineage": lineage}
+
+
+def _human(shown: Shown) -> RenderableType:
+    manifest = shown.run.manifest
+    pairs: list[tuple[str, object]] = [("folder", shown.run.root), ("created", manifest.run.created)]
+    if manifest.model:
+        pairs.append(("model", f"{manifest.model.source}, {manifest.model.parameters:,} parameters"))
+    return Group(console.rows(manifest.run.name, *pairs), "", _steps(shown.steps), "", _tree(shown))
+
+
+def _steps(steps: list[Step]) -> Table:
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    for column in ("step", "state", "", "next"):
+        table.add_column(column, overflow="fold")
+    for step in steps:
+        state = f"[{COLOURS[step.status]}]{step.status}[/]"
+        table.add_row(step.name, state, escape(step.detail), escape(step.mend or ""))
+    return table
+
+
+def _tree(shown: Shown) -> Tree:
+    """Rounds from the first down to this one, each under the one it came from, with its checkpoints."""
+    first = f"{escape(shown.missing_parent)} [dim](not there)[/]" if shown.missing_parent else None
+    tree = Tree(first or _label(shown.rounds[-1]))
+    at, rounds = tree, list(reversed(shown.rounds))
+    for number, run in enumerate(rounds):
+        at = at if number == 0 and first is None else at.add(_label(run))
+        _checkpoints(at, run)
+    return tree
+
+
+def _label(run: Run) -> str:
+    made, analysis, trained = run.manifest.run, run.manifest.analysis, run.manifest.train
+    label = f"[bold]{escape(made.name)}[/] [dim]{made.id}, {made.created[:10]}[/]"
+    if analysis:
+        label += f" {analysis.examples:,} examples"
+    if trained and trained.best_eval_loss is not None:
+        label += f", held-out loss {trained.best_eval_loss:.4f}"
+    return label + (" [dim](continues)[/]" if made.continues else "")
+
+
+def _checkpoints(node: Tree, run: Run) -> None:
+    """Each checkpoint under its parent; those from another run's under this round."""
+    best = run.manifest.train.best_checkpoint if run.manifest.train else None
+    nodes: dict[str, Tree] = {}
+    for entry in run.manifest.checkpoints:
+        above = nodes.get(entry.parent or "", node)
+        nodes[entry.id] = above.add(_checkpoint(entry, entry.id == best))
+
+
+def _checkpoint(entry: Checkpoint, best: bool) -> str:
+    loss = f", held-out loss {entry.eval_loss:.4f}" if entry.eval_loss is not None else ""
+    mark = " [green]best[/]" if best else ""
+    return f"{entry.id} [dim]{escape(entry.path)}{loss}[/]{mark}"

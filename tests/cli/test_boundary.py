@@ -1,0 +1,101 @@
+"""The one error boundary: `error:` and `hint:`, exit statuses, JSON for failures, tracebacks for bugs alone."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sparkctl.cli import app
+from sparkctl.errors import Interrupted, SparkError
+from sparkctl.steps import show
+
+
+def test_help_lists_the_commands_in_the_order_of_the_job() -> None:
+    result = CliRunner().invoke(app.register(), ["--help"])
+    assert result.exit_code == 0
+    places = [result.stdout.index(f" {name} ") for name in app.COMMANDS]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("name", app.COMMANDS)
+def test_every_command_has_help_and_its_options_on_itself(name: str) -> None:
+    result = CliRunner().invoke(app.register(), [name, "--help"])
+    assert result.exit_code == 0
+    assert "--json" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trane"], "trane"),
+        (["show"], "missing argument"),
+        (["show", "r", "--speed"], "--speed"),
+        (["analyze", "d.jsonl", "--run", "r", "--max-seq-length", "0"], "--max-seq-length"),
+        (["recommend", "r", "--mode", "half"], "half"),
+        (["recommend", "r", "--epochs", "0"], "epochs"),
+        (["show", "nowhere"], "is not a run"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert message in said.err
+    assert "\nhint: " in said.err
+    assert app.run([*arguments, "--json"]) == 2
+    report = json.loads(capsys.readouterr().out)
+    assert (report["ok"], report["exit_status"]) == (False, 2)
+    assert message in report["error"]
+    assert report["hint"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (SparkError("it broke [here]", "mend it"), 1, "error: it broke [here]\nhint: mend it"),
+        (Interrupted("stopped", "go on", signal.SIGINT), 130, "error: stopped"),
+        (Interrupted("stopped", "go on", signal.SIGTERM), 143, "error: stopped"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x"), 1, "error: no space left on device at `/x`"),
+        (OSError(errno.EACCES, "Permission denied", "/x"), 1, "hint: check the permissions"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.EPIPE, "Broken pipe"), 1, ""),
+    ],
+)
+def test_what_is_raised_becomes_a_message_and_a_status(
+    error: BaseException, status: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(folder: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(show, "show", fail)
+    assert app.run(["show", "r"]) == status
+    assert message in capsys.readouterr().err
+
+
+def test_a_bug_is_a_traceback_and_70(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(folder: Path) -> None:
+        raise ValueError("a bug of ours")
+
+    monkeypatch.setattr(show, "show", fail)
+    monkeypatch.setattr(sys, "argv", ["sparkctl", "show", "r"])
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    assert ended.value.code == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_installed_command_speaks_without_colour(tmp_path: Path) -> None:
+    command = Path(sys.executable).with_name("sparkctl")
+    done = subprocess.run([command, "show", tmp_path], capture_output=True, text=True, env={"NO_COLOR": "1"})
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "\x1b" not in done.stderr
+    assert done.stderr.splitlines()[0].startswith("error: ")

@@ -1,0 +1,121 @@
+"""`sparkctl show`: each step's state with the command that mends it, the lineage, and single values."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import merging_run
+import pytest
+import ready
+
+from sparkctl.cli.app import run as command
+from sparkctl.manifest.store import Run
+
+Say = Callable[..., str]
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Say:
+    """Run the command, which has to end well; its stdout."""
+
+    def call(*arguments: object, status: int = 0) -> str:
+        assert command([str(argument) for argument in arguments]) == status
+        captured = capsys.readouterr()
+        return captured.err if status else captured.out
+
+    return call
+
+
+@pytest.fixture
+def trained(tmp_path: Path, llama_folder: Path, say: Say) -> Run:
+    run = ready.run(tmp_path / "r1", llama_folder, count=12, max_steps=3)
+    say("train", run.root)
+    return Run.open(run.root)
+
+
+def states(say: Say, run: Run) -> dict[str, str]:
+    steps = json.loads(say("show", run.root, "--json"))["steps"]
+    return {name: step["status"] for name, step in steps.items()}
+
+
+def hint(say: Say, run: Run, step: str) -> str:
+    return json.loads(say("show", run.root, "--json"))["steps"][step]["hint"]
+
+
+def test_a_new_run(tmp_path: Path, say: Say) -> None:
+    run = Run.create(tmp_path / "r1")
+    assert set(states(say, run).values()) == {"not run"}
+    assert hint(say, run, "analyze").startswith("sparkctl analyze DATA")
+
+
+def test_states_follow_the_run(trained: Run, say: Say) -> None:
+    done = {"analyze": "done", "recommend": "done", "train": "done", "merge": "not run"}
+    assert states(say, trained) == done
+    with trained.step("resume"):
+        assert states(say, trained) == {**done, "train": "running"}
+    with trained.edit() as manifest:
+        assert manifest.train
+        manifest.train.status = "running"
+    assert states(say, trained)["train"] == "stopped"
+    assert "killed" in say("show", trained.root)
+    assert hint(say, trained, "train") == f"sparkctl resume {trained.root}"
+    with trained.edit() as manifest:
+        assert manifest.plan
+        manifest.plan.learning_rate *= 2
+    assert states(say, trained)["train"] == "stale"
+    with trained.edit() as manifest:
+        assert manifest.plan
+        manifest.plan.made_from = "another analysis"
+    shutil.rmtree(trained.root / "tokens")
+    assert states(say, trained)["analyze"] == "stale"
+
+
+def test_a_merge_is_looked_into(tmp_path: Path, qwen35_folder: Path, say: Say) -> None:
+    run = merging_run.trained_run(tmp_path / "r1", qwen35_folder)
+    say("merge", run.root)
+    say("merge", run.root, "--adapter-only")
+    assert states(say, run)["merge"] == states(say, run)["adapter"] == "done"
+    (run.root / "merged" / "config.json").write_text("{}")
+    assert states(say, run)["merge"] == "stale"
+    assert hint(say, run, "merge") == f"sparkctl merge {run.root} --force"
+
+
+def test_the_tree_goes_from_the_first_round_to_this_one(tmp_path: Path, qwen35_folder: Path, say: Say) -> None:
+    first = merging_run.trained_run(tmp_path / "r1", qwen35_folder)
+    second = merging_run.trained_run(tmp_path / "r2", qwen35_folder, parent=first)
+    say("merge", second.root)
+    said = say("show", second.root)
+    tree = said[said.index("r1 ") :]
+    assert tree.index("r1 ") < tree.index("step-000003") < tree.index("r2 ") < tree.index("merged-000003")
+    assert "best" in tree
+    assert [entry["name"] for entry in json.loads(say("show", second.root, "--json"))["lineage"]] == ["r2", "r1"]
+    shutil.rmtree(first.root)
+    assert "(not there)" in say("show", second.root)
+
+
+def test_one_value_for_a_script(trained: Run, say: Say) -> None:
+    assert say("show", trained.root, "--get", "plan.pack_length") == "64\n"
+    assert say("show", trained.root, "--get", "plan.mode") == "lora\n"
+    assert say("show", trained.root, "--get", "plan.checkpointing") == "false\n"
+    assert say("show", trained.root, "--get", "resumes") == "[]\n"
+    assert json.loads(say("show", trained.root, "--get", "plan.lora")) == {"r": 4, "alpha": 4}
+    assert say("show", trained.root, "--get", "checkpoints.0.id") == "base\n"
+    assert json.loads(say("show", trained.root, "--get", "schema", "--json")) == {
+        "ok": True, "key": "schema", "value": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["plan.pack", "nothing", "plan.mode.x", "checkpoints.9.id", "", "plan."])
+def test_a_key_that_is_not_there_names_those_that_are(trained: Run, say: Say, key: str) -> None:
+    said = say("show", trained.root, "--get", key, status=2)
+    assert "error: no `" in said
+    assert "hint: sparkctl show" in said
+
+
+def test_no_run(tmp_path: Path, say: Say) -> None:
+    assert "is not a run" in say("show", tmp_path, status=2)
+    (tmp_path / "run.toml").write_text("schema = 9")
+    assert "schema 9" in say("show", tmp_path, status=2)

@@ -1,0 +1,142 @@
+"""The manifest: checked whole, written whole, locked, migrated, movable."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ready
+
+from sparkctl.errors import SparkError, UsageError
+from sparkctl.manifest import store
+from sparkctl.manifest.store import NAME, Run, read_manifest
+
+
+@pytest.fixture
+def run(tmp_path: Path, llama_folder: Path) -> Run:
+    return ready.run(tmp_path / "r1", llama_folder, count=12)
+
+
+def test_what_is_written_is_read(run: Run) -> None:
+    assert read_manifest(run.root) == run.manifest
+    assert run.manifest.plan is not None
+    text = (run.root / NAME).read_text()
+    assert text.startswith("schema = 1\n")
+    assert "[plan.estimates.memory]" in text
+
+
+def test_a_run_is_made_once(run: Run) -> None:
+    with pytest.raises(UsageError, match="holds a run already"):
+        Run.create(run.root)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("schema = 1", "schema = 2"), "schema 2"),
+        (("schema = 1", "schema = true"), "no valid `schema`"),
+        (("schema = 1", ""), "no valid `schema`"),
+        (("[plan]", "[plan]\nspeed = 3"), "plan.speed"),
+        (("pack_length = 64", 'pack_length = "long"'), "plan.pack_length"),
+        (("[plan]", "[plan"), "is broken"),
+    ],
+)
+def test_a_manifest_that_does_not_hold_is_named(run: Run, change: tuple[str, str], message: str) -> None:
+    path = run.root / NAME
+    path.write_text(path.read_text().replace(*change, 1))
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match=message) as caught:
+        Run.open(run.root)
+    assert caught.value.hint
+    assert path.read_bytes() == before
+
+
+def test_every_problem_is_named_at_once(run: Run) -> None:
+    path = run.root / NAME
+    path.write_text(path.read_text().replace("[plan]", "[plan]\nspeed = 3", 1).replace("epochs = 2", 'epochs = "x"', 1))
+    with pytest.raises(UsageError) as caught:
+        Run.open(run.root)
+    assert "plan.speed" in caught.value.message
+    assert "plan.epochs" in caught.value.message
+
+
+def test_bytes_that_are_not_utf8_are_named(run: Run) -> None:
+    (run.root / NAME).write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="is not UTF-8"):
+        Run.open(run.root)
+
+
+def test_an_older_schema_is_migrated_a_version_at_a_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "SCHEMA", 3)
+    monkeypatch.setitem(store.MIGRATIONS, 1, lambda values: values | {"seen": [1]})
+    monkeypatch.setitem(store.MIGRATIONS, 2, lambda values: values | {"seen": [*values["seen"], 2]})
+    values = store.migrate({"schema": 1}, run.root / NAME)
+    assert values == {"schema": 3, "seen": [1, 2]}
+
+
+def test_a_change_that_does_not_hold_leaves_the_file(run: Run) -> None:
+    before = (run.root / NAME).read_bytes()
+
+    def spoil() -> None:
+        with run.edit() as manifest:
+            assert manifest.plan
+            manifest.plan.epochs = "many"  # type: ignore[assignment]  # what the schema must refuse
+
+    with pytest.raises(ValueError, match="epochs"):
+        spoil()
+    assert (run.root / NAME).read_bytes() == before
+    assert not list(run.root.glob(".run.toml.*"))
+
+
+def test_two_writers_lose_nothing(run: Run) -> None:
+    script = (
+        "import sys; from pathlib import Path; from sparkctl.manifest.store import Run, now\n"
+        "from sparkctl.manifest.schema import Resume\n"
+        "run = Run.open(Path(sys.argv[1]))\n"
+        "for i in range(25):\n"
+        "    with run.edit() as m: m.resumes = [*m.resumes, Resume(step=i, reason='t', when=now())]\n"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", script, str(run.root)]) for _ in range(2)]
+    assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
+    assert len(read_manifest(run.root).resumes) == 50
+
+
+def test_a_running_step_is_told_from_a_killed_one(run: Run) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from sparkctl.manifest.store import Run\n"
+        "with Run.open(Path(sys.argv[1])).step('train'):\n"
+        "    print('held', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(run.root)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "held\n"
+    assert run.running() == "train"
+    with pytest.raises(SparkError, match=f"`train` is running .process {process.pid}.") as caught, run.step("merge"):
+        pass
+    assert caught.value.hint
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 10
+    while run.running() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert run.running() is None
+    with run.step("merge"):
+        assert run.running() == "merge"
+
+
+def test_paths_hold_after_a_move(run: Run, tmp_path: Path, llama_folder: Path) -> None:
+    """The run moved elsewhere finds its model where it was; moved together with it, where it is now."""
+    assert run.manifest.model
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    moved = Run.open(Path(shutil.move(run.root, tmp_path / "deep" / "er" / "r1")))
+    assert moved.manifest.model
+    assert moved.resolve(moved.manifest.model.source) == Path(os.path.normpath(llama_folder))
+    with moved.edit():
+        pass
+    assert moved.manifest.run.folder == str(moved.root)
