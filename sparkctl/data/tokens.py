@@ -3,6 +3,8 @@
 A row is a document: its ids, the spans of ids that are trained, and what split, packs and rounds need to know of it.
 The folder holds one Arrow stream and the two JSON files of datasets' own format, so `datasets.load_from_disk(folder)`
 reads it. Rows are written as they come; only what the split and the statistics need stays in memory, some bytes a row.
+Beside them lies, in a later round, what the rounds before held out: so a child asks its parent alone, and older runs
+may be deleted.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 ARROW = "data-00000-of-00001.arrow"
 INFO = "dataset_info.json"
 STATE = "state.json"
+INHERITED = "held_out_before.npy"
 ROWS_A_BATCH = 1024  # rows of a record batch: some 2 MB, and a thousand batches a million rows
 
 
@@ -102,8 +105,11 @@ class TokenStoreWriter:
         if len(self._pending) >= ROWS_A_BATCH:
             self._flush()
 
-    def finish(self, held_out: np.ndarray) -> str:
-        """Write the final file with `held_out` (bool [N]) and datasets' JSON; returns the content's digest."""
+    def finish(self, held_out: np.ndarray, inherited: np.ndarray | None = None) -> str:
+        """Write the final file with `held_out` (bool [N]) and datasets' JSON; returns the content's digest.
+
+        inherited: uint64 prompt keys that earlier rounds held out, whether or not a row here has them.
+        """
         import pyarrow as pa
 
         self._flush()
@@ -125,6 +131,8 @@ class TokenStoreWriter:
                 at += batch.num_rows
         assert at == len(held_out), "a held-out flag for each row"
         self._first.unlink()
+        if inherited is not None and len(inherited):
+            np.save(self._folder / INHERITED, inherited.astype(np.uint64), allow_pickle=False)
         self._describe(digest.hexdigest())
         return digest.hexdigest()
 
@@ -226,6 +234,12 @@ class TokenStore:
     def place(self, i: int) -> str:
         """Where row `i` was read: "chats.jsonl:12"."""
         return self._places[i].as_py()
+
+    def held_out_keys(self) -> np.ndarray:
+        """Prompt keys, uint64, sorted, that this round or one before it held out."""
+        before = self.folder / INHERITED
+        keys = [np.load(before, allow_pickle=False)] if before.is_file() else []
+        return np.unique(np.concatenate([self.prompt_keys[self.held_out], *keys]))
 
     def row_hashes(self) -> np.ndarray:
         """The hashes of all rows: uint64 [N, 2]."""

@@ -153,7 +153,7 @@ class _Analysis:
             try:
                 tally = self._ingest(writer.add, run)
                 held_out = self._held_out(tally)
-                digest = writer.finish(held_out)
+                digest = writer.finish(held_out, self._inputs.inherited())
             finally:
                 writer.close()
             shown = _show(stage, self._format, self._request.show)

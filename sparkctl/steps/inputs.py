@@ -101,8 +101,6 @@ class Inputs:
 
     def inherited(self) -> np.ndarray:
         """Prompt keys (uint64) that the parent or a run before it held out."""
-        from sparkctl.manifest.lineage import ancestors
-
         from sparkctl.data.tokens import TokenStore
 
         if self.parent is None:
@@ -112,9 +110,7 @@ class Inputs:
                 f"the parent `{self.parent.root}` has no token store, which says what it held out",
                 f"sparkctl analyze DATA --run {self.parent.root} --force, with the data of that round",
             )
-        stores = [run.root / "tokens" for run in (self.parent, *ancestors(self.parent))]
-        opened = [TokenStore.open(folder) for folder in stores if folder.is_dir()]
-        return np.unique(np.concatenate([store.prompt_keys[store.held_out] for store in opened]))
+        return TokenStore.open(self.parent.root / "tokens").held_out_keys()
 
     def wishes_differ(self, manifest: Manifest) -> bool:
         """Whether the manifest records other wishes than these for the steps to come."""
@@ -148,8 +144,8 @@ def gather(request: Request, run: Run | None, progress: Progress) -> Inputs:
     recorded = parent.manifest.data if parent else None
     files = _files(request.data, root, run)
     source = _model(request, run, parent, progress)
-    template_text = _template(request, parent)
     config_sha256 = sha256_file(source.folder / "config.json")
+    template_text = _template(request, parent, config_sha256)
     max_seq_length = request.max_seq_length or (recorded.max_seq_length if recorded else None)
     eval_fraction = request.eval_fraction
     if eval_fraction is None:
@@ -171,7 +167,7 @@ def gather(request: Request, run: Run | None, progress: Progress) -> Inputs:
         eval_fraction=eval_fraction,
         seed=seed,
         recipe=_recipe(request, root, parent),
-        continues=request.continues,
+        continues=request.continues or bool(run and request.parent is None and run.manifest.run.continues),
         allow_unknown=request.allow_unknown or bool(parent and analysed(parent)[0].allow_unknown),
         made_from=made_from,
     )
@@ -228,8 +224,8 @@ def _model(request: Request, run: Run | None, parent: Run | None, progress: Prog
     raise UsageError("which model to train is not said", "name it: `--model FOLDER` or `--model HUB_ID`")
 
 
-def _template(request: Request, parent: Run | None) -> str | None:
-    """The flag's template file; without one the parent's copy where the model is the parent's too."""
+def _template(request: Request, parent: Run | None, config_sha256: str) -> str | None:
+    """The flag's template file; without one the parent's copy where the model is the parent's."""
     if request.chat_template:
         try:
             return request.chat_template.read_text(encoding="utf-8")
@@ -237,7 +233,7 @@ def _template(request: Request, parent: Run | None) -> str | None:
             raise UsageError(f"no file `{request.chat_template}`", "give a Jinja chat template") from None
         except UnicodeDecodeError as error:
             raise UsageError(f"`{request.chat_template}` is not UTF-8: byte {error.start}") from None
-    if parent is None or request.model is not None:
+    if parent is None or analysed(parent)[0].config_sha256 != config_sha256:
         return None
     recorded = analysed(parent)[0].chat_template
     text = (parent.root / recorded.file).read_text(encoding="utf-8")

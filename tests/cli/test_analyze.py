@@ -1,0 +1,456 @@
+"""`sparkctl analyze` through the command line: what it writes, what it refuses, and what it leaves alone."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from sparkctl.cli import app
+from sparkctl.data.tokens import TokenStore
+from sparkctl.manifest.schema import TrainTable
+from sparkctl.manifest.store import Run
+
+Analyze = Callable[..., "Answer"]
+
+
+class Answer:
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def analyze(capsys: pytest.CaptureFixture[str], qwen35_folder: Path) -> Analyze:
+    """Run the command with --json; the model is the tiny one unless `model=None` or another is given."""
+
+    def run(*arguments: object, model: Path | None = qwen35_folder, json: bool = True) -> Answer:
+        line = ["analyze", *map(str, arguments), *(["--model", str(model)] if model else []), *["--json"] * json]
+        status = app.run(line)
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return Answer(status, captured.out, captured.err)
+
+    return run
+
+
+def lines(path: Path, *examples: Any) -> Path:
+    path.write_text("".join(json.dumps(e) + "\n" if not isinstance(e, str) else e + "\n" for e in examples))
+    return path
+
+
+def chat(user: str, assistant: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_run_is_made(analyze: Analyze, tmp_path: Path, qwen35_folder: Path) -> None:
+    data, folder = tiny.chats(tmp_path / "chats.jsonl"), tmp_path / "r1"
+    answer = analyze(data, "--run", folder)
+    assert answer.status == 0, answer.err
+    run, store = Run.open(folder), TokenStore.open(folder / "tokens")
+    manifest = run.manifest
+    assert manifest.model and manifest.data and manifest.analysis  # noqa: PT018
+    assert answer.json["analysis"] == manifest.analysis.model_dump(mode="json")
+    assert run.resolve(manifest.model.source) == qwen35_folder
+    assert manifest.model.vocab_size == 272
+    assert (folder / manifest.model.chat_template.file).read_text() == tiny.CHATML
+    assert [(f.path, f.examples) for f in manifest.data.files] == [("../chats.jsonl", 40)]
+    assert manifest.analysis.examples == len(store) == 40
+    assert manifest.analysis.eval_examples == store.held_out.sum() > 0
+    assert manifest.analysis.train_examples == 40 - store.held_out.sum()
+    assert manifest.analysis.tokens == store.lengths.sum()
+    assert manifest.analysis.assistant_tokens == store.label_counts.sum()
+    assert manifest.analysis.turns == (40 + 14) / 40
+    assert manifest.analysis.digest == store.digest
+    assert manifest.analysis.duplicates == 0
+    assert [(c.id, c.kind, c.path) for c in manifest.checkpoints] == [("base", "base", manifest.model.source)]
+    assert store.place(1) == "chats.jsonl:2"
+
+
+def test_the_table_and_the_histogram(analyze: Analyze, tmp_path: Path) -> None:
+    answer = analyze(tiny.chats(tmp_path / "chats.jsonl"), "--run", tmp_path / "r1", json=False)
+    assert "40: 37 to train on, 3 held out" in answer.out
+    assert "█" in answer.out
+    assert answer.err == ""
+
+
+def test_show_marks_what_is_trained(analyze: Analyze, tmp_path: Path) -> None:
+    data = lines(tmp_path / "one.jsonl", chat("Hé?", "Yés."))
+    answer = analyze(data, "--run", tmp_path / "r1", "--show", 1, json=False)
+    assert "<|im_start|>user\nHé?<|im_end|>\n<|im_start|>assistant\n⟦Yés.<|im_end|>⟧" in answer.out
+    again = analyze(data, "--run", tmp_path / "r1", "--show", 1)
+    assert again.json["up_to_date"] is True
+    assert again.json["shown"][0]["pieces"][1] == ["Yés.<|im_end|>", True]
+
+
+def test_a_second_run_is_up_to_date_without_torch(tmp_path: Path, qwen35_folder: Path) -> None:
+    data, folder = tiny.chats(tmp_path / "chats.jsonl"), tmp_path / "r1"
+    arguments = ["analyze", str(data), "--run", str(folder), "--model", str(qwen35_folder), "--json"]
+    script = (
+        "import sys; from sparkctl.cli.app import run; assert run(sys.argv[1:]) == 0\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules) or not sys.stderr.write('imported')"
+    )
+    assert app.run(arguments) == 0
+    before = snapshot(folder)
+    start = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 2  # 0.4 s seen
+    assert "up to date" in result.stderr
+    assert "imported" not in result.stderr
+    assert json.loads(result.stdout)["up_to_date"] is True
+    assert snapshot(folder) == before
+
+
+def test_what_changed_is_done_again(analyze: Analyze, tmp_path: Path) -> None:
+    data, folder = tiny.chats(tmp_path / "chats.jsonl"), tmp_path / "r1"
+    assert analyze(data, "--run", folder).status == 0
+    os.utime(data, (1, 1))
+    assert analyze(data, "--run", folder).json["up_to_date"] is True  # the time alone says nothing
+    assert analyze(data, "--run", folder, "--max-seq-length", 80).json["up_to_date"] is False
+    tiny.chats(data, 41)
+    answer = analyze(data, "--run", folder)
+    assert (answer.json["up_to_date"], answer.json["analysis"]["examples"]) == (False, 41)
+    assert answer.json["analysis"]["reused"] < 41
+    assert analyze(data, "--run", folder, "--force").json["up_to_date"] is False
+    store = folder / "tokens" / "data-00000-of-00001.arrow"
+    store.write_bytes(store.read_bytes()[:-100])
+    assert analyze(data, "--run", folder).json["up_to_date"] is False
+    assert len(TokenStore.open(folder / "tokens")) == 41
+
+
+def test_several_files_and_gzip(analyze: Analyze, tmp_path: Path) -> None:
+    one = tiny.chats(tmp_path / "one.jsonl", 12)
+    two = tmp_path / "two.jsonl.gz"
+    two.write_bytes(gzip.compress(tiny.chats(tmp_path / "rest.jsonl", 15).read_bytes()))
+    answer = analyze(one, two, "--run", tmp_path / "r1")
+    assert [f["examples"] for f in answer.json["data"]["files"]] == [12, 15]
+    assert answer.json["analysis"]["duplicates"] == 12
+
+
+def test_drops_are_counted(analyze: Analyze, tmp_path: Path) -> None:
+    examples = [chat(f"q{i}", "a" * i) for i in range(1, 13)]
+    data = lines(tmp_path / "d.jsonl", *examples, chat("q", ""), chat("q", "  \n"), chat("long", "x" * 300))
+    answer = analyze(data, "--run", tmp_path / "r1", "--max-seq-length", 200)
+    dropped = {"empty_assistant": 2, "no_trained_token": 0, "too_long": 1, "bad_lines": 0}
+    assert answer.json["data"]["dropped"] == dropped
+    assert answer.json["analysis"]["examples"] == 12
+
+
+def test_nothing_left_is_an_error_with_the_counts(analyze: Analyze, tmp_path: Path) -> None:
+    data = lines(tmp_path / "d.jsonl", chat("q", ""), chat("long", "x" * 300))
+    answer = analyze(data, "--run", tmp_path / "r1", "--max-seq-length", 100)
+    assert answer.status == 1
+    assert "2 read, 1 without assistant text, 1 longer than the limit" in answer.err
+    assert not (tmp_path / "r1").exists()
+
+
+def test_skip_bad_counts_and_shows_five(analyze: Analyze, tmp_path: Path) -> None:
+    data = lines(tmp_path / "d.jsonl", *["{broken"] * 7, *[chat(f"q{i}", "a") for i in range(12)])
+    answer = analyze(data, "--run", tmp_path / "r1", "--skip-bad")
+    assert answer.status == 0
+    assert answer.json["data"]["dropped"]["bad_lines"] == 7
+    assert len(answer.json["bad_lines"]) == answer.err.count("skipped:") == 5
+    assert "d.jsonl:1" in answer.err
+
+
+BAD_LINES = {
+    "broken JSON": '{"messages": [',
+    "no object": "[1, 2]",
+    "no messages": {"text": "hello"},
+    "empty messages": {"messages": []},
+    "unknown role": {"messages": [{"role": "wizard", "content": "x"}, {"role": "assistant", "content": "y"}]},
+    "image part": {
+        "messages": [
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            {"role": "assistant", "content": "y"},
+        ]
+    },
+    "no assistant turn": {"messages": [{"role": "user", "content": "x"}]},
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES.keys())
+def test_a_bad_line_is_named_and_leaves_nothing(analyze: Analyze, tmp_path: Path, line: Any) -> None:
+    data = lines(tmp_path / "d.jsonl", chat("a", "b"), line)
+    answer = analyze(data, "--run", tmp_path / "r1")
+    assert answer.status in (1, 2)
+    assert "error:" in answer.err
+    assert "d.jsonl:2" in answer.err
+    assert "hint:" in answer.err
+    assert answer.json["ok"] is False
+    assert not (tmp_path / "r1").exists()
+
+
+def test_bytes_that_are_not_utf8_are_named(analyze: Analyze, tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_bytes(json.dumps(chat("a", "b")).encode() + b'\n{"messages": "\xff\xfe"}\n')
+    answer = analyze(data, "--run", tmp_path / "r1")
+    assert answer.status in (1, 2)
+    assert "d.jsonl:2" in answer.err
+    assert "UTF-8" in answer.err
+
+
+def test_missing_and_empty_files(analyze: Analyze, tmp_path: Path) -> None:
+    missing = analyze(tmp_path / "none.jsonl", "--run", tmp_path / "r1")
+    assert missing.status == 2
+    assert "no file" in missing.err
+    (tmp_path / "empty.jsonl").touch()
+    empty = analyze(tmp_path / "empty.jsonl", "--run", tmp_path / "r1")
+    assert empty.status == 1
+    assert "is empty" in empty.err
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    blank = analyze(tmp_path / "blank.jsonl", "--run", tmp_path / "r1")
+    assert blank.status == 1
+    assert all("hint:" in answer.err for answer in (missing, empty, blank))
+    assert not (tmp_path / "r1").exists()
+
+
+def test_a_failure_leaves_an_earlier_analysis_as_it_was(analyze: Analyze, tmp_path: Path) -> None:
+    data, folder = tiny.chats(tmp_path / "chats.jsonl"), tmp_path / "r1"
+    assert analyze(data, "--run", folder).status == 0
+    before = snapshot(folder)
+    data.write_text(data.read_text() + "{broken\n")
+    assert analyze(data, "--run", folder).status == 1
+    after = snapshot(folder)
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert changed <= {".step.json"}
+
+
+def test_a_folder_that_was_there_keeps_its_files(analyze: Analyze, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    data = lines(tmp_path / "d.jsonl", "{broken")
+    assert analyze(data, "--run", folder).status == 1
+    assert snapshot(folder) == {"notes.txt": b"mine"}
+
+
+def changed_model(folder: Path, source: Path, change: Callable[[Path], object]) -> Path:
+    shutil.copytree(source, folder)
+    change(folder)
+    return folder
+
+
+def test_models_that_do_not_serve(analyze: Analyze, tmp_path: Path, qwen35_folder: Path) -> None:
+    data = tiny.chats(tmp_path / "chats.jsonl")
+
+    def small_embedding(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"]["vocab_size"] = 100
+        (folder / "config.json").write_text(json.dumps(config))
+
+    bare = changed_model(tmp_path / "bare", qwen35_folder, lambda folder: tiny.tokenizer(folder, None))
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    small = changed_model(tmp_path / "small", qwen35_folder, small_embedding)
+    (tmp_path / "no-model").mkdir()
+    for model, message in (
+        (tmp_path / "no-model", "no-model"),
+        (bare, "template"),
+        (small, "the tokenizer of"),
+    ):
+        answer = analyze(data, "--run", tmp_path / "r1", model=model)
+        assert answer.status in (1, 2), model
+        assert message in answer.err
+        assert "hint:" in answer.err
+        assert not (tmp_path / "r1").exists()
+    template = tmp_path / "my.jinja"
+    template.write_text(tiny.CHATML)
+    assert analyze(data, "--run", tmp_path / "r1", "--chat-template", template, model=bare).status == 0
+    absent = analyze(data, "--run", tmp_path / "r2", "--chat-template", tmp_path / "none.jinja", model=bare)
+    assert absent.status == 2
+    assert "no file" in absent.err
+
+
+def test_wrong_usage_is_said(analyze: Analyze, tmp_path: Path) -> None:
+    data = tiny.chats(tmp_path / "chats.jsonl")
+    for arguments, message in (
+        ([data, "--run", tmp_path / "r1"], "which model to train"),
+        ([data, "--run", tmp_path / "r1", "--continue"], "--parent"),
+        ([data, "--run", tmp_path / "r1", "--parent", tmp_path / "none"], "is not a run"),
+        ([data, "--run", tmp_path / "r1", "--parent", tmp_path / "r1"], "its own parent"),
+        ([data, "--run", data, "--model", "x"], ""),
+        (["--run", tmp_path / "r1"], "missing argument"),
+    ):
+        answer = analyze(*arguments, model=None)
+        assert answer.status == 2, arguments
+        assert message in answer.err
+        assert not (tmp_path / "r1").exists()
+
+
+def test_dry_run_writes_nothing(analyze: Analyze, tmp_path: Path) -> None:
+    data = tiny.chats(tmp_path / "chats.jsonl")
+    dry = analyze(data, "--run", tmp_path / "r1", "--dry-run", "--show", 1)
+    assert dry.status == 0
+    assert dry.json["dry_run"] is True
+    assert dry.json["shown"]
+    assert not (tmp_path / "r1").exists()
+    real = analyze(data, "--run", tmp_path / "r1").json["analysis"]
+    same = set(real) - {"seconds", "digest"}
+    assert {k: real[k] for k in same} == {k: dry.json["analysis"][k] for k in same}
+
+
+def test_a_full_disk_leaves_nothing(analyze: Analyze, tmp_path: Path, small_disk: Path) -> None:
+    data = lines(tmp_path / "d.jsonl", *(chat(f"question {i}", "word " * 200) for i in range(2000)))
+    answer = analyze(data, "--run", small_disk / "r1")
+    assert answer.status == 1
+    assert os.strerror(errno.ENOSPC).lower() in answer.err
+    assert "hint:" in answer.err
+    assert not list(small_disk.rglob("*.arrow"))
+    assert not (small_disk / "r1").exists()
+
+
+def trained(folder: Path) -> None:
+    """Make the run one whose training is done."""
+    with Run.open(folder).edit() as manifest:
+        manifest.train = TrainTable(
+            status="done", started="2026-01-01T00:00:00Z", engine="reference", versions={}, made_from="x", steps=1,
+            trainable_parameters=1, estimated_seconds=1, estimated_peak_memory=1,
+        )  # fmt: skip
+
+
+def test_a_trained_run_is_not_changed_unasked(analyze: Analyze, tmp_path: Path) -> None:
+    data, folder = tiny.chats(tmp_path / "chats.jsonl"), tmp_path / "r1"
+    assert analyze(data, "--run", folder).status == 0
+    trained(folder)
+    assert analyze(data, "--run", folder).json["up_to_date"] is True
+    tiny.chats(data, 50)
+    before = snapshot(folder)
+    answer = analyze(data, "--run", folder)
+    assert answer.status == 2
+    assert "has been trained" in answer.err
+    assert "--force" in answer.err
+    assert snapshot(folder) == before
+    assert analyze(data, "--run", folder, "--force").json["analysis"]["examples"] == 50
+
+
+def test_a_running_step_is_not_disturbed(analyze: Analyze, tmp_path: Path) -> None:
+    data, folder = tiny.chats(tmp_path / "chats.jsonl"), tmp_path / "r1"
+    assert analyze(data, "--run", folder).status == 0
+    tiny.chats(data, 50)
+    with Run.open(folder).step("train"):
+        answer = analyze(data, "--run", folder)
+    assert answer.status == 1
+    assert "`train` is running" in answer.err
+
+
+def test_a_round_reuses_rows_and_keeps_what_was_held_out(analyze: Analyze, tmp_path: Path) -> None:
+    old, folder = tiny.chats(tmp_path / "old.jsonl", 60), tmp_path / "r1"
+    template = tmp_path / "t.jinja"
+    template.write_text(tiny.CHATML + "{# another #}")
+    assert analyze(old, "--run", folder, "--max-seq-length", 500, "--chat-template", template).status == 0
+    first = TokenStore.open(folder / "tokens")
+    new = lines(
+        tmp_path / "new.jsonl",
+        *(chat(f"new {i}", "answer") for i in range(200)),
+        # the held-out prompts again, with other answers
+        *(
+            {"messages": [m if m["role"] == "user" else {**m, "content": "other"} for m in e["messages"]]}
+            for e, held_out in zip(map(json.loads, old.read_text().splitlines()), first.held_out, strict=True)
+            if held_out
+        ),
+    )
+    answer = analyze(new, old, "--run", tmp_path / "r2", "--parent", folder, "--continue", model=None)
+    assert answer.status == 0, answer.err
+    run, second = Run.open(tmp_path / "r2"), TokenStore.open(tmp_path / "r2" / "tokens")
+    manifest = run.manifest
+    assert manifest.model and manifest.data and manifest.analysis  # noqa: PT018
+    assert (manifest.run.parent, manifest.run.continues) == ("../r1", True)
+    assert manifest.data.max_seq_length == 500
+    assert (run.root / manifest.model.chat_template.file).read_text() == template.read_text()
+    assert manifest.analysis.reused == 60
+    held_out = set(first.prompt_keys[first.held_out])
+    assert held_out
+    assert not held_out & set(second.prompt_keys[~second.held_out])
+    assert sum(key in held_out for key in second.prompt_keys) == 2 * first.held_out.sum()
+    for i in range(60):  # the old rows are the same documents
+        (a, b), (c, d) = first.document(i), second.document(len(second) - 60 + i)
+        assert (a.tolist(), b.tolist()) == (c.tolist(), d.tolist())
+    assert analyze(new, old, "--run", tmp_path / "r2", "--parent", folder, "--continue", model=None).json["up_to_date"]
+    assert analyze(new, old, "--run", tmp_path / "r2", model=None).json["up_to_date"]  # the parent is remembered
+    assert Run.open(tmp_path / "r2").manifest.run == manifest.run
+
+
+def test_a_grandchild_keeps_what_the_first_round_held_out(analyze: Analyze, tmp_path: Path) -> None:
+    old = tiny.chats(tmp_path / "old.jsonl", 30)
+    other = lines(tmp_path / "other.jsonl", *(chat(f"other {i}", "x") for i in range(30)))
+    runs = [tmp_path / name for name in ("r1", "r2", "r3")]
+    assert analyze(old, "--run", runs[0], "--eval-fraction", 0.3).status == 0
+    assert analyze(other, "--run", runs[1], "--parent", runs[0], "--eval-fraction", 0.02).status == 0
+    assert analyze(old, other, "--run", runs[2], "--parent", runs[1]).status == 0
+    first, _, third = (TokenStore.open(run / "tokens") for run in runs)
+    once = set(first.prompt_keys[first.held_out].tolist())
+    assert len(once) >= 5
+    assert once <= set(third.prompt_keys[third.held_out].tolist())
+    assert third.held_out.sum() < 15  # the fraction itself came down
+
+
+def start(folder: Path, data: Path, model: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "sparkctl", "analyze", str(data), "--run", str(folder), "--model", str(model)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(folder.glob(".tokens.*.tmp/rows.arrow")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+def test_interrupted_or_killed_it_leaves_nothing_half_written(
+    analyze: Analyze, tmp_path: Path, qwen35_folder: Path
+) -> None:
+    data = lines(tmp_path / "big.jsonl", *(chat(f"question {i}", "word " * 300) for i in range(20_000)))
+    process = start(tmp_path / "r1", data, qwen35_folder)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert not (tmp_path / "r1").exists()
+    process = start(tmp_path / "r2", data, qwen35_folder)
+    process.kill()
+    process.communicate(timeout=30)
+    assert not (tmp_path / "r2" / "tokens").exists()
+    few = tiny.chats(tmp_path / "chats.jsonl")
+    assert analyze(few, "--run", tmp_path / "r2").json["analysis"]["examples"] == 40
+    assert not list((tmp_path / "r2").glob(".tokens*"))
+
+
+def test_memory_does_not_follow_the_file(tmp_path: Path, qwen35_folder: Path) -> None:
+    peaks = []
+    for count in (4_000, 40_000):
+        data = lines(tmp_path / f"{count}.jsonl", *(chat(f"question {i}", "word " * 20) for i in range(count)))
+        script = (
+            "import resource, sys; from sparkctl.cli.app import run; assert run(sys.argv[1:]) == 0\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        arguments = [
+            "analyze",
+            str(data),
+            "--run",
+            str(tmp_path / f"r{count}"),
+            "--model",
+            str(qwen35_folder),
+            "--json",
+        ]
+        command = [sys.executable, "-c", script, *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(result.stdout.splitlines()[-1]))
+    assert peaks[1] < 1.05 * peaks[0], peaks
