@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -85,9 +86,9 @@ def staged_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
     sync_folder(final.parent)
 
 
-def sweep_stages(folder: Path) -> None:
-    """Remove what killed writers left in `folder`. Call it only while holding the run's step lock."""
-    for path in folder.glob(".*.tmp"):
+def sweep_stages(folder: Path, name: str = "") -> None:
+    """Remove what killed writers left in `folder`, of `name` alone where given. Only while holding the step lock."""
+    for path in folder.glob(f".{glob.escape(name)}.*.tmp" if name else ".*.tmp"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -55,7 +55,7 @@ def rows(title: str, *pairs: tuple[str, object]) -> Table:
     """A two-column table of names and values."""
     table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
-    table.add_column()
+    table.add_column(overflow="fold")  # a path is wrapped, never cut
     for name, value in pairs:
         table.add_row(name, str(value))
     return table

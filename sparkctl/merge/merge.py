@@ -1,0 +1,153 @@
+"""The trained model in the base checkpoint's own form: same shards, names, dtypes and headers, other numbers.
+
+A shard is copied with its header; the byte ranges of the tensors that training reached are computed in fp32, a block
+of rows at a time, and rounded once. So memory is bounded by a block whatever the model's size, and every byte that
+training did not reach is the base's.
+"""
+
+# O rows of a tensor (its first axis) · I all its other axes flattened
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from sparkctl.errors import SparkError
+from sparkctl.files import staged_folder
+from sparkctl.manifest.schema import Lora
+from sparkctl.merge.companions import copy_companions
+from sparkctl.merge.updates import Update, listed, updates
+from sparkctl.model.weights import INDEX, Checkpoint, TensorFile
+from sparkctl.progress import Progress, Task, silent
+
+BLOCK = 1 << 22  # elements computed at a time: 16 MB in fp32, three such buffers at once
+SPARE = 64 << 20  # bytes of the target's file system that stay free: tokenizer, card, metadata
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge is about to write, or wrote."""
+
+    tensors: int
+    changed: Sequence[str]
+    bytes: int  # of the weights
+
+
+def prepare(base: Path, trained: Path, lora: Lora | None) -> tuple[Checkpoint, dict[str, Update]]:
+    """Base and updates, checked against each other. Raises SparkError where they do not fit."""
+    checkpoint = Checkpoint(base)
+    changes = updates(trained, checkpoint, lora, tied=_tied(base))
+    odd = [f"{name} ({checkpoint.dtype(name)})" for name in changes if checkpoint.dtype(name) not in FLOATS]
+    if odd:
+        raise SparkError(
+            f"the base stores tensors that were trained in a form that cannot be merged into: {listed(odd)}",
+            "take the unquantised model as the base",
+        )
+    return checkpoint, changes
+
+
+FLOATS = ("BF16", "F16", "F32")
+
+
+def describe(checkpoint: Checkpoint, changes: dict[str, Update]) -> Merged:
+    """Counts of the merge."""
+    size = sum(path.stat().st_size for path in checkpoint.shards())
+    return Merged(len(checkpoint.names()), list(changes), size)
+
+
+def merge_checkpoint(
+    base: Path, trained: Path, out: Path, *, lora: Lora | None, template: str | None = None, replace: bool = False,
+    finish: Callable[[Path, Merged], None] | None = None, progress: Progress = silent,
+) -> Merged:  # fmt: skip
+    """Merge the weights in `trained` (a training checkpoint's trainable.safetensors) into `base`, as folder `out`.
+
+    lora: rank and alpha; None in full fine-tuning. template: the chat template of the run. finish: writes what else
+    belongs into the folder, after the audit. Raises SparkError where the two do not fit or the audit finds anything,
+    OSError where the disk is full; `out` is then what it was.
+    """
+    from sparkctl.model.audit import audit
+
+    checkpoint, changes = prepare(base, trained, lora)
+    merged = describe(checkpoint, changes)
+    require_space(out, merged.bytes)
+    with staged_folder(out, replace=replace) as stage:
+        with progress.task("merging", merged.bytes, "B") as task:
+            write_weights(checkpoint, changes, stage, task)
+        copy_companions(base, stage, template)
+        if problems := audit(stage):
+            raise SparkError(
+                f"the merged checkpoint is not whole: {'; '.join(problems)}",
+                f"the same is amiss in the base `{base}`, or this is a bug; nothing was written to `{out}`",
+            )
+        if finish:
+            finish(stage, merged)
+    return merged
+
+
+def require_space(out: Path, size: int) -> None:
+    """Raise SparkError where the file system of `out` has not `size` bytes and a little more to spare."""
+    there = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < size + min(SPARE, size):
+        raise SparkError(
+            f"`{there}` has {free / 1e6:,.1f} MB free, and the result takes {size / 1e6:,.1f} MB",
+            "free some space there, or write elsewhere with `--out FOLDER`",
+        )
+
+
+def write_weights(checkpoint: Checkpoint, changes: dict[str, Update], out: Path, task: Task) -> None:
+    """The shards by the base's names, and its index where it has one."""
+    for path in checkpoint.shards():
+        with (out / path.name).open("wb") as target:
+            _write_shard(TensorFile(path), changes, target, task)
+    index = checkpoint.folder / INDEX
+    if checkpoint.sharded:
+        (out / INDEX).write_bytes(_index(index.read_bytes(), checkpoint))
+
+
+def _write_shard(shard: TensorFile, changes: dict[str, Update], target: BinaryIO, task: Task) -> None:
+    target.write(shard.header)
+    task.advance(len(shard.header))
+    for name in shard.names():
+        if name in changes:
+            _write_changed(shard, name, changes[name], target, task)
+        else:
+            shard.copy_bytes(name, target, task.advance)
+
+
+def _write_changed(shard: TensorFile, name: str, update: Update, target: BinaryIO, task: Task) -> None:
+    """The tensor's new value, a block of rows at a time."""
+    import torch
+
+    rows = shard.shape(name)[0]
+    step = max(1, BLOCK // max(1, shard.elements(name) // rows))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        base_OI = shard.rows(name, start, stop)
+        trained_OI = update.rows(base_OI.float(), start, stop)
+        # of the two extremes, not of every value: a tenth of the time, and NaN shows in them too
+        if not torch.isfinite(torch.stack(torch.aminmax(trained_OI)).to(base_OI.dtype)).all():
+            raise SparkError(f"the merged `{name}` is not finite: NaN, or too large for {shard.dtype(name)}")
+        data = trained_OI.to(base_OI.dtype).reshape(-1).view(torch.uint8).numpy().data
+        target.write(data)
+        task.advance(data.nbytes)
+
+
+def _index(data: bytes, checkpoint: Checkpoint) -> bytes:
+    """The base's index, byte for byte where its total_size holds."""
+    values = json.loads(data)
+    total = sum(checkpoint.nbytes(name) for name in checkpoint.names())
+    if values.get("metadata", {}).get("total_size") == total:
+        return data
+    values["metadata"] = {**values.get("metadata", {}), "total_size": total}
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def _tied(base: Path) -> bool:
+    """Whether config.json shares the embedding with lm_head."""
+    config = json.loads((base / "config.json").read_bytes())
+    return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))

@@ -1,0 +1,277 @@
+"""`sparkctl merge`: a checkpoint of training as a folder to serve, or as an adapter; [merge] or [adapter].
+
+The folder itself says what it was made from (`sparkctl.json` in it), so any target can be found up to date, not the
+last one alone. A merge holds the run's step lock: it does not read a run whose training is going on.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparkctl.errors import UsageError
+from sparkctl.files import sha256_bytes, sha256_file, sweep_stages
+from sparkctl.manifest.fingerprint import fingerprint
+from sparkctl.manifest.schema import Checkpoint, MergeTable, ModelTable
+from sparkctl.manifest.store import Run, now
+from sparkctl.merge.companions import companions
+from sparkctl.merge.seal import SEAL, Seal, SealedFile, intact, read_seal, sealed_files
+from sparkctl.merge.serve import load_text_adapter, model_length, serve_adapter, serve_model
+from sparkctl.progress import Progress, silent
+from sparkctl.steps.inputs import analysed
+from sparkctl.steps.training import CHECKPOINTS, model_folder
+from sparkctl.train import state
+
+if TYPE_CHECKING:
+    from sparkctl.merge.adapter import AdapterClass
+    from sparkctl.merge.merge import Merged
+
+FORMAT = 1  # of what a merge writes: a change here makes every merged folder stale
+FOLDERS = {None: "merged", "multimodal": "adapter", "text": "adapter-text"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line of `sparkctl merge`."""
+
+    run: Path
+    checkpoint: str = "best"  # best, last or an id
+    out: Path | None = None  # None: merged/, adapter/ or adapter-text/ in the run
+    adapter: AdapterClass | None = None  # None: the whole model
+
+
+@dataclass(frozen=True)
+class Result:
+    """`serve`: the command line that puts the folder to use. Under --dry-run the folder need not be there."""
+
+    folder: Path
+    checkpoint: str
+    tensors: int
+    changed_tensors: int
+    bytes: int
+    serve: str
+    seconds: float = 0.0
+    up_to_date: bool = False
+
+
+def merge(request: Request, *, force: bool = False, dry_run: bool = False, progress: Progress = silent) -> Result:
+    """Merge the run's checkpoint. Raises SparkError or OSError where that cannot be done; the target is as it was."""
+    run = Run.open(request.run)
+    with run.step("merge"):
+        job = _decide(run, request, progress)
+        sealed = read_seal(job.out)
+        if sealed and not force and sealed.made_from == job.made_from and intact(job.out, sealed):
+            if not dry_run:
+                _record(job, sealed)
+            return job.result(sealed, up_to_date=True)
+        _check_target(job, sealed, force)
+        state.verify(job.trained)
+        if dry_run:
+            return _dry_run(job)
+        sweep_stages(job.out.parent, job.out.name)
+        return job.result(_write(job, force, progress))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A merge with everything decided."""
+
+    run: Run
+    request: Request
+    model: ModelTable
+    base: Path
+    trained: Path  # the training checkpoint
+    at: state.State
+    template: str
+    out: Path
+    made_from: str
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def target(self) -> Path:
+        """`out` in the user's own words."""
+        return self.request.out or self.request.run / FOLDERS[self.request.adapter]
+
+    @property
+    def base_source(self) -> str:
+        """The base as peft and vLLM find it on this machine."""
+        return self.model.source if self.model.revision else str(self.base)
+
+    def again(self, *options: str) -> str:
+        """The command line once more, with other options."""
+        return shlex.join(["sparkctl", "merge", str(self.request.run), *options])
+
+    def result(self, sealed: Seal, up_to_date: bool = False) -> Result:
+        """What the seal of the target says."""
+        return Result(
+            folder=self.target,
+            checkpoint=sealed.checkpoint,
+            tensors=sealed.tensors,
+            changed_tensors=sealed.changed_tensors,
+            bytes=sealed.bytes,
+            serve=_use(self, str(self.target), self.base_source),
+            seconds=sealed.seconds,
+            up_to_date=up_to_date,
+        )
+
+
+def _decide(run: Run, request: Request, progress: Progress) -> _Job:
+    """Raises UsageError where an earlier step or the checkpoint is missing."""
+    model, _, _ = analysed(run)
+    trained = _checkpoint(run, request.checkpoint, progress)
+    at = state.read_state(trained)
+    if request.adapter and at.lora is None:
+        raise UsageError(
+            f"`{run.root}` was fully fine-tuned: there is no adapter",
+            shlex.join(["sparkctl", "merge", str(request.run)]),
+        )
+    base = model_folder(run, model, progress)
+    template = (run.root / model.chat_template.file).read_bytes()
+    if sha256_bytes(template) != model.chat_template.sha256:
+        raise UsageError(
+            f"`{run.root / model.chat_template.file}` is not the template that the run was analysed with",
+            f"sparkctl analyze DATA --run {run.root} --force",
+        )
+    weights = sorted((path.name, path.stat().st_size) for path in base.glob("*.safetensors"))
+    files = {name: sha256_file(base / name) for name in companions(base)}
+    made_from = fingerprint(
+        FORMAT, state.digest(trained), weights, files, model.chat_template.sha256, request.adapter, model.source
+    )
+    out = (request.out or run.root / FOLDERS[request.adapter]).absolute()
+    return _Job(run, request, model, base, trained, at, template.decode(), out, made_from)
+
+
+def _checkpoint(run: Run, wanted: str, progress: Progress) -> Path:
+    """The training checkpoint that `wanted` means."""
+    train = run.manifest.train
+    there = {path.name: path for path in state.listed(run.root / CHECKPOINTS)}
+    if train is None:
+        raise UsageError(f"`{run.root}` has not been trained yet", f"sparkctl train {run.root}")
+    if train.status != "done":
+        progress.say(
+            f"the training stopped at step {train.step} of {train.steps}: `sparkctl resume {run.root}` ends it"
+        )
+    id = {"best": train.best_checkpoint or train.last_checkpoint, "last": train.last_checkpoint}.get(wanted, wanted)
+    if wanted == "best" and train.best_checkpoint is None and id:
+        progress.say(f"nothing was held out, so there is no best checkpoint: taking the last, {id}")
+    if id is None:
+        raise UsageError(f"`{run.root}` has no checkpoint yet", f"sparkctl resume {run.root}")
+    if id not in there:
+        raise UsageError(
+            f"no checkpoint `{id}` in `{run.root}`; there: {', '.join(there) or 'none'}", "name one of them"
+        )
+    return there[id]
+
+
+def _check_target(job: _Job, sealed: Seal | None, force: bool) -> None:
+    """Raise UsageError where the target exists, unless it is a merge's and `force` replaces it."""
+    out, root = job.out, job.run.root
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UsageError(f"`{job.target}` is a file", job.again("--out", "FOLDER"))
+    if not any(out.iterdir()):
+        return
+    if sealed is None:
+        raise UsageError(f"`{job.target}` exists, and no merge wrote it", job.again("--out", "FOLDER"))
+    if not force:
+        stale = sealed.run == job.run.manifest.run.id and sealed.made_from != job.made_from
+        what = f"was made from {sealed.checkpoint}, or from another base" if stale else "exists already"
+        raise UsageError(f"`{job.target}` {what}", f"{job.again('--force')} to replace it, or `--out FOLDER`")
+    if root.is_relative_to(out.resolve()) or job.base.resolve().is_relative_to(out.resolve()):
+        raise UsageError(f"`{job.target}` holds what the merge reads", job.again("--out", "FOLDER"))
+
+
+def _dry_run(job: _Job) -> Result:
+    from sparkctl.merge.merge import describe, prepare
+
+    merged = describe(*prepare(job.base, job.trained / state.TRAINABLE, job.at.lora))
+    return job.result(_seal(job, merged, {}))
+
+
+def _write(job: _Job, force: bool, progress: Progress) -> Seal:
+    """The folder, then the manifest."""
+    from sparkctl.merge.adapter import write_adapter
+    from sparkctl.merge.merge import merge_checkpoint
+
+    seals: list[Seal] = []
+
+    def finish(stage: Path, merged: Merged) -> None:
+        (stage / "README.md").write_text(_card(job, merged), encoding="utf-8")
+        seals.append(_seal(job, merged, sealed_files(stage)))
+        (stage / SEAL).write_text(seals[0].model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    replace, trained = force or job.out.exists(), job.trained / state.TRAINABLE
+    if job.request.adapter and job.at.lora:
+        write_adapter(
+            job.base, trained, job.out, lora=job.at.lora, kind=job.request.adapter, source=job.base_source,
+            revision=job.model.revision, replace=replace, finish=finish, progress=progress,
+        )  # fmt: skip
+    else:
+        merge_checkpoint(
+            job.base, trained, job.out, lora=job.at.lora, template=job.template, replace=replace, finish=finish,
+            progress=progress,
+        )  # fmt: skip
+    _record(job, seals[0])
+    return seals[0]
+
+
+def _seal(job: _Job, merged: Merged, files: dict[str, SealedFile]) -> Seal:
+    return Seal(
+        made_from=job.made_from,
+        run=job.run.manifest.run.id,
+        checkpoint=job.trained.name,
+        tensors=merged.tensors,
+        changed_tensors=len(merged.changed),
+        bytes=merged.bytes,
+        seconds=round(time.monotonic() - job.started, 3),
+        created=now(),
+        files=files,
+    )
+
+
+def _record(job: _Job, sealed: Seal) -> None:
+    """[merge] or [adapter], and the merged model among [[checkpoints]]; nothing where they say so already."""
+    path = job.run.relative(job.out)
+    table = MergeTable(
+        checkpoint=sealed.checkpoint, folder=path, tensors=sealed.tensors, changed_tensors=sealed.changed_tensors,
+        bytes=sealed.bytes, seconds=sealed.seconds, created=sealed.created, made_from=sealed.made_from,
+    )  # fmt: skip
+    entry = Checkpoint(
+        id=f"merged-{job.at.step:06d}", kind="merged", parent=job.trained.name, path=path, step=job.at.step,
+        created=sealed.created, digest=sealed.digest, eval_loss=job.at.eval_loss,
+    )  # fmt: skip
+    before = job.run.manifest
+    if table == (before.adapter if job.request.adapter else before.merge):
+        return
+    with job.run.edit() as manifest:
+        if job.request.adapter:
+            manifest.adapter = table
+            return
+        manifest.merge = table
+        others = [c for c in manifest.checkpoints if c.id != entry.id and (c.kind != "merged" or c.path != path)]
+        manifest.checkpoints = [*others, entry]
+
+
+def _card(job: _Job, merged: Merged) -> str:
+    from sparkctl.manifest.lineage import ancestors
+    from sparkctl.merge.card import Made, base_name, card
+
+    checkpoint = job.run.manifest.checkpoint(job.trained.name)
+    assert checkpoint
+    use = _use(job, ".", base_name(job.model))
+    made = Made(job.request.adapter, checkpoint, merged.changed, merged.tensors, job.at.lora, use)
+    return card(made, [job.run.manifest, *(run.manifest for run in ancestors(job.run))])
+
+
+def _use(job: _Job, folder: str, base: str) -> str:
+    """The command that serves `folder`."""
+    name, length = job.run.manifest.run.name, model_length(job.base, analysed(job.run)[2].max)
+    if job.at.lora is None or job.request.adapter is None:
+        return serve_model(folder, name, length)
+    if job.request.adapter == "text" and job.model.model_type == "qwen3_5":
+        return load_text_adapter(base, folder)
+    return serve_adapter(base, folder, name, length, job.at.lora.r)
