@@ -358,28 +358,17 @@ def test_a_gate_without_a_parent_is_refused_before_training(say: Say, run: Run) 
     assert not (run.root / "metrics.jsonl").exists()
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A small disk that a run fits on."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("what", ["checkpoint", "metrics", "manifest"])
 def test_a_full_disk_while_training(
-    say: Say, disk: Path, llama_folder: Path, straight: Run, monkeypatch: pytest.MonkeyPatch, what: str
+    say: Say, small_disk: Path, llama_folder: Path, straight: Run, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """The disk fills up at a step; later, with space again, the training goes on as if nothing had been."""
-    run = ready.run(disk / "run", llama_folder, count=24)
-    filler = disk / "filler"
+    run = ready.run(small_disk / "run", llama_folder, count=24)
+    filler = small_disk / "filler"
 
     def fill() -> None:
         spare = 24_576 if what == "checkpoint" else 0  # a line and a manifest still fit
-        filler.write_bytes(b"x" * (shutil.disk_usage(disk).free - spare))
+        filler.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - spare))
 
     def wrap(owner: Any, name: str, *, after: bool = False) -> None:
         original = getattr(owner, name)

@@ -130,7 +130,8 @@ def main(folder: Path, model: Path, count: int, seed: int) -> dict[str, Any]:
     for n, (at, when) in enumerate(moments(calls, count, seed)):
         root = copy(f"killed{n}")
         status = forked(partial(killed, train, root, at, when))
-        began = Run.open(root).manifest.train is not None
+        left = Run.open(root).manifest.train
+        began = left is not None
         again = began and n % 3 == 0  # the resumption is killed too, where it lives that long
         twice = forked(partial(killed, resume, root, at // 2, when)) if again else None
         resumed = forked(partial(resume if began else train, root))
@@ -138,7 +139,8 @@ def main(folder: Path, model: Path, count: int, seed: int) -> dict[str, Any]:
         different = [key for key in wanted if got.get(key) != wanted[key]]
         entries = [entry.reason for entry in Run.open(root).manifest.resumes]
         report.append(
-            {"at": at, "call": calls[at], "when": when, "killed": status, "twice": twice, "began": began,
+            {"at": at, "call": calls[at], "when": when, "killed": status, "twice": twice,
+             "left": left.status if left else None,
              "resumed": resumed, "different": different, "resumes": entries}
         )  # fmt: skip
     return {"calls": len(calls), "steps": len([line for line in wanted["lines"] if "loss" in line]), "moments": report}
