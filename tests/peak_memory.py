@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from sparkctl.data.batches import Document, Pack
+from sparkctl.model.plain import plain_layers
 from sparkctl.train.engines.reference import ReferenceEngine
 from sparkctl.train.optim import Optimizer
 
@@ -39,6 +40,7 @@ def build(kind: str, mode: str) -> tuple[Any, dict[str, torch.nn.Parameter], dic
     hybrid = kind == "qwen3_5"
     config = Qwen3_5TextConfig(**SIZES, **RULE, num_hidden_layers=8) if hybrid else AutoConfig.for_model(kind, **SIZES, num_hidden_layers=6)  # fmt: skip  # noqa: E501
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if mode == "lora" else torch.float32)
+    plain_layers(model)  # an installed fla would need a GPU
     if mode == "lora":
         targets = {name.rpartition(".")[2] for name, _ in model.named_modules()} & PROJECTIONS
         get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))

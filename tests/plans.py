@@ -10,6 +10,8 @@ import numpy as np
 
 from sparkctl.hardware.shape import Shape
 from sparkctl.manifest.schema import AnalysisTable, Choices, Histogram, Machine, ModelTable
+from sparkctl.model import catalog, families
+from sparkctl.model.families import Count
 from sparkctl.plan.estimates import Model
 from sparkctl.plan.request import Situation, Wishes
 
@@ -19,32 +21,23 @@ SPARK = Machine(name="NVIDIA GB10", device="cuda", capability="12.1", memory=115
 H200 = Machine(name="NVIDIA H200", device="cuda", capability="9.0", memory=140 * GB, cores=16)
 CPU = Machine(name="a processor", device="cpu", capability=None, memory=24 * GB, cores=2)
 
-# hidden, layers, heads, kv heads, value heads, FFN, tied, all parameters, text parameters, LoRA parameters with r = 1
-SIZES: dict[str, tuple[Any, ...]] = {
-    "0.8b": (1024, 24, 8, 2, 16, 3584, True, 0.853e9, 752_393_024, 638_976),
-    "2b": (2048, 24, 8, 2, 16, 6144, True, 2.213e9, 1_881_825_088, 976_896),
-    "4b": (2560, 32, 16, 4, 32, 9216, True, 4.539e9, 4_205_751_296, 1_904_640),
-    "9b": (4096, 32, 16, 4, 32, 12288, False, 9.410e9, 8_953_803_264, 2_506_752),
-    "27b": (5120, 64, 24, 4, 48, 17408, False, 27.357e9, 26_895_998_464, 6_799_360),
-}
-
 
 def config(size: str) -> dict[str, Any]:
-    """The text part of a published config.json."""
-    hidden, layers, heads, kv_heads, value_heads, ffn, tied, *_ = SIZES[size]
-    text = dict(
-        model_type="qwen3_5_text", hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        head_dim=256, num_key_value_heads=kv_heads, linear_num_key_heads=16, linear_num_value_heads=value_heads,
-        vocab_size=248320, linear_key_head_dim=128, linear_value_head_dim=128, intermediate_size=ffn,
-        full_attention_interval=4,
-    )  # fmt: skip
-    return dict(model_type="qwen3_5", text_config=text, tie_word_embeddings=tied)
+    """A published config.json, by its size: "2b"."""
+    return catalog.config(f"qwen3.5-{size}")
+
+
+def count(size: str) -> Count:
+    """What that config.json amounts to."""
+    return families.count("qwen3_5", config(size), Path("config.json"))
 
 
 def model(size: str) -> Model:
     """The model's numbers."""
-    *_, parameters, text, adapters = SIZES[size]
-    return Model(Shape.from_config(config(size), int(text)), int(text), int(adapters), 2 * int(parameters))
+    of = count(size)
+    return Model(
+        Shape.from_config(of.config, of.text_parameters), of.text_parameters, of.adapter_width, 2 * of.parameters
+    )
 
 
 @dataclass
@@ -84,7 +77,7 @@ def analysis(store: Store, **other: Any) -> AnalysisTable:
 def table(size: str) -> ModelTable:
     """[model]."""
     return ModelTable(
-        source="model", config_sha256=f"config of {size}", model_type="qwen3_5", parameters=int(SIZES[size][7]),
+        source="model", config_sha256=f"config of {size}", model_type="qwen3_5", parameters=count(size).parameters,
         vocab_size=248320, tokenizer_sha256="", chat_template={"file": "chat_template.jinja", "sha256": ""},
     )  # fmt: skip
 

@@ -112,15 +112,17 @@ def _analyze(shown: Path, run: Run) -> str:
 def _model(run: Run, table: ModelTable, progress: Progress) -> Model:
     """The model's numbers, from config.json; the size of its weights where they are here, else what they will be."""
     from sparkctl.model.hub import locate
-    from sparkctl.model.inspect import full_parameters, inspect, lora_parameters, read_config
+    from sparkctl.model.inspect import full_parameters, inspect, lora_parameters
+    from sparkctl.model.served import lacking
 
     folder = locate(table.source, revision=table.revision, base=run.root, progress=progress).folder
     info = inspect(folder, allow_unknown=table.allow_unknown)
     full = full_parameters(info)
     return Model(
-        shape=Shape.from_config(read_config(folder), full),
+        shape=Shape.from_config(info.config, full),
         full=full,
         adapters_by_rank=lora_parameters(info, 1),
+        lacking=lacking(info),
         bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")) or BF16 * table.parameters,
     )
 

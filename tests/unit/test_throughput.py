@@ -34,7 +34,7 @@ def ask(machine: plans.Machine, *, mode: str = "lora", engine: str = "reference"
 
 @pytest.mark.parametrize("size", list(PUBLISHED))
 def test_the_published_table(size: str) -> None:
-    rate = from_table(plans.SPARK, plans.model(size).shape, LOAD, "native", int(plans.SIZES[size][7]))
+    rate = from_table(plans.SPARK, plans.model(size).shape, LOAD, "native", plans.count(size).parameters)
     assert rate.tokens_per_second == pytest.approx(throughput.MARGIN * PUBLISHED[size])
     assert f"{PUBLISHED[size]:,}" in rate.source
     assert "published recipe" in rate.source

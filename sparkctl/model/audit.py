@@ -1,0 +1,113 @@
+"""Whether a checkpoint's safetensors are what its config.json promises: every tensor, its shape, nothing besides.
+
+The promise is transformers' own class built on the meta device, and the MTP head's tensors, which that class leaves
+out. vLLM loads a checkpoint without `mtp.fc.weight` silently and then accepts no draft, so nothing less will do.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sparkctl.errors import SparkError
+from sparkctl.model.load import silence
+from sparkctl.model.names import LIVE, NESTED, nested_name, text_prefix
+from sparkctl.model.weights import INDEX, Layout, read_layout
+
+Shapes = dict[str, tuple[int, ...]]
+MTP = "mtp."
+
+
+def audit(folder: Path) -> list[str]:
+    """Everything that is wrong with the weights in `folder`, a sentence each; empty where nothing is."""
+    try:
+        config = dict(json.loads((folder / "config.json").read_bytes()))
+        layout = read_layout(folder)
+        promised, optional, problems = promise(folder, config)
+    except SparkError as error:
+        return [error.message]
+    except (OSError, ValueError, TypeError) as error:
+        return [f"`{folder / 'config.json'}` cannot be read ({error})"]
+    if text_prefix(promised) == LIVE and text_prefix(layout.where) == NESTED:
+        promised = {nested_name(name): shape for name, shape in promised.items()}
+    found = {name: file.shape(name) for name, file in layout.where.items()}
+    problems += layout.problems + _index_problems(folder, layout)
+    problems += [
+        f"config.json promises `{name}`, and it is missing"
+        for name in promised
+        if name not in found and name not in optional
+    ]
+    for name, shape in found.items():
+        if name not in promised:
+            problems.append(f"`{name}` is there, and config.json does not promise it")
+        elif shape != promised[name]:
+            problems.append(f"`{name}` has shape {list(shape)}, and config.json promises {list(promised[name])}")
+    return problems
+
+
+def promise(folder: Path, config: dict[str, Any]) -> tuple[Shapes, set[str], list[str]]:
+    """(tensors with their shapes, those of them that may be left out, what is wrong with the promise itself).
+
+    Raises SparkError where config.json describes no model that transformers knows.
+    """
+    import torch
+
+    with torch.device("meta"):
+        model = _build(folder)
+    promised: Shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(model.all_tied_weights_keys)  # shared with another tensor, so that one copy is enough
+    text = config.get("text_config") or config
+    layers = text.get("mtp_num_hidden_layers") or 0
+    if layers > 1:
+        return promised, tied, [f"config.json promises {layers} layers of MTP head (mtp_num_hidden_layers), not 1"]
+    if layers and text.get("mtp_use_dedicated_embeddings"):
+        return promised, tied, ["config.json promises an MTP head with embeddings of its own, which is unknown here"]
+    return promised | (mtp_shapes(model, text) if layers else {}), tied, []
+
+
+def mtp_shapes(model: Any, text: dict[str, Any]) -> Shapes:
+    """The 15 tensors of the MTP head: one full-attention layer like the model's own, a projection and three norms."""
+    hidden = int(text["hidden_size"])
+    layers = model.get_decoder().layers
+    layer = next(layer for layer in layers if hasattr(layer, "self_attn"))
+    norms = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+    return {
+        f"{MTP}fc.weight": (hidden, 2 * hidden),
+        **{f"{MTP}{norm}.weight": (hidden,) for norm in norms},
+        **{f"{MTP}layers.0.{name}": tuple(tensor.shape) for name, tensor in layer.state_dict().items()},
+    }
+
+
+def _build(folder: Path) -> Any:
+    """The class that config.json names, or that transformers takes for its type; without weights."""
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with silence():
+            config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            named = [getattr(transformers, name, None) for name in config.architectures or ()]
+            if named and named[0] is not None:
+                return named[0](config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever transformers stumbles over in a config, it means the same here
+        raise SparkError(f"config.json describes no model that transformers can build ({error})") from error
+
+
+def _index_problems(folder: Path, layout: Layout) -> list[str]:
+    """What the index counts wrongly, and what the shards hold beyond it."""
+    if not layout.sharded:
+        return []
+    problems = [
+        f"`{file.path.name}` holds `{name}`, which the index does not place there"
+        for file in layout.shards
+        for name in file.names()
+        if layout.where.get(name) is not file
+    ]
+    metadata = json.loads((folder / INDEX).read_bytes()).get("metadata")
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    total = sum(file.nbytes(name) for name, file in layout.where.items())
+    if stated != total and not layout.problems:
+        problems.append(f"the index states a total_size of {stated} bytes, and its tensors take {total}")
+    return problems
