@@ -59,7 +59,7 @@ class Run:
             parent=link,
             continues=continues,
         )
-        run = cls(root, Manifest(schema=SCHEMA, run=table))
+        run = cls(root, Manifest(schema_=SCHEMA, run=table))
         with run._manifest_lock():
             run._write(run.manifest)
         return run

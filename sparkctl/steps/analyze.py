@@ -27,9 +27,8 @@ from sparkctl.steps.inputs import Inputs, Request, analysed, gather
 
 if TYPE_CHECKING:
     from sparkctl.data.chat import ChatFormat
-    from sparkctl.model.inspect import ModelInfo
-
     from sparkctl.data.ingest import Earlier, Tally
+    from sparkctl.model.inspect import ModelInfo
 
 TOKENS = "tokens"
 TEMPLATE = "chat_template.jinja"

@@ -21,9 +21,9 @@ from typing import Any
 
 import ready
 import torch
-from sparkctl.model.weights import ShardWriter
 
 from sparkctl.manifest.store import Run
+from sparkctl.model.weights import ShardWriter
 from sparkctl.steps.resume import resume
 from sparkctl.steps.train import train
 from sparkctl.train.engines.reference import ReferenceEngine

@@ -1,0 +1,146 @@
+"""Bad lines, bad files, bad models and wrong usage: `sparkctl analyze` names them and leaves what was there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from analyzing import Analyze, chat, lines, snapshot
+
+
+def test_skip_bad_counts_and_shows_five(analyze: Analyze, tmp_path: Path) -> None:
+    data = lines(tmp_path / "d.jsonl", *["{broken"] * 7, *[chat(f"q{i}", "a") for i in range(12)])
+    answer = analyze(data, "--run", tmp_path / "r1", "--skip-bad")
+    assert answer.status == 0
+    assert answer.json["data"]["dropped"]["bad_lines"] == 7
+    assert len(answer.json["bad_lines"]) == answer.err.count("skipped:") == 5
+    assert "d.jsonl:1" in answer.err
+
+
+BAD_LINES = {
+    "broken JSON": '{"messages": [',
+    "no object": "[1, 2]",
+    "no messages": {"text": "hello"},
+    "empty messages": {"messages": []},
+    "unknown role": {"messages": [{"role": "wizard", "content": "x"}, {"role": "assistant", "content": "y"}]},
+    "image part": {
+        "messages": [
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            {"role": "assistant", "content": "y"},
+        ]
+    },
+    "no assistant turn": {"messages": [{"role": "user", "content": "x"}]},
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES.keys())
+def test_a_bad_line_is_named_and_leaves_nothing(analyze: Analyze, tmp_path: Path, line: Any) -> None:
+    data = lines(tmp_path / "d.jsonl", chat("a", "b"), line)
+    answer = analyze(data, "--run", tmp_path / "r1")
+    assert answer.status in (1, 2)
+    assert "error:" in answer.err
+    assert "d.jsonl:2" in answer.err
+    assert "hint:" in answer.err
+    assert answer.json["ok"] is False
+    assert not (tmp_path / "r1").exists()
+
+
+def test_bytes_that_are_not_utf8_are_named(analyze: Analyze, tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_bytes(json.dumps(chat("a", "b")).encode() + b'\n{"messages": "\xff\xfe"}\n')
+    answer = analyze(data, "--run", tmp_path / "r1")
+    assert answer.status in (1, 2)
+    assert "d.jsonl:2" in answer.err
+    assert "UTF-8" in answer.err
+
+
+def test_missing_and_empty_files(analyze: Analyze, tmp_path: Path) -> None:
+    missing = analyze(tmp_path / "none.jsonl", "--run", tmp_path / "r1")
+    assert missing.status == 2
+    assert "no file" in missing.err
+    (tmp_path / "empty.jsonl").touch()
+    empty = analyze(tmp_path / "empty.jsonl", "--run", tmp_path / "r1")
+    assert empty.status == 1
+    assert "is empty" in empty.err
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    blank = analyze(tmp_path / "blank.jsonl", "--run", tmp_path / "r1")
+    assert blank.status == 1
+    assert all("hint:" in answer.err for answer in (missing, empty, blank))
+    assert not (tmp_path / "r1").exists()
+
+
+def test_a_failure_leaves_an_earlier_analysis_as_it_was(analyze: Analyze, tmp_path: Path) -> None:
+    data, folder = tiny.chats(tmp_path / "chats.jsonl"), tmp_path / "r1"
+    assert analyze(data, "--run", folder).status == 0
+    before = snapshot(folder)
+    data.write_text(data.read_text() + "{broken\n")
+    assert analyze(data, "--run", folder).status == 1
+    after = snapshot(folder)
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert changed <= {".step.json"}
+
+
+def test_a_folder_that_was_there_keeps_its_files(analyze: Analyze, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    data = lines(tmp_path / "d.jsonl", "{broken")
+    assert analyze(data, "--run", folder).status == 1
+    assert snapshot(folder) == {"notes.txt": b"mine"}
+
+
+def changed_model(folder: Path, source: Path, change: Callable[[Path], object]) -> Path:
+    shutil.copytree(source, folder)
+    change(folder)
+    return folder
+
+
+def test_models_that_do_not_serve(analyze: Analyze, tmp_path: Path, qwen35_folder: Path) -> None:
+    data = tiny.chats(tmp_path / "chats.jsonl")
+
+    def small_embedding(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"]["vocab_size"] = 100
+        (folder / "config.json").write_text(json.dumps(config))
+
+    bare = changed_model(tmp_path / "bare", qwen35_folder, lambda folder: tiny.tokenizer(folder, None))
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    small = changed_model(tmp_path / "small", qwen35_folder, small_embedding)
+    (tmp_path / "no-model").mkdir()
+    for model, message in (
+        (tmp_path / "no-model", "no-model"),
+        (bare, "template"),
+        (small, "the tokenizer of"),
+    ):
+        answer = analyze(data, "--run", tmp_path / "r1", model=model)
+        assert answer.status in (1, 2), model
+        assert message in answer.err
+        assert "hint:" in answer.err
+        assert not (tmp_path / "r1").exists()
+    template = tmp_path / "my.jinja"
+    template.write_text(tiny.CHATML)
+    assert analyze(data, "--run", tmp_path / "r1", "--chat-template", template, model=bare).status == 0
+    absent = analyze(data, "--run", tmp_path / "r2", "--chat-template", tmp_path / "none.jinja", model=bare)
+    assert absent.status == 2
+    assert "no file" in absent.err
+
+
+def test_wrong_usage_is_said(analyze: Analyze, tmp_path: Path) -> None:
+    data = tiny.chats(tmp_path / "chats.jsonl")
+    for arguments, message in (
+        ([data, "--run", tmp_path / "r1"], "which model to train"),
+        ([data, "--run", tmp_path / "r1", "--continue"], "--parent"),
+        ([data, "--run", tmp_path / "r1", "--parent", tmp_path / "none"], "is not a run"),
+        ([data, "--run", tmp_path / "r1", "--parent", tmp_path / "r1"], "its own parent"),
+        ([data, "--run", data, "--model", "x"], ""),
+        (["--run", tmp_path / "r1"], "missing argument"),
+    ):
+        answer = analyze(*arguments, model=None)
+        assert answer.status == 2, arguments
+        assert message in answer.err
+        assert not (tmp_path / "r1").exists()
