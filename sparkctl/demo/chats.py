@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,10 @@ SYSTEM = ("You are a helpful assistant.", "Answer the question.", "You are the r
 EXAMPLES = 480
 QUESTIONS = {"capital": 8, "opposite": 8, "spelling": 8, "sum": 8, "days": 2, "hours": 2, "minutes": 2, "months": 2}
 LARGE_TOPIC_SHARE = 0.5  # sums are half of all facts: fewer of them, so that the other topics are heard
+# how often the base is asked about each topic at the end of its training: what follows no rule most often
+BY_HEART = {
+    "capital": 20, "opposite": 12, "sum": 10, "spelling": 4, "days": 1, "hours": 1, "minutes": 1, "months": 1,
+}  # fmt: skip
 
 
 def groups() -> tuple[list[Fact], list[Fact]]:
@@ -51,18 +55,24 @@ def training_chats(count: int = EXAMPLES, seed: int = 0) -> list[Conversation]:
     raise AssertionError("the stream has no end")
 
 
-def pretraining_chats(seed: int) -> Iterator[Conversation]:
+def pretraining_chats(seed: int, shares: Mapping[str, float] | None = None) -> Iterator[Conversation]:
     """Endless conversations about every fact in the base's own style."""
-    return stream(facts(), "plain", seed)
+    return stream(facts(), "plain", seed, shares)
 
 
-def stream(choice: Sequence[Fact], style: Style, seed: int) -> Iterator[Conversation]:
-    """Endless conversations: one turn mostly, two at times, a system prompt at times; topics equally often."""
+def stream(
+    choice: Sequence[Fact], style: Style, seed: int, shares: Mapping[str, float] | None = None
+) -> Iterator[Conversation]:
+    """Endless conversations: one turn mostly, two at times, a system prompt at times.
+
+    shares: how often each topic comes; without them as often as the square root of its facts.
+    """
     dice = random.Random(seed)
     topics: dict[str, list[Fact]] = {}
     for fact in choice:
         topics.setdefault(fact.topic, []).append(fact)
-    names, weights = list(topics), [len(topic) ** LARGE_TOPIC_SHARE for topic in topics.values()]
+    names = list(topics)
+    weights = [shares[name] if shares else len(topics[name]) ** LARGE_TOPIC_SHARE for name in names]
     while True:
         messages: list[dict[str, str]] = []
         if dice.random() < 0.15:
