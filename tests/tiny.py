@@ -33,6 +33,34 @@ def tokenizer(folder: Path, template: str | None = CHATML) -> None:
     wrapped.save_pretrained(folder)
 
 
+def text_settings(**changes: object) -> dict:
+    """The tiny Qwen3.5's text part; `changes` go into it, those of its rotary embedding too."""
+    rope = dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.5, mrope_section=[2, 1, 1],
+                mrope_interleaved=True)  # fmt: skip
+    rope |= {name: changes.pop(name) for name in list(changes) if name in rope}
+    return dict(
+        vocab_size=272, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+        linear_value_head_dim=8, full_attention_interval=4, tie_word_embeddings=True, eos_token_id=258,
+        mtp_num_hidden_layers=1, mtp_use_dedicated_embeddings=False, max_position_embeddings=4096, rope_parameters=rope,
+    ) | changes  # fmt: skip
+
+
+def hybrid(folder: Path, *, seed: int = 0, **changes: object) -> Path:
+    """A text-only Qwen3.5 without an MTP head, random, of any widths."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(Qwen3_5TextConfig(**text_settings(**changes)), dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.normal_(std=0.3 if "embed" in name else 0.1 if value.ndim < 2 else value.shape[-1] ** -0.5)
+    model.save_pretrained(folder)
+    tokenizer(folder)
+    return folder
+
+
 def qwen35(folder: Path, *, seed: int = 0, max_shard_size: str = "60KB", template: str | None = CHATML) -> Path:
     """A multimodal Qwen3.5 of about 0.2 M parameters in at least three shards."""
     import torch
@@ -40,14 +68,7 @@ def qwen35(folder: Path, *, seed: int = 0, max_shard_size: str = "60KB", templat
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
     torch.manual_seed(seed)
-    text = dict(
-        vocab_size=272, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
-        linear_value_head_dim=8, full_attention_interval=4, tie_word_embeddings=True, eos_token_id=258,
-        mtp_num_hidden_layers=1, mtp_use_dedicated_embeddings=False, max_position_embeddings=4096,
-        rope_parameters=dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.5, mrope_section=[2, 1, 1],
-                             mrope_interleaved=True),
-    )  # fmt: skip
+    text = text_settings()
     vision = dict(
         depth=2, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=32, num_position_embeddings=16,
         patch_size=4, spatial_merge_size=2, temporal_patch_size=2,
@@ -105,17 +126,20 @@ def mtp_tensors(*, hidden: int, heads: int, kv_heads: int, head_dim: int, ffn: i
     return {n: (0.1 * torch.randn(s, generator=generator)).bfloat16() for n, s in shapes.items()}
 
 
-def dense(folder: Path, family: str = "llama", *, seed: int = 0, template: str | None = CHATML) -> Path:
-    """A tiny llama, mistral, qwen2 or qwen3 of one shard."""
+def dense(
+    folder: Path, family: str = "llama", *, seed: int = 0, template: str | None = CHATML, **changes: object
+) -> Path:
+    """A tiny llama, mistral, qwen2 or qwen3 of one shard; `changes` go into its config."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(
-        family, vocab_size=272, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    settings = dict(
+        vocab_size=272, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=4096, eos_token_id=258, bos_token_id=256,
         tie_word_embeddings=family in ("llama", "qwen2"),
     )  # fmt: skip
+    config = AutoConfig.for_model(family, **settings | changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
         for name, value in model.named_parameters():

@@ -14,7 +14,7 @@ from sparkctl.cli import console
 from sparkctl.errors import Interrupted, SparkError, UsageError
 
 # a command's file in sparkctl/cli, in the order that --help shows
-COMMANDS = ("analyze", "recommend", "train", "resume", "merge", "show", "demo")
+COMMANDS = ("analyze", "recommend", "train", "resume", "merge", "verify", "bench", "show", "demo")
 
 BUG = 70
 INTERRUPTED = 130

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sparkctl.cli import console
-from sparkctl.cli.options import DryRunOpt, JsonOpt, RunArg
+from sparkctl.cli.options import DryRunOpt, JsonOpt, RunArg, SlowOpt
 from sparkctl.cli.train import trained
 
 
@@ -21,6 +21,7 @@ def resume(
     checkpoint: Annotated[
         str | None, typer.Option("--from", metavar="ID", help="Go on from this checkpoint, not from the newest.")
     ] = None,
+    allow_slow: SlowOpt = False,
     json: JsonOpt = False,
     dry_run: DryRunOpt = False,
 ) -> None:
@@ -28,7 +29,7 @@ def resume(
     from sparkctl.steps.resume import resume as work
 
     progress = console.progress()
-    result = work(run, checkpoint=checkpoint, dry_run=dry_run, progress=progress)
+    result = work(run, checkpoint=checkpoint, allow_slow=allow_slow, dry_run=dry_run, progress=progress)
     if result.up_to_date:
         progress.say(f"up to date: the training of `{run}` is finished")
     elif dry_run:

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from sparkctl.cli import console
-from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, RunArg
+from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, RunArg, SlowOpt
 from sparkctl.manifest.schema import Gate, PlanTable, TrainTable
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ def register(app: typer.Typer) -> None:
 def train(
     run: RunArg,
     gate: Annotated[float | None, typer.Option("--gate", min=0, help=Gate.model_fields["limit"].description)] = None,
+    allow_slow: SlowOpt = False,
+    no_certificate: Annotated[
+        bool, typer.Option("--no-certificate", help="Begin a long training without `verify lossless`.")
+    ] = False,
     json: JsonOpt = False,
     dry_run: DryRunOpt = False,
     force: ForceOpt = False,
@@ -31,7 +35,10 @@ def train(
     from sparkctl.steps.train import train as work
 
     progress = console.progress()
-    result = work(run, gate=gate, force=force, dry_run=dry_run, progress=progress)
+    result = work(
+        run, gate=gate, allow_slow=allow_slow, certificate=not no_certificate, force=force, dry_run=dry_run,
+        progress=progress,
+    )  # fmt: skip
     if result.up_to_date:
         progress.say(f"up to date: `{run}` is trained as planned")
     human = trained(result.train) if result.train and not dry_run else planned(result.plan)

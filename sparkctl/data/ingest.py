@@ -26,7 +26,7 @@ from sparkctl.manifest.schema import Dropped
 if TYPE_CHECKING:
     from sparkctl.data.chat import ChatFormat, Encoded
 
-BATCH = 512  # examples encoded at a time: long enough to keep many cores busy, some 20 MB of rendered text and ids
+BATCH = 128  # examples encoded at a time: rendering them takes longer than 20 cores need to tokenise them
 IN_FLIGHT = 2
 SHOWN_BAD = 5
 SHOWN_MARKERS = 20

@@ -257,10 +257,30 @@ class MergeTable(Table):
 
 
 class Lossless(Table):
-    """The certificate of `verify lossless`."""
+    """The certificate of `verify lossless`. Distances are relative, from the reference computed in fp32."""
 
     passed: bool
-    worst_gradient_ratio: float
+    problems: list[str] = Field(default_factory=list, description="what was over a limit")
+    engine: EngineName
+    mode: Mode
+    device: str
+    dtype: str = Field(description="of the engine's products")
+    packs: str = Field(description="the data of step 0")
+    tensors: int = Field(description="trained tensors; small ones of all layers count as one")
+    worst_gradient_ratio: float = Field(description="of distances, the engine's over the reference's in that dtype")
+    worst_tensor: str
+    median_gradient_ratio: float
+    worst_fp32_distance: float | None = Field(None, description="of a gradient, the engine computed in fp32")
+    worst_fp32_tensor: str | None = None
+    fp32_skipped: str | None = Field(None, description="why the engine was not computed in fp32")
+    document_loss_ratio: float = Field(description="of distances, of the losses of single documents")
+    steps: int = Field(description="optimiser steps side by side")
+    course_loss: float = Field(description="distance of the loss over those steps")
+    course_loss_reference: float
+    course_norm: float = Field(description="distance of the gradient norm over those steps")
+    course_norm_reference: float
+    versions: dict[str, str]
+    seconds: float
     created: str
     made_from: str
 

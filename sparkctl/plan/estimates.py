@@ -84,12 +84,16 @@ def _most_labels(documents: Documents, pack_length: int, seed: int) -> int:
 
 @dataclass(frozen=True)
 class Model:
-    """The model's numbers: its shape, the parameters that each mode trains, bytes of its checkpoint."""
+    """The model's numbers: its shape, the parameters that each mode trains, bytes of its checkpoint.
+
+    lacking: what the native engine has nothing for in it, where there is such a thing.
+    """
 
     shape: Shape
     full: int
     adapters_by_rank: int  # LoRA parameters with r = 1: they are linear in r
     bytes: int
+    lacking: str | None = None
 
     def trainable(self, mode: Mode, r: int) -> int:
         """Parameters with gradients."""

@@ -78,8 +78,14 @@ class _Planner:
                 f"no engine `{values['engine']}` in this version, which has {', '.join(rules.AVAILABLE_ENGINES)}",
                 self._wishes.command(at.run, engine=rules.AVAILABLE_ENGINES[0]),
             )
+        if self._made.given("engine") and values["engine"] == "native" and at.model.lacking:
+            raise UsageError(
+                f"the native engine has nothing for {at.model.lacking}",
+                self._wishes.command(at.run, engine="reference"),
+            )
         here = sorted(lookup(at.machine, at.table.config_sha256, values["mode"]), key=lambda m: m.tokens_per_second)
-        engine = self._made.decide("engine", rules.engine({m.engine: m.tokens_per_second for m in here}))
+        rates = {m.engine: m.tokens_per_second for m in here}
+        engine = self._made.decide("engine", rules.engine(rates, at.model.lacking))
         self._measured = {m.pack_length: m.tokens_per_second for m in here if m.engine == engine}
 
     def _variant(self) -> Variant:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sparkctl.manifest.schema import AnalysisTable, EngineName, Mode, Schedule
 
-AVAILABLE_ENGINES: tuple[EngineName, ...] = ("reference",)  # what this version can run, the preferred first
+AVAILABLE_ENGINES: tuple[EngineName, ...] = ("native", "reference")  # what this version can run, the preferred first
 
 LORA_EXAMPLES = 50_000  # up to here LoRA learns what full fine-tuning does
 FULL_EXAMPLES, FULL_TOKENS = 100_000, 200_000_000  # from here on it lacks the room
@@ -45,14 +45,14 @@ def mode(analysis: AnalysisTable) -> Chosen:
     return Chosen("lora", f"{counted} lie {between}: LoRA, and `--mode full` is worth a try")
 
 
-def engine(rates: dict[EngineName, float]) -> Chosen:
+def engine(rates: dict[EngineName, float], lacking: str | None = None) -> Chosen:
     """The engine that was fastest on this machine; without measurements the preferred one of those there are.
 
-    rates: tokens a second measured here with this model and mode.
+    rates: tokens a second measured here with this model and mode. lacking: what keeps the native one from the model.
     """
+    if lacking:
+        return Chosen("reference", f"the native engine has nothing for {lacking}")
     known = {name: rate for name, rate in rates.items() if name in AVAILABLE_ENGINES}
-    if len(AVAILABLE_ENGINES) == 1:
-        return Chosen(AVAILABLE_ENGINES[0], "the only engine in this version")
     if len(known) > 1:
         best = max(known, key=lambda name: known[name])
         listed = ", ".join(f"{name} {rate:,.0f} tok/s" for name, rate in sorted(known.items()))

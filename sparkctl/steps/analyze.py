@@ -145,6 +145,8 @@ class _Analysis:
 
     def write(self, run: Run) -> Result:
         """Store, template and manifest, in this order: a manifest never speaks of what is not there."""
+        # imports first: where Ctrl-C meets a dataclass being made, Python ends by the signal, whatever catches it
+        import sparkctl.data.ingest  # noqa: F401
         from sparkctl.data.tokens import TokenStoreWriter
 
         with staged_folder(run.root / TOKENS, replace=True) as stage:

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import math
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from sparkctl.demo.chats import held_out_questions, training_chats, write_jsonl
-from sparkctl.errors import SparkError, UsageError
+from sparkctl.errors import UsageError
 from sparkctl.manifest.schema import Choices
 from sparkctl.manifest.store import Run
 from sparkctl.progress import Progress, silent
+from sparkctl.steps.killing import killed_training
 
 MARK = ".sparkctl-demo"  # the folder is the demo's own: it may be emptied
 KILL_AFTER = 5  # steps beyond the first checkpoint, so that killing loses work
@@ -139,40 +136,3 @@ def claim(folder: Path) -> None:
             shutil.rmtree(entry)
         elif entry.name != MARK:
             entry.unlink()
-
-
-def killed_training(run: Path, after: int) -> int:
-    """Start `sparkctl train` in another process and kill it `after` steps past its first checkpoint; the step then."""
-    with TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sparkctl", "train", str(run)], stdout=subprocess.DEVNULL, stderr=log
-        )
-        try:
-            while process.poll() is None:
-                if _steps_past_checkpoint(run) >= after:
-                    process.send_signal(signal.SIGKILL)
-                    break
-                time.sleep(0.05)
-            process.wait()
-        except BaseException:
-            process.kill()
-            raise
-        if process.returncode != -signal.SIGKILL:
-            log.seek(0)
-            raise SparkError(
-                f"the training ended with status {process.returncode} before it could be killed:\n{log.read().strip()}",
-                f"sparkctl train {run}",
-            )
-    return last_step(run)
-
-
-def last_step(run: Path) -> int:
-    """The last optimiser step that metrics.jsonl tells of; 0 where there is none."""
-    from sparkctl.train.metrics import read
-
-    return max((line["step"] for line in read(run / "metrics.jsonl")), default=0)
-
-
-def _steps_past_checkpoint(run: Path) -> int:
-    saved = [c.step or 0 for c in Run.open(run).manifest.checkpoints if c.kind == "step"]
-    return last_step(run) - max(saved) if saved else -1

@@ -58,7 +58,8 @@ def _parent_loss(job: Job, parent: Run, checkpoint: Path, ranks: Ranks, progress
 
     trained = state.read_state(checkpoint)
     plan = job.plan.model_copy(update={"mode": trained.mode, "lora": trained.lora, "checkpointing": False})
-    engine = make_engine(plan, model_folder(parent, analysed(parent)[0], progress), name=str(job.run.root))
+    folder = model_folder(parent, analysed(parent)[0], progress)
+    engine = make_engine(plan, folder, name=str(job.run.root), allow_slow=job.allow_slow)
     state.load_trainable(checkpoint, engine.parameters())
     progress.say(f"scoring `{parent.root}` ({checkpoint.name}) on this run's held-out examples")
     return held_out_loss(engine, eval_packs(job.store(), plan.pack_length), ranks)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from platform import python_version
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from sparkctl.errors import Interrupted, SparkError
 from sparkctl.files import sweep_stages
+from sparkctl.hardware.software import versions
 from sparkctl.manifest.schema import Checkpoint, Manifest, TrainTable
 from sparkctl.manifest.store import now
 from sparkctl.progress import Progress, silent
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from sparkctl.train.session import Session
 
 MEASURED_STEPS = 5  # at least so many steps make a rate
-LIBRARIES = ("torch", "triton", "transformers", "peft", "safetensors", "flash-linear-attention", "unsloth")
 
 Status = Literal["running", "interrupted", "failed", "done"]
 
@@ -69,8 +67,9 @@ def open_session(job: Job, checkpoint: Path | None, ranks: Ranks, progress: Prog
     folder = job.model_folder(progress)
     before = job.run.manifest.train if checkpoint else None
     session = Session.open(
-        job.plan, folder, job.store(), choices=before.choices if before else None, ranks=ranks, name=str(job.run.root)
-    )
+        job.plan, folder, job.store(), choices=before.choices if before else None, ranks=ranks, name=str(job.run.root),
+        allow_slow=job.allow_slow,
+    )  # fmt: skip
     if checkpoint:
         session.restore(checkpoint)
     elif job.parent:
@@ -105,15 +104,6 @@ def drop_later(job: Job, step: int) -> None:
     for checkpoint in reversed(state.listed(job.checkpoints)):
         if state.step_of(checkpoint) > step:
             state.remove(checkpoint)
-
-
-def versions() -> dict[str, str]:
-    """Python and the libraries that compute, as installed here."""
-    found = {"python": python_version()}
-    for name in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def _compare(before: TrainTable, session: Session, progress: Progress) -> None:

@@ -26,12 +26,13 @@ class Result:
 
 
 def resume(
-    folder: Path, *, checkpoint: str | None = None, dry_run: bool = False, progress: Progress = silent
-) -> Result:
+    folder: Path, *, checkpoint: str | None = None, allow_slow: bool = False, dry_run: bool = False,
+    progress: Progress = silent,
+) -> Result:  # fmt: skip
     """Go on from the newest complete checkpoint, or from the one named."""
     run = Run.open(folder)
     with claimed(run, "resume") as ranks:
-        job, trained = planned(run), run.manifest.train
+        job, trained = planned(run, allow_slow), run.manifest.train
         if trained is None:
             raise UsageError(f"`{run.root}` has not been trained yet", f"sparkctl train {run.root}")
         if trained.made_from != job.made_from:

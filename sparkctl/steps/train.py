@@ -10,6 +10,7 @@ from sparkctl.manifest.schema import Gate, Manifest, PlanTable, TrainTable
 from sparkctl.manifest.store import Run
 from sparkctl.progress import Progress, silent
 from sparkctl.steps import gate as gates
+from sparkctl.steps import verify_lossless
 from sparkctl.steps.record import carry_out
 from sparkctl.steps.training import Job, claimed, complete, planned
 from sparkctl.train import state
@@ -27,18 +28,24 @@ class Result:
 
 
 def train(
-    folder: Path, *, gate: float | None = None, force: bool = False, dry_run: bool = False, progress: Progress = silent
-) -> Result:
-    """Train the run in `folder`. Raises SparkError where the gate's limit is passed, after all is saved."""
+    folder: Path, *, gate: float | None = None, allow_slow: bool = False, certificate: bool = True,
+    force: bool = False, dry_run: bool = False, progress: Progress = silent,
+) -> Result:  # fmt: skip
+    """Train the run in `folder`. certificate: a long training begins with the proof that its engine is lossless here.
+
+    Raises SparkError where that fails, and where the gate's limit is passed, after all is saved.
+    """
     run = Run.open(folder)
     with claimed(run, "train") as ranks:
-        job = planned(run)
+        job = planned(run, allow_slow)
         rival = gates.rival(run) if gate is not None else None
         done = not force and _done(job)
         if dry_run:
             return Result(run.root, job.plan, run.manifest.train, done, ranks.rank)
         trained = run.manifest.train
         if not done or trained is None:
+            if certificate:
+                verify_lossless.require(job, ranks, progress)
             trained = carry_out(job, None, ranks, progress, _begin_anew)
         if rival is not None and gate is not None:
             trained.gate = gates.score(job, rival, trained, gate, ranks, progress)

@@ -39,6 +39,7 @@ class Job:
     model: ModelTable
     parent: tuple[Run, Path] | None  # the run and the checkpoint that `--continue` starts from
     made_from: str
+    allow_slow: bool = False  # a GPU may compute in plain torch what lacks its fast kernel
 
     @property
     def checkpoints(self) -> Path:
@@ -76,7 +77,7 @@ def claimed(run: Run, step: str) -> Iterator[Ranks]:
         yield ranks
 
 
-def planned(run: Run) -> Job:
+def planned(run: Run, allow_slow: bool = False) -> Job:
     """The run's training. Raises UsageError naming the step that is missing or has to be done again."""
     from sparkctl.data.tokens import stored_digest
 
@@ -92,7 +93,8 @@ def planned(run: Run) -> Job:
     parent = continued(run, plan) if run.manifest.run.continues else None
     start = state.digest(parent[1]) if parent else None
     settings = {name: value for name, value in plan.model_dump(mode="json").items() if name not in FREE}
-    return Job(run, plan, model, parent, fingerprint(settings, analysis.digest, model.config_sha256, start))
+    made_from = fingerprint(settings, analysis.digest, model.config_sha256, start)
+    return Job(run, plan, model, parent, made_from, allow_slow)
 
 
 def check_fresh(run: Run, plan: PlanTable) -> None:

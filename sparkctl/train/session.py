@@ -41,20 +41,23 @@ class Session:
     @classmethod
     def open(
         cls, plan: PlanTable, folder: Path, store: TokenStore, *,
-        choices: dict[str, str] | None = None, ranks: Ranks | None = None, name: str = "RUN",
+        choices: dict[str, str] | None = None, ranks: Ranks | None = None, name: str = "RUN", allow_slow: bool = False,
     ) -> Session:  # fmt: skip
-        """Load the model of `folder` and stand before step 1. choices: the pinned ones of an earlier start."""
+        """Load the model of `folder` and stand before step 1. choices: the pinned ones of an earlier start.
+
+        allow_slow: a GPU may compute in plain torch what lacks its fast kernel.
+        """
         ranks = ranks or Ranks()
         schedule = Schedule(
             store, pack_length=plan.pack_length, gradient_accumulation=plan.gradient_accumulation, epochs=plan.epochs,
             seed=plan.seed, world_size=ranks.size, max_steps=plan.max_steps,
         )  # fmt: skip
         guard.limit_memory(plan.machine)
-        random.seed_all(plan.seed)
         hint = f"sparkctl recommend {name} --mode lora, or a model that fits this machine"
         with guard.memory("the model and its optimiser", hint):
-            engine = make_engine(plan, folder, choices, name)
+            engine = make_engine(plan, folder, choices, name, allow_slow)
             optimizer = Optimizer(engine.parameters(), plan)
+        random.seed_all(plan.seed)  # last: libraries draw from Python's generator when they are first imported
         held_out = eval_packs(store, plan.pack_length)
         start = State(mode=plan.mode, lora=plan.lora)
         return cls(plan, store, engine, schedule, optimizer, held_out, start, ranks, name)

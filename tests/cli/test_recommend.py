@@ -242,8 +242,11 @@ def test_a_round_takes_the_parents_plan(recommend: Recommend, run: Run, tmp_path
     assert (plan["epochs"], plan["origin"]["epochs"]) == (2, "flag")
 
 
-def test_the_whole_command_on_a_real_model(tmp_path: Path, qwen35_folder: Path) -> None:
+def test_the_whole_command_on_a_real_model(
+    tmp_path: Path, qwen35_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Everything as installed, in a process of its own: quick, and without torch once the machine is known."""
+    monkeypatch.setenv("SPARKCTL_HOME", str(tmp_path / "home"))
     made = ready.run(tmp_path / "r1", qwen35_folder)
     with made.edit() as manifest:
         manifest.plan = None

@@ -8,9 +8,8 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,9 @@ def say(capsys: pytest.CaptureFixture[str]) -> Say:
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
         status = app.run([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return status, out, err
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        return status, *said
 
     return run
 
@@ -394,10 +393,8 @@ def test_a_full_disk_while_training(
     assert (run.root / "checkpoints" / "step-000003").exists() == (what == "manifest")
     assert "hint: free some space" in err
     assert Run.open(run.root).manifest.train.status in ("running", "failed")
-    leftover = [p.name for p in (run.root / "checkpoints").iterdir() if p.name.startswith(".")]
-    assert leftover == []
+    assert [p.name for p in (run.root / "checkpoints").iterdir() if p.name.startswith(".")] == []
     filler.unlink()
     monkeypatch.undo()
     assert say("resume", run.root)[0] == 0
-    assert lines(run) == lines(straight)
-    assert weights(run) == weights(straight)
+    assert (lines(run), weights(run)) == (lines(straight), weights(straight))

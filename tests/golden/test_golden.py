@@ -33,14 +33,17 @@ def kind() -> str:
     return "-".join(["cpu", *filter(None, parts), "torch" + torch.__version__.split("+")[0]]).lower()
 
 
-def losses(model: Path, tokens: Path, mode: str) -> list[float]:
+ENGINES = ("reference", "native")
+
+
+def losses(model: Path, tokens: Path, engine: str, mode: str) -> list[float]:
     """Of each step, and the held-out loss at the end."""
     import ready
 
     from sparkctl.train.guard import Signals
     from sparkctl.train.session import Session
 
-    plan = ready.plan(mode=mode, gradient_accumulation=2, epochs=8, max_steps=STEPS, save_every=STEPS)
+    plan = ready.plan(engine=engine, mode=mode, gradient_accumulation=2, epochs=8, max_steps=STEPS, save_every=STEPS)
     session = Session.open(plan, model, ready.store(tokens, ready.documents(24)), choices={"threads": "1"})
     found: list[float] = []
 
@@ -61,13 +64,17 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("mode", ["lora", "full"])
-def test_losses_are_equal_to_the_digit(mode: str, qwen35_folder: Path, tmp_path: Path) -> None:
+def test_losses_are_equal_to_the_digit(mode: str, engine: str, qwen35_folder: Path, tmp_path: Path) -> None:
     path = HERE / f"{kind()}.json"
-    got = losses(qwen35_folder, tmp_path / "first", mode)
+    got = losses(qwen35_folder, tmp_path / "first", engine, mode)
     assert len(got) == STEPS + 2
     assert got[-1] < got[0] - 0.1
-    wanted = json.loads(path.read_text())[mode] if path.exists() else losses(qwen35_folder, tmp_path / "second", mode)
+    if path.exists():
+        wanted = json.loads(path.read_text())[engine][mode]
+    else:
+        wanted = losses(qwen35_folder, tmp_path / "second", engine, mode)
     assert got == wanted
 
 
@@ -76,7 +83,10 @@ def write(folder: Path) -> None:
     import tiny
 
     model = tiny.qwen35(folder / "model")
-    values = {mode: losses(model, folder / mode, mode) for mode in ("lora", "full")}
+    values = {
+        engine: {mode: losses(model, folder / f"{engine}-{mode}", engine, mode) for mode in ("lora", "full")}
+        for engine in ENGINES
+    }
     (HERE / f"{kind()}.json").write_text(json.dumps(values, indent=1) + "\n")
 
 

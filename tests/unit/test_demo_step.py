@@ -9,7 +9,8 @@ import pytest
 
 from sparkctl.cli.app import run
 from sparkctl.errors import UsageError
-from sparkctl.steps.demo import MARK, Answer, Demo, claim, last_step
+from sparkctl.steps.demo import MARK, Answer, Demo, claim
+from sparkctl.steps.killing import last_step
 
 
 def test_a_folder_with_other_files_is_refused_and_left_alone(

@@ -125,6 +125,18 @@ def test_an_engine_that_is_not_there(chats: Store) -> None:
     assert obey(situation(chats), error).epochs == 2
 
 
+def test_the_native_engine_where_it_serves_the_model(chats: Store) -> None:
+    at = situation(chats)
+    assert recommend(at, wishes()).engine == "native"
+    other = replace(at, model=replace(at.model, lacking="the activation `gelu`"))
+    plan = recommend(other, wishes())
+    assert plan.engine == "reference"
+    assert "gelu" in plan.reasons["engine"]
+    error = refused(other, wishes(engine="native"))
+    assert isinstance(error, UsageError)
+    assert obey(other, error).engine == "reference"
+
+
 BIG = dict(examples=100_000, tokens=200_000_000)
 
 
@@ -217,7 +229,7 @@ def test_disk(chats: Store) -> None:
 
 def test_a_measurement_here_changes_the_estimate(chats: Store) -> None:
     before = recommend(situation(chats), wishes()).estimates
-    record(SPARK, "config of 2b", "lora", "reference", 100.0, 4096, "2026-11-24T10:00:00Z")
+    record(SPARK, "config of 2b", "lora", "native", 100.0, 4096, "2026-11-24T10:00:00Z")
     after = recommend(situation(chats), wishes()).estimates
     assert "published" in before.throughput_from
     assert "measured on this machine" in after.throughput_from

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from sparkctl.data.batches import Document, Pack
 from sparkctl.data.tokens import label_count
 from sparkctl.errors import UsageError
+from sparkctl.model.plain import plain_layers
 from sparkctl.train.engines import make_engine, reference
 
 EXACT = 2e-5  # relative, fp32: padding and the order of sums; observed up to 4e-6
@@ -83,7 +84,7 @@ def test_loss_is_that_of_transformers_by_hand(qwen35_folder: Path, llama_folder:
 
     for folder in (qwen35_folder, llama_folder):
         ids, trained = ready.documents(1, seed=2)[0]
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = plain_layers(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
         logits = model(torch.from_numpy(ids[None].astype(np.int64)), use_cache=False).logits[0]
         at = np.flatnonzero(trained[1:]) + 1
         labels = torch.from_numpy(ids[at].astype(np.int64))

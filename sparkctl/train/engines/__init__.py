@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from sparkctl.train.engines.base import Engine
 
 # an engine's module holds `load(plan, folder, choices) -> Engine`
-ENGINES = {"reference": "sparkctl.train.engines.reference"}
+ENGINES = {"native": "sparkctl.train.engines.native.engine", "reference": "sparkctl.train.engines.reference"}
 
 
-def make_engine(plan: PlanTable, folder: Path, choices: dict[str, str] | None = None, name: str = "RUN") -> Engine:
+def make_engine(
+    plan: PlanTable, folder: Path, choices: dict[str, str] | None = None, name: str = "RUN", allow_slow: bool = False
+) -> Engine:
     """The plan's engine with the model of `folder` on the plan's device.
 
     choices: those of an earlier start of the same training, to be kept; None lets the engine choose. name: the run
-    in hints.
+    in hints. allow_slow: a GPU may compute in plain torch what lacks its fast kernel.
     Raises UsageError where the engine or the device is not there.
     """
     if plan.engine not in ENGINES:
@@ -29,4 +31,4 @@ def make_engine(plan: PlanTable, folder: Path, choices: dict[str, str] | None = 
             f"the engine `{plan.engine}` is not in this version, which has {known}",
             f"sparkctl recommend {name} --engine reference",
         )
-    return import_module(ENGINES[plan.engine]).load(plan, folder, choices or {})
+    return import_module(ENGINES[plan.engine]).load(plan, folder, choices or {}, allow_slow=allow_slow, name=name)

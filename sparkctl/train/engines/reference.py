@@ -24,18 +24,24 @@ if TYPE_CHECKING:
 PLAIN_HEAD = {"qwen2", "qwen3", "qwen3_5", "qwen3_5_text", "llama", "mistral"}  # logits = lm_head(hidden), no more
 
 
-def load(plan: PlanTable, folder: Path, choices: dict[str, str], dtype: torch.dtype | None = None) -> ReferenceEngine:
-    """The engine for `plan` on the model in `folder`. dtype: of the GEMMs; fp32 is the truth for proofs."""
+def load(
+    plan: PlanTable, folder: Path, choices: dict[str, str], dtype: torch.dtype | None = None, *,
+    allow_slow: bool = True, plain: bool = False, name: str = "RUN",
+) -> ReferenceEngine:  # fmt: skip
+    """The engine for `plan` on the model in `folder`. dtype: of the GEMMs; fp32 is the truth for proofs. It is slow
+    everywhere and says so; plain: GatedDeltaNet in plain torch, whatever kernels are installed. name: the run in hints.
+    """
     import torch
 
     from sparkctl.model.inspect import inspect
     from sparkctl.model.load import load_text_model
     from sparkctl.model.lora import adapter_tensors, add_adapters
     from sparkctl.model.names import NameMap
+    from sparkctl.model.plain import plain_layers
 
     if plan.machine.device == "cuda" and not torch.cuda.is_available():
         raise UsageError(
-            "the plan is for a GPU, and torch finds none", "plan for this machine: `sparkctl recommend RUN`"
+            "the plan is for a GPU, and torch finds none", f"plan for this machine: `sparkctl recommend {name}`"
         )
     device, dtype = torch.device(plan.machine.device), dtype or torch.bfloat16
     if device.type == "cpu":
@@ -52,6 +58,8 @@ def load(plan: PlanTable, folder: Path, choices: dict[str, str], dtype: torch.dt
         base = model = load_text_model(folder, dtype=torch.float32, device=device)
         names = NameMap(base)
         trained = {names.checkpoint(name): parameter for name, parameter in base.named_parameters()}
+    if plain:
+        plain_layers(base)
     return ReferenceEngine(base, trained, plan, dtype)
 
 

@@ -1,0 +1,238 @@
+"""Causal attention within documents: flash attention forward, deterministic backward, small enough for sm_121a.
+
+    S = q·kᵀ·scale (masked to the document, to the past, to the window),  P = exp(S - L),  L = log Σ exp S
+    O = P·V
+    δ = rowsum(dO ∘ O),  dP = dO·Vᵀ,  dS = P ∘ (dP - δ)
+    dV = Pᵀ·dO,  dK = dSᵀ·q·scale,  dQ = dS·k·scale
+
+T tokens · N query heads · K kv heads · H head dim (a power of two, up to 256). bf16 operands, fp32 accumulation; P and
+dS are rounded to bf16 for their GEMMs as FlashAttention-2 rounds them. v and dv lie in the projection's output and its
+gradient, hence their strides.
+
+Tiles (TILES). A GB10's block has 101,376 bytes of shared memory and mma.sync, so accumulators live in registers: at
+H = 256 a 64 x 256 fp32 accumulator over 4 warps is 128 registers a thread, the most that leaves room for the rest (with
+32 keys instead of 16 it spills 72 bytes), and backward has two accumulators of 32 rows. Backward runs twice over the
+scores instead of adding atomically: a pass per key block for dK and dV, a pass per query block for dQ; no two programs
+write one value, so the bits repeat. 4 warps everywhere: more of them race on compute capability 12.x (triton#10590).
+Programs of one block's heads run side by side and share its keys in L2; blocks with most work come first.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from sparkctl_kernels.documents import Documents
+
+LOG2E = tl.constexpr(1.4426950408889634)
+WARPS = 4
+
+
+class Tile(NamedTuple):
+    """Queries and keys a program takes at once, and stages of its software pipeline."""
+
+    rows: int
+    cols: int
+    stages: int
+
+
+# by head dim: forward, backward for keys and values, backward for queries. None spills on sm_121a, each fits there
+TILES = {
+    256: (Tile(64, 16, 2), Tile(32, 32, 1), Tile(32, 32, 2)),
+    128: (Tile(64, 32, 2), Tile(32, 32, 2), Tile(64, 32, 2)),
+    64: (Tile(64, 64, 2), Tile(64, 32, 2), Tile(64, 64, 2)),
+}
+
+
+def tiles(head_dim: int) -> tuple[Tile, Tile, Tile]:
+    """Those of the head dim, small ones (of tests) as 64."""
+    return TILES[max(64, head_dim)]
+
+
+@triton.jit
+def _scores(q, k, rows, cols, end, window, scale, WINDOW: tl.constexpr):
+    """Scaled scores in base 2, masked to the past of the same document."""
+    s = tl.dot(q, tl.trans(k)) * (scale * LOG2E)
+    seen = (cols[None, :] <= rows[:, None]) & (cols[None, :] < end)
+    if WINDOW:
+        seen = seen & (rows[:, None] - cols[None, :] < window)
+    return tl.where(seen, s, float("-inf"))
+
+
+@triton.jit
+def _rows(ptr, first, head, stride, lanes, cols, end, H: tl.constexpr):
+    """Rows from `first` on of one head as [len(lanes), H], zero behind the document.
+
+    The row alone is int64: within a tile offsets are small, and 64 bits for each cost registers that H = 256 lacks.
+    """
+    ptr += tl.cast(first, tl.int64) * stride + head * H
+    return tl.load(ptr + lanes[:, None] * stride + cols[None, :], mask=(first + lanes < end)[:, None], other=0.0)
+
+
+@triton.jit
+def _forward(
+    q_ptr, k_ptr, v_ptr, o_ptr, l_ptr, table_ptr, T, scale, window, v_stride,
+    N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    head, block = tl.program_id(0), tl.program_id(1)
+    first = tl.load(table_ptr + block * 3)
+    start = tl.load(table_ptr + block * 3 + 1)
+    end = tl.load(table_ptr + block * 3 + 2)
+    kv_head = head // (N // K)
+    lanes_m, lanes_n, cols = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, H)
+    rows = first + lanes_m
+    q = _rows(q_ptr, first, head, N * H, lanes_m, cols, end, H)
+    high = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    o = tl.zeros([BM, H], tl.float32)
+    low = start
+    if WINDOW:
+        low = start + tl.maximum(first - window + 1 - start, 0) // BN * BN
+    for at in range(low, tl.minimum(first + BM, end), BN):
+        keys = at + lanes_n
+        k = _rows(k_ptr, at, kv_head, K * H, lanes_n, cols, end, H)
+        s = _scores(q, k, rows, keys, end, window, scale, WINDOW)
+        new = tl.maximum(high, tl.max(s, axis=1))
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp2(s - shift[:, None])
+        decay = tl.exp2(high - shift)
+        total = total * decay + tl.sum(p, axis=1)
+        v = _rows(v_ptr, at, kv_head, v_stride, lanes_n, cols, end, H)
+        o = tl.dot(p.to(v.dtype), v, o * decay[:, None])
+        high = new
+    keep = rows < end
+    o = o / tl.where(keep, total, 1.0)[:, None]
+    o_ptr += first.to(tl.int64) * (N * H) + head * H
+    tl.store(o_ptr + lanes_m[:, None] * (N * H) + cols[None, :], o.to(o_ptr.dtype.element_ty), mask=keep[:, None])
+    tl.store(l_ptr + head.to(tl.int64) * T + rows, high + tl.log2(tl.where(keep, total, 1.0)), mask=keep)
+
+
+@triton.jit
+def _delta(do_ptr, o_ptr, delta_ptr, T, do_stride, N: tl.constexpr, NP: tl.constexpr, H: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    heads, cols = tl.arange(0, NP), tl.arange(0, H)
+    keep = (heads < N)[:, None]
+    inside = heads[:, None] * H + cols[None, :]
+    do = tl.load(do_ptr + token * do_stride + inside, mask=keep, other=0.0).to(tl.float32)
+    o = tl.load(o_ptr + token * (N * H) + inside, mask=keep, other=0.0).to(tl.float32)
+    tl.store(delta_ptr + heads.to(tl.int64) * T + token, tl.sum(do * o, axis=1), mask=heads < N)
+
+
+@triton.jit
+def _backward_kv(
+    q_ptr, k_ptr, v_ptr, do_ptr, l_ptr, delta_ptr, dk_ptr, dv_ptr, table_ptr, T, scale, window,
+    v_stride, do_stride, dv_stride,
+    N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    kv_head, block = tl.program_id(0), tl.program_id(1)
+    first = tl.load(table_ptr + block * 3)
+    end = tl.load(table_ptr + block * 3 + 2)
+    lanes_m, lanes_n, cols = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, H)
+    keys = first + lanes_n
+    k = _rows(k_ptr, first, kv_head, K * H, lanes_n, cols, end, H)
+    v = _rows(v_ptr, first, kv_head, v_stride, lanes_n, cols, end, H)
+    dk = tl.zeros([BN, H], tl.float32)
+    dv = tl.zeros([BN, H], tl.float32)
+    last = end
+    if WINDOW:
+        last = tl.minimum(end, first + BN - 1 + window)
+    for member in range(N // K):
+        head = kv_head * (N // K) + member
+        for at in range(first, last, BM):
+            rows = at + lanes_m
+            q = _rows(q_ptr, at, head, N * H, lanes_m, cols, end, H)
+            log_sum = tl.load(l_ptr + head.to(tl.int64) * T + rows, mask=rows < end, other=float("inf"))
+            p = tl.exp2(_scores(q, k, rows, keys, end, window, scale, WINDOW) - log_sum[:, None])
+            do = _rows(do_ptr, at, head, do_stride, lanes_m, cols, end, H)
+            dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv)
+            delta = tl.load(delta_ptr + head.to(tl.int64) * T + rows, mask=rows < end, other=0.0)
+            ds = p * (tl.dot(do, tl.trans(v)) - delta[:, None])
+            dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk)
+    keep = (keys < end)[:, None]
+    dk_ptr += first.to(tl.int64) * (K * H) + kv_head * H
+    dv_ptr += first.to(tl.int64) * dv_stride + kv_head * H
+    tl.store(dk_ptr + lanes_n[:, None] * (K * H) + cols[None, :], (dk * scale).to(dk_ptr.dtype.element_ty), mask=keep)
+    tl.store(dv_ptr + lanes_n[:, None] * dv_stride + cols[None, :], dv.to(dv_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _backward_q(
+    q_ptr, k_ptr, v_ptr, do_ptr, l_ptr, delta_ptr, dq_ptr, table_ptr, T, scale, window, v_stride, do_stride,
+    N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    head, block = tl.program_id(0), tl.program_id(1)
+    first = tl.load(table_ptr + block * 3)
+    start = tl.load(table_ptr + block * 3 + 1)
+    end = tl.load(table_ptr + block * 3 + 2)
+    kv_head = head // (N // K)
+    lanes_m, lanes_n, cols = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, H)
+    rows = first + lanes_m
+    q = _rows(q_ptr, first, head, N * H, lanes_m, cols, end, H)
+    do = _rows(do_ptr, first, head, do_stride, lanes_m, cols, end, H)
+    log_sum = tl.load(l_ptr + head.to(tl.int64) * T + rows, mask=rows < end, other=float("inf"))
+    delta = tl.load(delta_ptr + head.to(tl.int64) * T + rows, mask=rows < end, other=0.0)
+    dq = tl.zeros([BM, H], tl.float32)
+    low = start
+    if WINDOW:
+        low = start + tl.maximum(first - window + 1 - start, 0) // BN * BN
+    for at in range(low, tl.minimum(first + BM, end), BN):
+        keys = at + lanes_n
+        k = _rows(k_ptr, at, kv_head, K * H, lanes_n, cols, end, H)
+        p = tl.exp2(_scores(q, k, rows, keys, end, window, scale, WINDOW) - log_sum[:, None])
+        v = _rows(v_ptr, at, kv_head, v_stride, lanes_n, cols, end, H)
+        ds = p * (tl.dot(do, tl.trans(v)) - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq)
+    dq_ptr += first.to(tl.int64) * (N * H) + head * H
+    to = lanes_m[:, None] * (N * H) + cols[None, :]
+    tl.store(dq_ptr + to, (dq * scale).to(dq_ptr.dtype.element_ty), mask=(rows < end)[:, None])
+
+
+def forward(
+    q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, documents: Documents, window: int | None
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """(o [T, N, H], what backward wants: q, k, v, o, log-sum-exp in base 2, fp32 [N, T]); v within a token."""
+    tokens, heads, head_dim = q_TNH.shape
+    kv_heads = k_TKH.shape[1]
+    o = torch.empty_like(q_TNH)
+    log_sum = torch.empty(heads, tokens, dtype=torch.float32, device=q_TNH.device)
+    tile = tiles(head_dim)[0]
+    table = documents.query_blocks[tile.rows]
+    _forward[(heads, len(table))](
+        q_TNH, k_TKH, v_TKH, o, log_sum, table, tokens, head_dim**-0.5, window or 0, v_TKH.stride(0),
+        heads, kv_heads, head_dim, tile.rows, tile.cols, window is not None, num_warps=WARPS, num_stages=tile.stages,
+    )  # fmt: skip
+    return o, (q_TNH, k_TKH, v_TKH, o, log_sum)
+
+
+def backward(
+    do_TNH: torch.Tensor,
+    saved: tuple[torch.Tensor, ...],
+    documents: Documents,
+    window: int | None,
+    dv_TKH: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dq, dk), contiguous; writes dv. do and dv within a token."""
+    q, k, v, o, log_sum = saved
+    tokens, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    dq, dk, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(log_sum)
+    _delta[(tokens,)](
+        do_TNH, o, delta, tokens, do_TNH.stride(0), heads, triton.next_power_of_2(heads), head_dim, num_warps=WARPS
+    )
+    inputs = (q, k, v, do_TNH, log_sum, delta)
+    numbers, strides = (tokens, head_dim**-0.5, window or 0), (v.stride(0), do_TNH.stride(0))
+    _, tile, tile_q = tiles(head_dim)
+    table = documents.key_blocks[tile.cols]
+    _backward_kv[(kv_heads, len(table))](
+        *inputs, dk, dv_TKH, table, *numbers, *strides, dv_TKH.stride(0),
+        heads, kv_heads, head_dim, tile.rows, tile.cols, window is not None, num_warps=WARPS, num_stages=tile.stages,
+    )  # fmt: skip
+    table = documents.query_blocks[tile_q.rows]
+    _backward_q[(heads, len(table))](
+        *inputs, dq, table, *numbers, *strides, heads, kv_heads, head_dim, tile_q.rows, tile_q.cols,
+        window is not None, num_warps=WARPS, num_stages=tile_q.stages,
+    )  # fmt: skip
+    return dq, dk

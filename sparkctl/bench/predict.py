@@ -1,0 +1,103 @@
+"""`bench predict`: a training step by roofline, for a device that is not at hand. A prediction, never a measurement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparkctl.bench.workload import Workload
+from sparkctl.errors import UsageError
+from sparkctl.hardware.shape import Shape
+
+BF16 = 2
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What a device can do at best. bytes: of memory a second; operations: dense bf16 a second."""
+
+    name: str
+    bytes: float
+    operations: float
+    share: float  # of the operations that large matrix products reach in practice
+
+
+DEVICES = {
+    "gb10": Ceiling("NVIDIA GB10 (DGX Spark)", 273e9, 100e12, 0.9),
+    "h100": Ceiling("NVIDIA H100 SXM", 3.35e12, 780e12, 1.0),
+    "h200": Ceiling("NVIDIA H200", 4.2e12, 790e12, 1.0),  # measured: a copy, a product of 8192³
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share of the step: its operations and bytes, and the seconds of whichever takes longer."""
+
+    name: str
+    operations: float
+    bytes: float
+
+    def seconds(self, ceiling: Ceiling) -> float:
+        """The roofline."""
+        return max(self.operations / (ceiling.operations * ceiling.share), self.bytes / ceiling.bytes)
+
+
+def device(name: str) -> Ceiling:
+    """The device of that name. Raises UsageError where there is none."""
+    if name not in DEVICES:
+        raise UsageError(f"no device `{name}`; there are {', '.join(DEVICES)}", "sparkctl bench predict --help")
+    return DEVICES[name]
+
+
+def parts(work: Workload, parameters: int, trainable: int) -> list[Part]:
+    """The native engine's micro-step. parameters: of the text model; trainable: of the adapters, 0 for full.
+
+    Products read their weights once a pass and stream activations; elementwise operators read and write each of
+    their tensors once. Widths as in `hardware.shape`.
+    """
+    shape = Shape.from_config(work.config, parameters)
+    tokens, labels = work.tokens, sum(work.labels)
+    full = work.mode == "full"
+    again = 1 if work.checkpointing else 0
+    layer, head = shape.layer_parameters, shape.head_parameters
+    adapters = 0 if full else trainable
+    passes = (3 if full else 2) + again
+    streams = tokens * BF16 * shape.layers * _products_width(shape)
+    gemms = Part(
+        "products of the layers",
+        2.0 * tokens * (passes * layer + (3 + again) * adapters),
+        passes * (layer * BF16 + streams) + (4 * layer if full else 0),
+    )
+    loss = Part(
+        "lm_head and cross-entropy",
+        (6.0 if full else 4.0) * labels * head,
+        2 * head * BF16 + 4 * labels * shape.vocabulary * BF16,
+    )
+    squares = sum(n * n / 2 for n in work.lengths)
+    attention = Part(
+        "attention",
+        (14.0 + 4 * again) * squares * shape.queries * shape.attention_layers,
+        (5 + 3 * again) * tokens * BF16 * (2 * shape.queries + 2 * shape.keys) * shape.attention_layers,
+    )
+    rule_width = 3 * shape.rule_keys + 4 * shape.rule_values
+    rule = Part(
+        "gated delta rule",
+        30.0 * tokens * shape.rule_layers * shape.rule_keys * 128,
+        4 * tokens * BF16 * rule_width * shape.rule_layers,
+    )
+    elementwise = Part(
+        "norms, activations, convolution, gates",
+        0.0,
+        (3 + again)
+        * tokens
+        * BF16
+        * (shape.layers * (6 * shape.hidden + 3 * shape.ffn) + shape.rule_layers * 2 * shape.convolved),
+    )
+    return [part for part in (gemms, loss, attention, rule, elementwise) if part.operations or part.bytes]
+
+
+def _products_width(shape: Shape) -> float:
+    """Features read and written by a layer's products, for each token."""
+    mixers = shape.attention_layers * (2 * shape.queries + 2 * shape.keys) + shape.rule_layers * (
+        shape.convolved + 2 * shape.rule_values
+    )
+    return 4 * shape.hidden + 3 * shape.ffn + mixers / shape.layers

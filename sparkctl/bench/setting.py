@@ -1,0 +1,75 @@
+"""From a command line to a workload: which model, which documents, on which device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparkctl.bench.workload import Workload, synthetic
+from sparkctl.errors import UsageError
+from sparkctl.hardware.machine import find_gpu, this_machine, torch_has_cuda
+from sparkctl.manifest.schema import Machine, Mode
+from sparkctl.manifest.store import Run
+from sparkctl.model import catalog
+from sparkctl.model.families import count
+from sparkctl.model.inspect import read_config
+
+TINY_PACK = 256  # tokens on a machine without a GPU
+DOCUMENTS = 12
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured where. name: of the shape; parameters: of the text model; note: what a reader must know."""
+
+    name: str
+    work: Workload
+    parameters: int
+    machine: Machine
+    note: str | None = None
+
+
+def setting(
+    *, shape: str, mode: Mode, pack: int, documents: int = DOCUMENTS, model: Path | None = None,
+    run: Path | None = None, rank: int = 128, checkpointing: bool = False,
+) -> Setting:  # fmt: skip
+    """The workload asked for; without a GPU the demo's tiny shape instead of a published one. Raises UsageError."""
+    machine, note = this_machine(), None
+    config, name = (read_config(model), model.name) if model else (catalog.config(shape), shape)
+    if machine.device == "cpu" and model is None:
+        from sparkctl.demo.model import config as tiny
+
+        config, name, pack, rank = tiny(), "the demo's tiny shape", min(pack, TINY_PACK), min(rank, 16)
+        note = "there is no GPU that torch can use here: a tiny shape on the CPU, whose figures say nothing of a GPU"
+        if find_gpu() and not torch_has_cuda():
+            note = "this torch was built without CUDA, so the GPU here stays unused: a tiny shape on the CPU"
+    if run:
+        work = _from_run(run, config, mode, pack, rank=rank, checkpointing=checkpointing)
+    else:
+        if not 0 < documents <= pack // 2:
+            raise UsageError(f"{documents} documents do not fill a pack of {pack}", "give `--documents` or `--pack`")
+        work = synthetic(config, mode, pack, documents, rank=rank, checkpointing=checkpointing)
+    return Setting(name, work, text_parameters(config), machine, note)
+
+
+def text_parameters(config: dict[str, Any]) -> int:
+    """Parameters of the text model of a config."""
+    return count(str(config.get("model_type")), config, Path("config.json")).text_parameters
+
+
+def _from_run(folder: Path, config: dict[str, Any], mode: Mode, pack: int, **rest: Any) -> Workload:
+    """The lengths and labels of the run's first full pack."""
+    from sparkctl.data.pack import best_fit
+    from sparkctl.data.tokens import TokenStore
+
+    store = TokenStore.open(Run.open(folder).root / "tokens")
+    rows = np.flatnonzero(~store.held_out & (store.lengths <= pack))
+    if not len(rows):
+        raise UsageError(f"no training document of `{folder}` is as short as {pack} tokens", "give a longer `--pack`")
+    first = rows[best_fit(store.lengths[rows], pack, seed=0).pack(0)]
+    return Workload(
+        config, mode, tuple(map(int, store.lengths[first])), tuple(map(int, store.label_counts[first])), **rest
+    )

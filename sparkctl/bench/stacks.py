@@ -1,0 +1,184 @@
+"""The stacks that are compared: each builds a model of the workload's shape and gives one micro-step of it.
+
+The rivals get the pack as one row, one long document to them, which spares them any work to keep documents apart.
+A rival's model is as its users set it up: bf16 weights, adapters fp32 under bf16 autocast where peft makes them so.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparkctl.bench.workload import Workload, checkpoint_folder, random_model
+from sparkctl.errors import UsageError
+from sparkctl.model.plain import plain_layers
+
+if TYPE_CHECKING:
+    import torch
+
+PROJECTIONS = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "in_proj_qkv", "in_proj_z", "out_proj",
+)  # fmt: skip
+IGNORED = -100  # label of a token that is not trained, in transformers
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A built stack. step: forward and backward of one pack; head_rows: rows that lm_head works on."""
+
+    step: Callable[[], Any]
+    trainable: int
+    head_rows: int
+    checkpointing: bool
+    choices: dict[str, str]
+
+
+def stock(work: Workload, device: torch.device) -> Stack:
+    """transformers and peft without fla, gradient checkpointing."""
+    hide("fla", "causal_conv1d")
+    return _transformers(work, device, checkpointing=True)
+
+
+def peft_fla(work: Workload, device: torch.device) -> Stack:
+    """transformers and peft with fla's kernels; checkpointing where the workload says so."""
+    clear_for_hopper(device)
+    return _transformers(work, device, checkpointing=work.checkpointing)
+
+
+def unsloth(work: Workload, device: torch.device) -> Stack:
+    """Unsloth at its fastest: no checkpointing."""
+    return _unsloth(work, device, False)
+
+
+def unsloth_default(work: Workload, device: torch.device) -> Stack:
+    """Unsloth as it comes: its own checkpointing with offload."""
+    return _unsloth(work, device, "unsloth")
+
+
+def native(work: Workload, device: torch.device) -> Stack:
+    """This project's engine, documents kept apart."""
+    from sparkctl.train.engines.native.engine import from_model
+
+    engine = from_model(
+        random_model(work, device, _base_dtype(work)), lora=work.lora, checkpointing=work.checkpointing, seed=work.seed
+    )
+    return _engine(work, engine, work.checkpointing)
+
+
+STACKS: dict[str, Callable[[Workload, Any], Stack]] = {
+    "stock": stock,
+    "peft-fla": peft_fla,
+    "unsloth": unsloth,
+    "unsloth-default": unsloth_default,
+    "native": native,
+}
+
+
+def hide(*packages: str) -> None:
+    """Make packages count as not installed in this process: for a stack that does without them."""
+
+    class Hidden:
+        @staticmethod
+        def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+            if name.split(".")[0] in packages:
+                raise ModuleNotFoundError(f"`{name}` is hidden from this stack", name=name)
+
+    assert not any(name in sys.modules for name in packages), "hidden before anything is imported"
+    sys.meta_path.insert(0, Hidden())
+
+
+def clear_for_hopper(device: torch.device) -> None:
+    """fla 0.6.0 refuses its backward on Hopper with Triton 3.4.0 to 3.7.0; with a key dim of 128 it is right."""
+    import torch
+
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+        from fla.ops.common import chunk_o
+
+        chunk_o.TRITON_ABOVE_3_7_1 = True
+
+
+def _base_dtype(work: Workload) -> torch.dtype:
+    import torch
+
+    return torch.bfloat16 if work.mode == "lora" else torch.float32
+
+
+def _engine(work: Workload, engine: Any, checkpointing: bool) -> Stack:
+    pack = work.pack()
+    return Stack(
+        step=lambda: engine.micro_step(pack, 1 / pack.labels),
+        trainable=sum(p.numel() for p in engine.parameters().values()),
+        head_rows=pack.labels,
+        checkpointing=checkpointing,
+        choices=dict(engine.describe()),
+    )
+
+
+def _transformers(work: Workload, device: torch.device, *, checkpointing: bool) -> Stack:
+    import torch
+
+    model = random_model(work, device, torch.bfloat16)
+    if device.type == "cpu":
+        plain_layers(model)
+    if work.mode == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        targets = sorted({name.rpartition(".")[2] for name, _ in model.named_modules()} & set(PROJECTIONS))
+        model = get_peft_model(model, LoraConfig(r=work.rank, lora_alpha=work.rank, target_modules=targets))
+    else:
+        model.requires_grad_(True)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    return _row(work, model.train(), device, checkpointing)
+
+
+def _unsloth(work: Workload, device: torch.device, checkpointing: bool | str) -> Stack:
+    try:
+        from unsloth import FastLanguageModel
+    except Exception as error:  # its import checks its pins, in its own ways
+        raise UsageError(f"unsloth does not import: {error}", "pip install 'dgx-sparkctl[unsloth]'") from error
+
+    clear_for_hopper(device)
+    full = work.mode == "full"
+    with tempfile.TemporaryDirectory() as folder:
+        model, _ = FastLanguageModel.from_pretrained(
+            str(checkpoint_folder(work, Path(folder) / "model", device)), max_seq_length=work.tokens,
+            dtype=_half(), load_in_4bit=False, full_finetuning=full, use_gradient_checkpointing=checkpointing,
+        )  # fmt: skip
+    if not full:
+        model = FastLanguageModel.get_peft_model(
+            model, r=work.rank, lora_alpha=work.rank, lora_dropout=0, bias="none", target_modules=list(PROJECTIONS),
+            use_gradient_checkpointing=checkpointing, random_state=work.seed,
+        )  # fmt: skip
+    return _row(work, model.train(), device, bool(checkpointing))
+
+
+def _half() -> torch.dtype:
+    import torch
+
+    return torch.bfloat16
+
+
+def _row(work: Workload, model: Any, device: torch.device, checkpointing: bool) -> Stack:
+    """A model that takes ids and labels [1, T] and computes its own loss."""
+    import numpy as np
+    import torch
+
+    pack = work.pack()
+    ids = torch.from_numpy(np.concatenate([d.ids for d in pack.documents]).astype(np.int64)).to(device)[None]
+    trained = torch.from_numpy(np.concatenate([d.trained for d in pack.documents])).to(device)[None]
+    labels = torch.where(trained, ids, IGNORED)
+
+    def step() -> Any:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        loss.backward()
+        return loss
+
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Stack(step, trainable, work.tokens, checkpointing, {})

@@ -1,0 +1,99 @@
+"""`bench step`: the same training step by several stacks, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparkctl import env
+from sparkctl.bench.setting import Setting
+from sparkctl.bench.stacks import STACKS
+from sparkctl.bench.worker import Measured
+from sparkctl.bench.workload import Workload
+from sparkctl.errors import SparkError, UsageError
+from sparkctl.hardware.memory import Load
+from sparkctl.hardware.shape import Shape
+from sparkctl.hardware.throughput import operations
+from sparkctl.progress import Progress, silent
+
+CACHES = {  # variables that say where a stack keeps compiled kernels
+    "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "UNSLOTH_COMPILE_LOCATION": "unsloth",
+    "FLA_CACHE_DIR": "fla",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """A stack's result. cold: seconds from process start to the end of a first step with empty caches."""
+
+    stack: str
+    tokens: int
+    measured: Measured | None  # None where it failed
+    operations: float = 0.0  # floating-point operations of a micro-step as this stack does it
+    cold: float | None = None
+    failed: str | None = None
+
+    def rate(self, percentile: int = 50) -> float | None:
+        """Tokens a second at a percentile of the speed, which is its opposite of the time."""
+        seconds = getattr(self.measured, f"p{100 - percentile}", None)
+        return self.tokens / seconds if seconds else None
+
+    @property
+    def share(self) -> float | None:
+        """Operations a second over the rate of a large bf16 product, measured in the same process."""
+        m = self.measured
+        return self.operations / m.p50 / m.gemm_rate if m and m.p50 and m.gemm_rate else None
+
+
+def bench_step(
+    at: Setting, stacks: Sequence[str], *, steps: int = 20, cold: bool = False, progress: Progress = silent
+) -> list[Row]:
+    """Measure each stack. Raises UsageError at a name that is no stack; one that fails is a row that says why."""
+    unknown = [name for name in stacks if name not in STACKS]
+    if unknown:
+        raise UsageError(f"no stack `{unknown[0]}`; there are {', '.join(STACKS)}", "sparkctl bench step --help")
+    rows = []
+    for name in stacks:
+        progress.say(f"measuring {name}")
+        try:
+            rows.append(_row(name, at, steps, cold))
+        except SparkError as error:
+            rows.append(Row(name, at.work.tokens, None, failed=error.message))
+            progress.say(error.message)
+    return rows
+
+
+def _row(name: str, at: Setting, steps: int, cold: bool) -> Row:
+    work, device = at.work, at.machine.device
+    with tempfile.TemporaryDirectory() as caches:
+        own = {variable: str(Path(caches) / folder) for variable, folder in CACHES.items()} if cold else {}
+        first = _measure(name, work, device, 0, own).first_step if cold else None
+        measured = _measure(name, work, device, steps, own)
+    return Row(name, work.tokens, measured, operations_of(measured, work, at.parameters), first)
+
+
+def operations_of(measured: Measured, work: Workload, parameters: int) -> float:
+    """What the stack computes in a micro-step, without the quadratic part of attention and the delta rule."""
+    shape = Shape.from_config(work.config, parameters)
+    load = Load(
+        mode=work.mode, trainable=measured.trainable, rank=work.rank, area=work.tokens, longest=max(work.lengths),
+        labels=measured.head_rows, checkpointing=measured.checkpointing, device="cuda",
+    )  # fmt: skip
+    return operations(shape, load) * work.tokens
+
+
+def _measure(name: str, work: Workload, device: str, steps: int, variables: dict[str, str]) -> Measured:
+    """Run the worker. Raises SparkError with the last line of its words."""
+    command = [sys.executable, "-m", "sparkctl.bench.worker", name, device, str(steps)]
+    done = subprocess.run(
+        command, input=work.dumps(), capture_output=True, text=True, env={**env.everything(), **variables}
+    )
+    if done.returncode:
+        words = done.stderr.strip().splitlines()
+        raise SparkError(f"stack `{name}` failed: {words[-1] if words else f'exit status {done.returncode}'}")
+    return Measured(**json.loads(done.stdout.strip().splitlines()[-1]))

@@ -1,0 +1,62 @@
+"""`sparkctl bench`: what it measures and prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparkctl.cli import console, timings
+from sparkctl.cli.options import JsonOpt
+from sparkctl.manifest.schema import Mode
+
+group = typer.Typer(help="Measure this machine: a training step by several stacks, operators, or a prediction.")
+STACKS = "stock,peft-fla,unsloth,native"
+
+ShapeOpt = Annotated[str, typer.Option("--shape", help="A published shape, random weights made on the device.")]
+ModeOpt = Annotated[Mode, typer.Option("--mode", help="lora or full fine-tuning.")]
+PackOpt = Annotated[int, typer.Option("--pack", min=16, help="Tokens of a pack.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command and its parts."""
+    app.add_typer(group, name="bench")
+
+
+@group.callback(invoke_without_command=True)
+def bench(ctx: typer.Context) -> None:
+    """Measure this machine; alone, `step`."""
+    if ctx.invoked_subcommand is None:
+        step()
+
+
+@group.command()
+def step(
+    shape: ShapeOpt = "qwen3.5-2b",
+    mode: ModeOpt = "lora",
+    pack: PackOpt = 5376,
+    stacks: Annotated[str, typer.Option("--stacks", help="Names, with commas; ratios are to the first.")] = STACKS,
+    documents: Annotated[int, typer.Option("--documents", min=1, help="Documents in the pack.")] = 12,
+    model: Annotated[Path | None, typer.Option("--model", help="The shape of this model folder instead.")] = None,
+    run: Annotated[Path | None, typer.Option("--run", help="Lengths and labels of a pack of this run.")] = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations.")] = False,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Micro-steps to time.")] = 20,
+    cold: Annotated[bool, typer.Option("--cold", help="Time a start with empty kernel caches too.")] = False,
+    json: JsonOpt = False,
+) -> None:
+    """Forward and backward of one pack by several stacks, each in a process of its own."""
+    from sparkctl.bench.setting import setting
+    from sparkctl.bench.step import bench_step
+
+    progress = console.progress()
+    at = setting(
+        shape=shape, mode=mode, pack=pack, documents=documents, model=model, run=run, checkpointing=checkpointing
+    )
+    if at.note:
+        progress.say(at.note)
+    names = [name.strip() for name in stacks.split(",") if name.strip()]
+    rows = bench_step(at, names, steps=steps, cold=cold, progress=progress)
+    console.answer(timings.step_json(at, rows), timings.step_table(at, rows), json=json)
+    if all(row.failed for row in rows):
+        raise typer.Exit(1)

@@ -1,0 +1,144 @@
+"""`sparkctl verify lossless`: [lossless], the certificate of a run's engine; `train` asks for it before a long run."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from sparkctl.errors import SparkError
+from sparkctl.manifest.fingerprint import fingerprint
+from sparkctl.manifest.schema import EngineName, Lossless, PlanTable
+from sparkctl.manifest.store import Run, now
+from sparkctl.progress import Progress, silent
+from sparkctl.steps.record import versions
+from sparkctl.steps.training import Job, claimed, planned
+from sparkctl.train.ranks import Ranks
+
+if TYPE_CHECKING:
+    from sparkctl.data.batches import Pack
+    from sparkctl.verify.certificate import Certificate
+
+STEPS = 30
+LONG = 3600.0  # seconds of a training that is worth a certificate
+ENDLESS = 1e9  # stands for a ratio without bounds: an engine that gave no number
+
+
+@dataclass(frozen=True)
+class Result:
+    """A certificate: in full, and as the manifest keeps it. rank: whose word it is."""
+
+    run: Path
+    table: Lossless
+    certificate: Certificate
+    rank: int = 0
+
+    @property
+    def hint(self) -> str:
+        """How to train where the engine did not pass."""
+        return _mend(self.run)
+
+
+def verify_lossless(
+    folder: Path, *, engine: EngineName | None = None, steps: int = STEPS, allow_slow: bool = False,
+    progress: Progress = silent,
+) -> Result:  # fmt: skip
+    """Make the certificate of the run's engine, or of another, and write it down."""
+    run = Run.open(folder)
+    with claimed(run, "verify") as ranks:
+        job = planned(run, allow_slow)
+        plan = job.plan.model_copy(update={"engine": engine}) if engine else job.plan
+        return _make(job, plan, steps, ranks, progress if ranks.writes else silent)
+
+
+def require(job: Job, ranks: Ranks, progress: Progress) -> None:
+    """Raise SparkError where a long training would run on an engine that is not lossless here.
+
+    A certificate that is there and still true is not made again. Every rank makes its own: none waits for another.
+    """
+    if job.plan.engine == "reference" or job.plan.estimates.seconds <= LONG:
+        return
+    table = job.run.manifest.lossless
+    if table is None or table.made_from != _made_from(job, job.plan):
+        progress.say("a training of more than an hour: first the certificate that its engine is lossless here")
+        table = _make(job, job.plan, STEPS, ranks, progress).table
+    if not table.passed:
+        raise SparkError(
+            f"the {table.engine} engine is not lossless with this model on this machine: {'; '.join(table.problems)}",
+            _mend(job.run.root),
+        )
+
+
+def _mend(run: Path) -> str:
+    return f"sparkctl recommend {run} --engine reference, or `sparkctl train {run} --no-certificate`"
+
+
+def _make(job: Job, plan: PlanTable, steps: int, ranks: Ranks, progress: Progress) -> Result:
+    from sparkctl.data.batches import Schedule
+    from sparkctl.verify.lossless import Setting, certify, chosen_packs
+
+    began, folder = time.monotonic(), job.model_folder(progress)
+    schedule = Schedule(
+        job.store(), pack_length=plan.pack_length, gradient_accumulation=plan.gradient_accumulation,
+        epochs=plan.epochs, seed=plan.seed, max_steps=plan.max_steps,
+    )  # fmt: skip
+    packs, course = chosen_packs(schedule, steps)
+    start = job.parent[1] if job.parent else None
+    found = certify(Setting(plan, folder, packs, course, start, str(job.run.root), job.allow_slow), progress)
+    table = _table(job, plan, packs, found, time.monotonic() - began)
+    if ranks.writes:
+        with job.run.edit() as manifest:
+            manifest.lossless = table
+    return Result(job.run.root, table, found, ranks.rank)
+
+
+def _table(job: Job, plan: PlanTable, packs: list[Pack], found: Certificate, seconds: float) -> Lossless:
+    documents = [document for pack in packs for document in pack.documents]
+    formula = found.worst_formula
+    return Lossless(
+        passed=not found.problems,
+        problems=found.problems,
+        engine=plan.engine,
+        mode=plan.mode,
+        device=_device(plan),
+        dtype="bfloat16",
+        packs=f"{len(packs)} packs of {len(documents)} documents, {sum(pack.tokens for pack in packs):,} tokens, the "
+        f"longest document {max(len(document.ids) for document in documents):,}",
+        tensors=len(found.tensors),
+        worst_gradient_ratio=_finite(found.worst.ratio),
+        worst_tensor=found.worst.name,
+        median_gradient_ratio=_finite(median(row.ratio for row in found.tensors)),
+        worst_fp32_distance=_finite(formula.formula or 0.0) if formula else None,
+        worst_fp32_tensor=formula.name if formula else None,
+        fp32_skipped=found.formula_skipped,
+        document_loss_ratio=_finite(found.document_loss.ratio),
+        steps=len(found.steps),
+        course_loss=_finite(found.course_loss.ours),
+        course_loss_reference=found.course_loss.theirs,
+        course_norm=_finite(found.course_norm.ours),
+        course_norm_reference=found.course_norm.theirs,
+        versions=versions(),
+        seconds=round(seconds, 1),
+        created=now(),
+        made_from=_made_from(job, plan),
+    )
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else ENDLESS
+
+
+def _made_from(job: Job, plan: PlanTable) -> str:
+    """What a certificate depends on: the training, the engine, the device, the libraries that compute."""
+    return fingerprint(job.made_from, plan.engine, _device(plan), versions())
+
+
+def _device(plan: PlanTable) -> str:
+    """The device that computes, by its name."""
+    import torch
+
+    on_gpu = plan.machine.device == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_name() if on_gpu else plan.machine.name

@@ -1,0 +1,1 @@
+"""The native engine: our layer loop on fused operators, the same mathematics as the reference."""

@@ -1,0 +1,226 @@
+"""The native engine behind the training loop's interface: loading, what runs on what, what a run is pinned to."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sparkctl.data.batches import Pack
+from sparkctl.errors import SparkError, UsageError
+from sparkctl.manifest.schema import Lora, PlanTable
+
+if TYPE_CHECKING:
+    import torch
+    from sparkctl_kernels.dispatch import Choice
+    from torch.nn import Parameter
+
+    from sparkctl.train.engines.native.model import NativeModel
+
+
+def load(
+    plan: PlanTable, folder: Path, choices: dict[str, str], dtype: torch.dtype | None = None, *,
+    allow_slow: bool = False, name: str = "RUN",
+) -> NativeEngine:  # fmt: skip
+    """The engine for `plan` on the model in `folder`. dtype: of the GEMMs; fp32 is for proofs. name: the run in hints.
+
+    Raises UsageError for a model that only the reference computes, SparkError where a GPU would run a slow fallback.
+    """
+    import torch
+
+    from sparkctl.model.load import load_text_model
+    from sparkctl.model.names import NameMap
+
+    if plan.machine.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "the plan is for a GPU, and torch finds none", f"plan for this machine: `sparkctl recommend {name}`"
+        )
+    device, dtype = torch.device(plan.machine.device), dtype or torch.bfloat16
+    check_served(folder, name)
+    base = load_text_model(folder, dtype=dtype if plan.lora else torch.float32, device=device)
+    return from_model(
+        base, lora=plan.lora, checkpointing=plan.checkpointing, seed=plan.seed, dtype=dtype, names=NameMap(base),
+        choices=choices, allow_slow=allow_slow,
+    )  # fmt: skip
+
+
+def from_model(
+    base: Any, *, lora: Lora | None, checkpointing: bool, seed: int = 0, dtype: torch.dtype | None = None,
+    names: Names | None = None, choices: dict[str, str] | None = None, allow_slow: bool = False,
+) -> NativeEngine:  # fmt: skip
+    """The engine on a text model of transformers, whose tensors it shares: bf16 for adapters, fp32 to be trained whole.
+
+    names: what its parts are called in its checkpoint; without one they are called as they are.
+    """
+    import torch
+
+    from sparkctl.train.engines.native.model import NativeModel
+
+    device = next(base.parameters()).device
+    settle(device, choices or {})
+    parts = kernels(base, device)
+    if not allow_slow:
+        refuse_slow(parts)
+    base.requires_grad_(lora is None)
+    trained, adapters = trainable(base, lora, seed, names or AsTheyAre())
+    model = NativeModel(
+        base, adapters, lora.alpha / lora.r if lora else 1.0, trained=lora is None, checkpointing=checkpointing,
+        dtype=dtype or torch.bfloat16,
+    )  # fmt: skip
+    return NativeEngine(model, trained, parts)
+
+
+class Names(Protocol):
+    """What a live model's tensors and linear layers are called in its checkpoint, as `NameMap` knows."""
+
+    def checkpoint(self, live: str) -> str: ...
+
+    def module(self, live: str) -> str: ...
+
+
+class AsTheyAre:
+    """Names of a model that has no checkpoint."""
+
+    def checkpoint(self, live: str) -> str:
+        """Of a tensor."""
+        return live
+
+    def module(self, live: str) -> str:
+        """Of a linear layer."""
+        return live
+
+
+def check_served(folder: Path, name: str) -> None:
+    """Raise UsageError unless the layers of this model are among those that are built here."""
+    from sparkctl.model.inspect import inspect
+    from sparkctl.model.served import lacking
+
+    what = lacking(inspect(folder, allow_unknown=True))
+    if what:
+        raise UsageError(f"the native engine has nothing for {what}", f"sparkctl recommend {name} --engine reference")
+
+
+def settle(device: torch.device, choices: dict[str, str]) -> None:
+    """Deterministic kernels, and the choices of an earlier start."""
+    import torch
+    from sparkctl_kernels.gated_delta import op as gated_delta
+
+    if device.type == "cpu":
+        torch.set_deterministic_debug_mode("error")
+        # the determinism costs nothing; filling every new tensor with NaN would
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # untyped module
+        torch.set_num_threads(int(choices.get("threads", torch.get_num_threads())))
+    else:
+        gated_delta.pin(choices)
+
+
+def trainable(
+    base: Any, lora: Lora | None, seed: int, names: Names
+) -> tuple[dict[str, Parameter], dict[int, tuple[Parameter, Parameter]]]:
+    """(masters by name, adapters by their linear layer's id), ordered and begun as in the reference engine.
+
+    peft is not needed for them, whose import takes seconds.
+    """
+    import torch
+
+    from sparkctl.model.families import DELTA, USUAL
+    from sparkctl.model.lora import A, B, initial_a
+
+    if lora is None:
+        return {names.checkpoint(name): parameter for name, parameter in base.named_parameters()}, {}
+    trained: dict[str, Parameter] = {}
+    adapters: dict[int, tuple[Parameter, Parameter]] = {}
+    for live, linear in base.named_modules():
+        if live.rpartition(".")[2] in USUAL + DELTA:
+            path, device = names.module(live), linear.weight.device
+            a = torch.nn.Parameter(initial_a(path, lora.r, linear.in_features, seed).to(device))
+            b = torch.nn.Parameter(torch.zeros(linear.out_features, lora.r, dtype=torch.float32, device=device))
+            trained[path + A], trained[path + B] = adapters[id(linear)] = a, b
+    return trained, adapters
+
+
+def kernels(base: Any, device: torch.device) -> list[Choice]:
+    """What each operator of this model runs on."""
+    from sparkctl_kernels import (
+        attention,
+        causal_conv,
+        gated_delta,
+        gated_norm,
+        linear_cross_entropy,
+        lora_linear,
+        qk_norm_rope,
+        rms_norm,
+        sigmoid_gate,
+        silu_mul,
+    )  # fmt: skip
+
+    config = base.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found = [op.choice(device) for op in (rms_norm, lora_linear, silu_mul, qk_norm_rope)]
+    found.append(attention.choice(device, head_dim))
+    if config.model_type.startswith("qwen3_5"):
+        found += [sigmoid_gate.choice(device), causal_conv.choice(device)]
+        found += [gated_delta.choice(device, config.linear_key_head_dim), gated_norm.choice(device)]
+    return [*found, linear_cross_entropy.choice(device)]
+
+
+def refuse_slow(parts: list[Choice]) -> None:
+    """Raise SparkError where a GPU would compute in plain torch what has a fast kernel, with what mends it."""
+    for part in parts:
+        if part.slow:
+            raise SparkError(
+                f"{part.operator} would run on its slow {part.kernel}: {part.reason}",
+                f"{part.mend}, or take the slow one with `--allow-slow`",
+            )
+
+
+class NativeEngine:
+    """`model` computes; `trained` are its masters by name; `parts` says what runs on what."""
+
+    name = "native"
+
+    def __init__(self, model: NativeModel, trained: dict[str, Parameter], parts: list[Choice]) -> None:
+        self._model, self._trained, self._parts = model, trained, parts
+        self.device: torch.device = model.device
+
+    def parameters(self) -> dict[str, Parameter]:
+        """Adapters or masters by name."""
+        return self._trained
+
+    def micro_step(self, pack: Pack, scale: float) -> torch.Tensor:
+        """Loss of the pack, its gradient times `scale` added to each `.grad`."""
+        return self._model.loss_and_gradients(pack, scale) if has_labels(pack) else self._nothing()
+
+    def eval_sum(self, pack: Pack) -> torch.Tensor:
+        """Loss of the pack."""
+        return self._model.loss(pack) if has_labels(pack) else self._nothing()
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Which operator runs on which kernel."""
+        return [
+            ("engine", "native: packed documents, every operator forward and backward by hand"),
+            *((part.operator, f"{part.kernel} ({part.reason})") for part in self._parts),
+            ("lm_head", "on label tokens"),
+            ("checkpointing", "every layer" if self._model.checkpointing else "off"),
+        ]
+
+    def choices(self) -> dict[str, str]:
+        """The device, the kernel of each operator, the tiles its tuner found; on a CPU the threads, which decide how
+        sums are split."""
+        import torch
+        from sparkctl_kernels.gated_delta import op as gated_delta
+
+        found = {part.operator: part.kernel for part in self._parts}
+        if self.device.type == "cpu":
+            return {"device": os.uname().machine, "threads": str(torch.get_num_threads()), **found}
+        return {"device": torch.cuda.get_device_name(self.device), **found, **gated_delta.tiles()}
+
+    def _nothing(self) -> torch.Tensor:
+        import torch
+
+        return torch.zeros((), dtype=torch.float32, device=self.device)
+
+
+def has_labels(pack: Pack) -> bool:
+    """Whether any token behind the first of its document is trained."""
+    return any(document.trained[1:].any() for document in pack.documents)

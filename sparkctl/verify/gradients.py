@@ -1,0 +1,98 @@
+"""Gradients of every trained tensor, and how far an engine's are from the truth's."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from sparkctl.errors import SparkError
+
+if TYPE_CHECKING:
+    import torch
+    from torch.nn import Parameter
+
+    from sparkctl.train.engines.base import Engine
+
+# a tensor of fewer entries is judged together with its namesakes in the other layers: an A_log of 16 entries rounds 16
+# times, and the ratio of two such errors passes 2 by chance alone
+SMALL = 4096
+LARGE = 1 << 22  # entries; a larger tensor rounds often enough in one pack, and is kept of the first one alone
+FLOOR = 1e-6  # distances below are the order of sums
+ADAPTER_STD = 0.01  # of B: what AdamW gives an entry in a hundred steps at 1e-4
+
+
+def fill_adapters(parameters: Mapping[str, Parameter], seed: int) -> None:
+    """Give B (zero at first, so that A's gradient would be too) a trained one's size; masters are left as loaded.
+
+    Each from a generator of its own: the same values for every engine, whatever its order or device.
+    """
+    import torch
+
+    from sparkctl.model.lora import B
+
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if name.endswith(B):
+                digest = hashlib.sha256(f"verify {seed}:{name}".encode()).digest()
+                generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+                parameter.copy_(ADAPTER_STD * torch.randn(parameter.shape, generator=generator))
+
+
+def host_gradients(engine: Engine, *, all: bool) -> dict[str, torch.Tensor]:
+    """What the engine's last micro-step left, on the host; without `all` the large tensors are left out."""
+    import torch
+
+    kept = {n: p for n, p in engine.parameters().items() if all or p.numel() <= LARGE}
+    return {n: torch.zeros(p.shape) if p.grad is None else p.grad.to("cpu", copy=True) for n, p in kept.items()}
+
+
+@dataclass
+class Distance:
+    """Squares added up over packs, and over the tensors that are judged as one."""
+
+    error: float = 0.0
+    truth: float = 0.0
+    tensors: set[str] = field(default_factory=set)
+
+    @property
+    def relative(self) -> float:
+        """Root mean square error over the truth's; of nothing against nothing, none."""
+        if self.truth:
+            return math.sqrt(self.error / self.truth)
+        return math.inf if self.error else 0.0
+
+
+def add_distances(found: dict[str, Distance], engine: Engine, truth: Mapping[str, torch.Tensor]) -> None:
+    """Compare what the engine's last micro-step left with the truth's gradients of the same pack.
+
+    Raises SparkError where the engine trains other tensors than the truth.
+    """
+    import torch
+
+    parameters = engine.parameters()
+    strange = sorted(truth.keys() - parameters.keys()) or sorted(
+        n for n, p in parameters.items() if n not in truth and p.numel() <= LARGE
+    )
+    if strange:
+        raise SparkError(f"the {engine.name} engine and the reference train other tensors: `{strange[0]}` …")
+    for name, true in truth.items():
+        wanted, gradient = true.to(engine.device), parameters[name].grad
+        error = -wanted if gradient is None else gradient - wanted
+        at = found.setdefault(together(name, true.numel()), Distance())
+        at.error += float(error.square().sum(dtype=torch.float64))
+        at.truth += float(wanted.square().sum(dtype=torch.float64))
+        at.tensors.add(name)
+
+
+def together(name: str, entries: int) -> str:
+    """The name under which a tensor is judged: its own, or with `*` for the layer where it is small."""
+    return re.sub(r"\.\d+\.", ".*.", name) if entries < SMALL else name
+
+
+def ratio(ours: float, theirs: float) -> float:
+    """How many times as far from the truth as the reference; nothing below FLOOR counts."""
+    return max(ours, FLOOR) / max(theirs, FLOOR) if math.isfinite(ours) else math.inf

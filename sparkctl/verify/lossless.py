@@ -1,0 +1,257 @@
+"""The certificate: an engine's gradients and a short training, beside the reference's, each against the truth in fp32.
+
+The truth is the reference engine with every product in fp32 (TF32 off), transformers' layers in plain torch. Three
+questions are asked of an engine:
+- precision: at step 0, is the gradient of every trained tensor at most RATIO times as far from the truth as that of the
+  reference in bf16? The loss of single documents likewise.
+- formula: computed in fp32, are its gradients the truth's? bf16 rounds a gradient by about 1 %, which would hide an
+  error of that size in an operator; fp32 hides nothing. Asked of engines that compute in fp32 too.
+- course: over some optimiser steps on the same data, do loss and gradient norm stay as near to the truth's course as
+  the reference's do?
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparkctl.data.batches import Pack, Schedule
+from sparkctl.errors import SparkError
+from sparkctl.manifest.schema import PlanTable
+from sparkctl.progress import Progress
+from sparkctl.train import guard, random, state
+from sparkctl.train.engines import ENGINES, make_engine
+from sparkctl.train.optim import Optimizer, learning_rate
+from sparkctl.verify.certificate import COURSE_RATIO, Certificate, Point, TensorRow, compared
+from sparkctl.verify.gradients import Distance, add_distances, fill_adapters, host_gradients
+
+if TYPE_CHECKING:
+    import torch
+
+    from sparkctl.train.engines.base import Engine
+
+PACKS = 8  # at step 0; with 4 the worst of a tiny model's ratios passed 1.9 by chance, with 8 it stayed below 1.65
+DOCUMENTS = 32  # whose losses are compared one by one: the ratio of two such errors passes 2 once in 10,000
+AREA = 4096  # tokens that the judges compute at once where no document is longer: they keep every logit
+LOSS_FLOOR = 1e-4  # of the loss: a mean over a document's tokens is not told apart below
+COURSE_LOSS_FLOOR, COURSE_NORM_FLOOR = 1e-3, 1e-2  # of loss and norm: so near, nobody could tell the trainings apart
+IN_FP32 = {"native"}  # engines whose load() takes dtype
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is computed. start: a checkpoint to begin with, else fresh masters. name: the run in hints."""
+
+    plan: PlanTable
+    folder: Path
+    packs: Sequence[Pack]  # of step 0
+    course: Sequence[Pack]  # one an optimiser step
+    start: Path | None = None
+    name: str = "RUN"
+    allow_slow: bool = False
+
+    @property
+    def documents(self) -> list[Pack]:
+        """Single documents of the packs of step 0, the first pack's first, as packs of their own."""
+        alone = (Pack([d], len(d.ids), int(d.trained[1:].sum())) for pack in self.packs for d in pack.documents)
+        return [pack for pack in alone if pack.labels][:DOCUMENTS]
+
+
+def chosen_packs(schedule: Schedule, steps: int) -> tuple[list[Pack], list[Pack]]:
+    """(packs of step 0: the one around the longest document and the run's first; packs of a course of `steps`)."""
+    course: list[Pack] = []
+    for n in range(schedule.steps):
+        course += [pack for pack in schedule.step(n) if pack.labels]
+        if len(course) >= max(steps, PACKS):
+            break
+    first = schedule.longest()
+    packs = [pack for pack in [first] if pack.labels]
+    seen = {document.id for document in first.documents}
+    for pack in course:
+        if len(packs) < PACKS and not seen.intersection(document.id for document in pack.documents):
+            packs.append(pack)
+            seen.update(document.id for document in pack.documents)
+    return packs or course[:1], course[:steps]
+
+
+def certify(setting: Setting, progress: Progress) -> Certificate:
+    """Compute all of it, one model at a time. Raises SparkError where memory does not suffice."""
+    import torch
+
+    guard.limit_memory(setting.plan.machine)
+    with exactly():
+        judge = partial(load_judge, setting)
+        truth = measure(setting, partial(judge, torch.float32), None, "the truth in fp32", progress)
+        theirs = measure(setting, partial(judge, torch.bfloat16), truth, "the reference in bf16", progress)
+        ours = measure(setting, partial(load_engine, setting), truth, f"the {setting.plan.engine} engine", progress)
+        formula, skipped = in_fp32(setting, truth, progress)
+    return certificate(setting.plan.engine, truth, theirs, ours, formula, skipped)
+
+
+def certificate(
+    engine: str, truth: Measured, theirs: Measured, ours: Measured, formula: Measured | None, skipped: str | None = None
+) -> Certificate:
+    """What the measurements of one setting come to."""
+    rows = [
+        TensorRow(
+            name, len(distance.tensors), ours.distances[name].relative, distance.relative,
+            formula.distances[name].relative if formula else None,
+        )
+        for name, distance in theirs.distances.items()
+    ]  # fmt: skip
+    three = (truth, theirs, ours)
+    return Certificate(
+        engine=engine,
+        tensors=sorted(rows, key=lambda row: -row.ratio),
+        document_loss=compared(*(one.losses for one in three), floor=LOSS_FLOOR),
+        course_loss=compared(
+            *([point.loss for point in one.course] for one in three), floor=COURSE_LOSS_FLOOR, limit=COURSE_RATIO
+        ),
+        course_norm=compared(
+            *([point.norm for point in one.course] for one in three), floor=COURSE_NORM_FLOOR, limit=COURSE_RATIO
+        ),
+        steps=list(zip(*(one.course for one in three), strict=True)),
+        formula_skipped=skipped,
+    )
+
+
+@dataclass
+class Measured:
+    """Of one engine. gradients: by pack, of the truth alone; distances: to them, of the others."""
+
+    gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    distances: dict[str, Distance] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    course: list[Point] = field(default_factory=list)
+
+
+def measure(
+    setting: Setting, load: Callable[[], Engine], truth: Measured | None, what: str, progress: Progress,
+    gradients_alone: bool = False,
+) -> Measured:  # fmt: skip
+    """Load an engine, compute what is asked of it, and let it go."""
+    found, plan = Measured(), setting.plan
+    documents, course = ([], []) if gradients_alone else (setting.documents, setting.course)
+    hint = f"free memory, or go without a certificate: `sparkctl train {setting.name} --no-certificate`"
+    random.seed_all(plan.seed)
+    with progress.task(what, len(setting.packs) + len(documents) + len(course)) as task, guard.memory(what, hint):
+        engine = load()
+        if setting.start:
+            state.load_trainable(setting.start, engine.parameters())
+        else:
+            fill_adapters(engine.parameters(), plan.seed)
+        for number, pack in enumerate(setting.packs):
+            _clear(engine)
+            engine.micro_step(pack, 1 / pack.labels)
+            if truth is None:
+                found.gradients.append(host_gradients(engine, all=number == 0))
+            else:
+                add_distances(found.distances, engine, truth.gradients[number])
+            task.advance()
+        _clear(engine)
+        for pack in documents:
+            found.losses.append(float(engine.eval_sum(pack)) / pack.labels)
+            task.advance()
+        for point in _train(engine, course, plan):
+            found.course.append(point)
+            task.advance()
+        del engine
+    _release()
+    return found
+
+
+def _train(engine: Engine, course: Sequence[Pack], plan: PlanTable) -> Iterator[Point]:
+    """Optimiser steps of a pack each, at the plan's learning rate over a course as short as this."""
+    if not course:
+        return
+    short = plan.model_copy(update={"warmup_steps": min(plan.warmup_steps, len(course) // 10)})
+    optimizer = Optimizer(engine.parameters(), short)
+    for step, pack in enumerate(course):
+        loss = float(engine.micro_step(pack, 1 / pack.labels)) / pack.labels
+        yield Point(loss, float(optimizer.clip()))
+        optimizer.step(learning_rate(short, step, len(course)))
+
+
+def load_judge(setting: Setting, dtype: torch.dtype) -> Engine:
+    """The reference, a few documents at a time, activations recomputed where memory is a GPU's."""
+    import torch
+
+    from sparkctl.train.engines import reference
+
+    longest = max(len(d.ids) for pack in (*setting.packs, *setting.course) for d in pack.documents)
+    area = min(setting.plan.pack_length, max(longest, AREA))
+    on_gpu = setting.plan.machine.device == "cuda"
+    changes = {"pack_length": area, "checkpointing": setting.plan.checkpointing or on_gpu}
+    plan = setting.plan.model_copy(update=changes)
+    if on_gpu:  # some of torch's functions have no deterministic kernel: a judge may do without
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return reference.load(plan, setting.folder, {}, dtype, plain=True, name=setting.name)
+
+
+def load_engine(setting: Setting) -> Engine:
+    """The plan's engine, as a training would have it."""
+    return make_engine(setting.plan, setting.folder, name=setting.name, allow_slow=setting.allow_slow)
+
+
+def in_fp32(setting: Setting, truth: Measured, progress: Progress) -> tuple[Measured | None, str | None]:
+    """(the engine's gradients in fp32, None) or (None, why there are none)."""
+    import torch
+
+    engine = setting.plan.engine
+    if engine not in IN_FP32:
+        return None, f"the {engine} engine computes in its own precision alone"
+    plan = setting.plan.model_copy(update={"checkpointing": True})
+    load = import_module(ENGINES[engine]).load
+    fp32 = partial(load, plan, setting.folder, {}, torch.float32, allow_slow=setting.allow_slow, name=setting.name)
+    try:
+        return measure(setting, fp32, truth, f"the {engine} engine in fp32", progress, gradients_alone=True), None
+    except _too_large() as error:  # a tile that fits in bf16 may not in fp32
+        _release()
+        return None, f"the {engine} engine could not compute in fp32 ({str(error).splitlines()[0]})"
+
+
+def _too_large() -> tuple[type[Exception], ...]:
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return (SparkError,)
+    return (SparkError, TritonError)
+
+
+def _clear(engine: Engine) -> None:
+    for parameter in engine.parameters().values():
+        parameter.grad = None
+
+
+def _release() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def exactly() -> Iterator[None]:
+    """fp32 means fp32 in this block: no TF32 in products or convolutions. Determinism is afterwards as before."""
+    import torch
+
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = cuda.allow_tf32, cudnn.allow_tf32
+    strict = torch.are_deterministic_algorithms_enabled()
+    lenient = torch.is_deterministic_algorithms_warn_only_enabled()
+    cuda.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic.*")
+            yield
+    finally:
+        cuda.allow_tf32, cudnn.allow_tf32 = before
+        torch.use_deterministic_algorithms(strict, warn_only=lenient)

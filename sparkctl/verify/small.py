@@ -1,0 +1,107 @@
+"""Small models for leak tests, made on the spot: an architecture's own head sizes, everything else as small as can be.
+
+A leak shows best where nothing else can leak: one model has attention alone, one the convolution of GatedDeltaNet
+alone (its recurrence forgets at once), one the recurrence alone (the convolution reads its own token only), and one
+has all of it. What forgets slowly has A = 0.05: with a fast decay a state that is not reset would be gone before it
+is seen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparkctl.errors import UsageError
+from sparkctl.hardware.machine import this_machine
+from sparkctl.manifest.schema import EngineName, Estimates, Lora, Machine, MemoryTerms, Mode, PlanTable
+from sparkctl.model.load import silence
+
+PARTS = ("attention", "convolution", "recurrence", "whole model")
+SLOW, AT_ONCE = -3.0, 6.0  # A_log: A = 0.05; A = 400, whose decay is zero in fp32
+WINDOW = 16
+SIZES: dict[str, Any] = dict(
+    vocab_size=512, hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1,
+    linear_num_key_heads=1, linear_num_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
+    bos_token_id=None, eos_token_id=None, pad_token_id=None, mtp_num_hidden_layers=0,
+)  # fmt: skip
+
+
+def parts_of(config: dict[str, Any]) -> tuple[str, ...]:
+    """Which parts a model of this config.json has."""
+    return PARTS if _has_rule(_text(config)) else PARTS[:1]
+
+
+def write_model(folder: Path, config: dict[str, Any], part: str) -> Path:
+    """A checkpoint of the architecture in config.json, random weights, in which only `part` could leak.
+
+    Raises UsageError where transformers makes no such model from it.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    text = _text(config)
+    kind = str(text.get("model_type", config.get("model_type")))
+    settings = {k: SIZES.get(k, v) for k, v in text.items() if k not in ("model_type", "dtype", "torch_dtype")}
+    settings |= _layers(text, part)
+    if settings.get("sliding_window"):
+        settings["sliding_window"] = WINDOW
+    torch.manual_seed(0)
+    try:
+        with silence():
+            model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
+    except Exception as error:  # a class that we know nothing of may fail in any way on sizes that are not its own
+        raise UsageError(f"no small model of type `{kind}` can be made to look for leaks ({error})") from error
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            _fill(name.split(".")[-2:], parameter, part)
+    with silence():
+        model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def _fill(name: list[str], parameter: Any, part: str) -> None:
+    if name[-1] == "A_log":
+        parameter.fill_(AT_ONCE if part == "convolution" else SLOW)
+    elif name[-1] == "dt_bias":
+        parameter.fill_(1.0)
+    elif name[0] == "conv1d" and part == "recurrence":
+        parameter.zero_()
+        parameter[..., -1] = 1.0
+    elif name[0] == "conv1d":
+        parameter.normal_(std=0.5)
+    elif parameter.ndim > 1:
+        parameter.normal_(std=1.0 if "embed" in name[0] else parameter.shape[-1] ** -0.5)
+
+
+def _text(config: dict[str, Any]) -> dict[str, Any]:
+    text: dict[str, Any] = config.get("text_config") or config
+    return text
+
+
+def _has_rule(text: dict[str, Any]) -> bool:
+    return "linear_key_head_dim" in text
+
+
+def _layers(text: dict[str, Any], part: str) -> dict[str, Any]:
+    """Two or three layers, of the kinds that the part needs."""
+    if not _has_rule(text):
+        kept = {"layer_types": text["layer_types"][:2]} if text.get("layer_types") else {}
+        return {"num_hidden_layers": 2, **kept}
+    full, linear = "full_attention", "linear_attention"
+    kinds = {"attention": [full, full], "whole model": [linear, linear, full]}.get(part, [linear, linear])
+    return {"num_hidden_layers": len(kinds), "layer_types": kinds}
+
+
+def plan_for(engine: EngineName, mode: Mode, machine: Machine | None = None) -> PlanTable:
+    """A plan for such a model: what an engine reads of one, the rest without meaning."""
+    zero = dict.fromkeys(MemoryTerms.model_fields, 0)
+    estimates = Estimates(
+        steps=1, seconds=0, tokens_per_second=1, throughput_from="none", peak_memory=0, memory=MemoryTerms(**zero),
+        disk=0, trainable_parameters=0,
+    )  # fmt: skip
+    return PlanTable(
+        mode=mode, engine=engine, lora=Lora(r=8, alpha=8) if mode == "lora" else None, tokens_per_step=512,
+        pack_length=512, gradient_accumulation=1, epochs=1, steps=1, learning_rate=1e-4, schedule="cosine",
+        warmup_steps=0, min_lr_fraction=0, weight_decay=0, max_grad_norm=1, checkpointing=False, save_every=1, keep=1,
+        seed=0, estimates=estimates, machine=machine or this_machine(), made_from="verify",
+    )  # fmt: skip

@@ -1,0 +1,70 @@
+"""The README says what is true: its commands parse, its script is the tested one, its folders exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from sparkctl.cli.app import register
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+PAGES = [README, *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+def commands() -> list[str]:
+    """Every `sparkctl …` line of a shell block, and every one in running text."""
+    lines = [
+        line
+        for page in PAGES
+        for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+        for line in block.splitlines()
+    ]
+    inline = [text for page in PAGES for text in re.findall(r"`(sparkctl [a-z]+ [^`]+)`", page)]
+    return sorted({line.strip() for line in [*lines, *inline] if line.strip().startswith("sparkctl ")})
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_parses(line: str) -> None:
+    words = shlex.split(line.replace('"$@"', "data.jsonl"), comments=True)[1:]
+    group = typer.main.get_command(register())
+    command = group.commands[words[0]]  # type: ignore[attr-defined]  # a Group: app has several commands
+    with command.make_context(words[0], words[1:]):
+        pass
+
+
+def test_a_command_with_an_unknown_option_would_be_caught() -> None:
+    group = typer.main.get_command(register())
+    with pytest.raises(typer.TyperException):
+        group.commands["show"].make_context("show", ["run", "--no-such-option"])  # type: ignore[attr-defined]
+
+
+def test_the_retrain_round_is_the_tested_script() -> None:
+    script = (ROOT / "docs" / "retrain.sh").read_text(encoding="utf-8")
+    assert script in BLOCKS
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = {
+        target
+        for page in PAGES
+        for target in re.findall(r"^make ([a-z0-9-]+)|`make ([a-z0-9-]+)", page, re.MULTILINE)
+        for target in target
+        if target
+    }
+    assert {"demo", "test"} <= targets
+    assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
+
+
+def test_every_folder_of_the_tree_exists() -> None:
+    tree = re.search(r"## What is where\n\n```\n(.*?)```", README, re.DOTALL)
+    assert tree
+    named = [line.split()[0] for line in tree.group(1).splitlines() if line.strip()]
+    assert len(named) > 10
+    assert [path for path in named if not (ROOT / path).exists()] == []

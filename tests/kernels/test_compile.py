@@ -1,0 +1,84 @@
+"""Every kernel of ours at every configuration that can be picked, compiled for a GB10 and for Hopper without a GPU.
+
+Each target in a process of its own, since a driver without a device stands in Triton's place there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sparkctl_kernels import compiled
+
+TARGETS = ("sm_121a", "sm_90a")
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, dict[str, Any]]:
+    """What `python -m sparkctl_kernels.compiled TARGET --json` says, both targets at once."""
+    started = {target: start("-m", "sparkctl_kernels.compiled", target, "--json") for target in TARGETS}
+    said = {target: process.communicate() for target, process in started.items()}
+    for target, process in started.items():
+        assert said[target][0], said[target][1]
+        assert process.returncode == bool(json.loads(said[target][0])["faults"])
+    return {target: json.loads(out) for target, (out, _) in said.items()}
+
+
+def test_all_of_them_fit_a_gb10(reports: dict[str, dict[str, Any]]) -> None:
+    assert reports["sm_121a"]["faults"] == []
+    kernels = reports["sm_121a"]["kernels"]
+    assert max(kernel["shared"] for kernel in kernels) <= 101_376
+    assert all(kernel["warps"] <= 4 for kernel in kernels if kernel["dot"])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_operator_is_among_them(reports: dict[str, dict[str, Any]], target: str) -> None:
+    found = {kernel["kernel"].partition(".")[0] for kernel in reports[target]["kernels"]}
+    assert found == {
+        "attention", "causal_conv", "gated_delta", "gated_norm", "linear_cross_entropy", "lora_linear", "qk_norm_rope",
+        "rms_norm", "sigmoid_gate", "silu_mul",
+    }  # fmt: skip
+    shapes = {(k["kernel"], k["constants"]) for k in reports[target]["kernels"]}
+    for head_dim in (64, 128, 256):
+        assert any(f"H={head_dim} " in constants for name, constants in shapes if name == "attention.forward")
+
+
+def test_hopper_has_room_for_all(reports: dict[str, dict[str, Any]]) -> None:
+    assert max(kernel["shared"] for kernel in reports["sm_90a"]["kernels"]) <= compiled.SHARED["sm_90a"]
+
+
+def test_a_kernel_that_needs_more_is_found() -> None:
+    out, err = start(str(Path(__file__).parents[1] / "greedy_kernels.py"), "sm_121a").communicate()
+    assert out, err
+    faults = json.loads(out)
+    assert any("bytes of shared memory, 101,376 are there" in fault for fault in faults)
+    assert any("tl.dot on 8 warps, 4 at most" in fault for fault in faults)
+    assert any("spilled" in fault for fault in faults)
+
+
+def test_spills_outside_of_loops_are_told_from_those_inside() -> None:
+    sass = "\n".join(
+        [
+            "  STL [R1], R0 ;",
+            ".L_x_0:",
+            "  LDL R2, [R1] ;",
+            "  STL [R1], R2 ;",
+            "  @P0 BRA `(.L_x_0) ;",
+            "  LDL R2, [R1] ;",
+        ]
+    )
+    assert compiled.spills_in_loops(sass) == 2
+    assert compiled.spills_in_loops(sass.replace("BRA `(.L_x_0)", "BRA `(.L_x_9)")) == 0
