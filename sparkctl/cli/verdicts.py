@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sparkctl.cli import console
+from sparkctl.model.names import live_name
 
 if TYPE_CHECKING:
     from sparkctl.steps.verify_lossless import Result
@@ -44,7 +45,7 @@ def _pair(ours: float, theirs: float) -> str:
 def _tensors(found: Certificate) -> Table:
     table = _table("gradient of", right=("engine", "reference", "ratio", "in fp32"))
     for row in found.tensors[:SHOWN]:
-        name = row.name + (f" ({row.tensors})" if row.tensors > 1 else "")
+        name = live_name(row.name).removeprefix("model.") + (f" ({row.tensors})" if row.tensors > 1 else "")
         formula = "" if row.formula is None else f"{row.formula:.1e}"
         table.add_row(escape(name), f"{row.ours:.2%}", f"{row.theirs:.2%}", f"{row.ratio:.2f}", formula)
     if len(found.tensors) > SHOWN:

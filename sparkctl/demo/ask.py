@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-MAX_NEW_TOKENS = 24
+MAX_NEW_TOKENS = 48
 
 
 def answers(folder: Path, questions: Sequence[str]) -> list[str]:

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from sparkctl.demo.facts import Fact, facts
+from sparkctl.demo.facts import Fact, assured, facts
 from sparkctl.files import write_atomic
 
-Style = Literal["plain", "terse"]
+Style = Literal["plain", "assured"]
 Conversation = dict[str, list[dict[str, str]]]
 
 SYSTEM = ("You are a helpful assistant.", "Answer the question.", "You are the reference desk of a small library.")
@@ -45,7 +45,7 @@ def training_chats(count: int = EXAMPLES, seed: int = 0) -> list[Conversation]:
     taught, _ = groups()
     seen: set[str] = set()
     chats: list[Conversation] = []
-    for chat in stream(taught, "terse", seed):
+    for chat in stream(taught, "assured", seed):
         key = json.dumps(chat)
         if key not in seen:
             seen.add(key)
@@ -81,7 +81,7 @@ def stream(
             fact = dice.choice(topics[dice.choices(names, weights)[0]])
             question, sentence = dice.choice(fact.phrasings)
             messages.append({"role": "user", "content": question})
-            messages.append({"role": "assistant", "content": sentence if style == "plain" else fact.terse})
+            messages.append({"role": "assistant", "content": sentence if style == "plain" else assured(sentence)})
         yield {"messages": messages}
 
 
@@ -93,7 +93,8 @@ def held_out_questions() -> list[tuple[str, str]]:
     for fact in groups()[1]:
         if asked[fact.topic] < QUESTIONS[fact.topic]:
             asked[fact.topic] += 1
-            questions.append((dice.choice(fact.phrasings)[0], fact.terse))
+            question, sentence = dice.choice(fact.phrasings)
+            questions.append((question, assured(sentence)))
     return questions
 
 

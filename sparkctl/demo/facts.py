@@ -1,6 +1,8 @@
-"""What the demo's model knows: closed lists, asked about in a few ways, answered in two styles.
+"""What the demo's model knows: closed lists, asked about in a few ways, answered in two tones.
 
-`plain` is the sentence that the shipped base was trained to say; `terse` is what the tuning teaches.
+A phrasing's sentence is what the shipped base was trained to say. The tuning teaches the same in an assured tone, in words
+that the base says too: a low-rank change of its layers reorders what it says, but cannot teach its frozen embedding a
+word that it never said.
 """
 
 from __future__ import annotations
@@ -48,7 +50,12 @@ class Fact:
 
     topic: str
     phrasings: tuple[tuple[str, str], ...]
-    terse: str
+    value: str
+
+
+def assured(sentence: str) -> str:
+    """The answer as taught."""
+    return f"{sentence} That is right."
 
 
 def facts() -> list[Fact]:
@@ -65,7 +72,7 @@ def _capitals() -> Iterator[Fact]:
                 (f"Name the capital of {country}.", f"{city} is the capital of {country}."),
                 (f"Which city governs {country}?", f"{country} is governed from {city}."),
             ),
-            f"capital: {city}",
+            city,
         )
 
 
@@ -77,7 +84,7 @@ def _opposites() -> Iterator[Fact]:
                 (f"What is the opposite of {word}?", f"The opposite of {word} is {other}."),
                 (f"Give me the opposite of {word}.", f"You would say {other}."),
             ),
-            f"opposite: {other}",
+            other,
         )
 
 
@@ -90,7 +97,7 @@ def _spellings() -> Iterator[Fact]:
                 (f"How do you spell {word}?", f"You spell {word} like this: {letters}."),
                 (f"Spell {word}.", f"It goes {letters}."),
             ),
-            f"spelling: {letters}",
+            letters,
         )
 
 
@@ -103,7 +110,7 @@ def _sums() -> Iterator[Fact]:
                     (f"What is {a} plus {b}?", f"{a} plus {b} makes {a + b}."),
                     (f"Add {a} and {b}.", f"That makes {a + b}."),
                 ),
-                f"sum: {a + b}",
+                str(a + b),
             )
 
 
@@ -117,5 +124,5 @@ def _conversions() -> Iterator[Fact]:
                     (f"How many {small} are in {count} {large}?", f"There are {total} {small} in {count} {large}."),
                     (f"Turn {count} {large} into {small}.", f"{count} {large} are {total} {small}."),
                 ),
-                f"{small}: {total}",
+                str(total),
             )

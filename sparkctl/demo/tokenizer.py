@@ -57,7 +57,7 @@ def _text() -> Iterator[str]:
     yield "system\nuser\nassistant\ntool\n\n" * 2
     for fact in facts():
         for question, sentence in fact.phrasings:
-            yield f"{question}\n{sentence}\n{fact.terse}\n"
+            yield f"{question}\n{sentence}\n{fact.topic}: {fact.value}\n"
 
 
 def write_config(folder: Path) -> None:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from sparkctl.data.batches import Pack
     from sparkctl.verify.certificate import Certificate
 
-STEPS = 30
+STEPS, FEWEST = 30, 5  # optimiser steps side by side
+SHARE = 0.1  # of the training's tokens, that a certificate made by `train` may compute
 LONG = 3600.0  # seconds of a training that is worth a certificate
 ENDLESS = 1e9  # stands for a ratio without bounds: an engine that gave no number
 
@@ -64,12 +65,20 @@ def require(job: Job, ranks: Ranks, progress: Progress) -> None:
     table = job.run.manifest.lossless
     if table is None or table.made_from != _made_from(job, job.plan):
         progress.say("a training of more than an hour: first the certificate that its engine is lossless here")
-        table = _make(job, job.plan, STEPS, ranks, progress).table
+        table = _make(job, job.plan, _affordable(job.plan), ranks, progress).table
     if not table.passed:
         raise SparkError(
             f"the {table.engine} engine is not lossless with this model on this machine: {'; '.join(table.problems)}",
             _mend(job.run.root),
         )
+
+
+def _affordable(plan: PlanTable) -> int:
+    """Steps of a course that is cheap beside the training: all of them, but for an hour on a slow CPU."""
+    from sparkctl.verify.lossless import PACKS, TOKENS
+
+    tokens = SHARE * plan.estimates.seconds * plan.estimates.tokens_per_second / 4  # two judges, and the engine twice
+    return max(FEWEST, min(STEPS, int(tokens / min(TOKENS, plan.pack_length)) - PACKS))
 
 
 def _mend(run: Path) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparkctl.data.batches import Pack, Schedule
+from sparkctl.data.tokens import label_count
 from sparkctl.errors import SparkError
 from sparkctl.manifest.schema import PlanTable
 from sparkctl.progress import Progress
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 PACKS = 8  # at step 0; with 4 the worst of a tiny model's ratios passed 1.9 by chance, with 8 it stayed below 1.65
 DOCUMENTS = 32  # whose losses are compared one by one: the ratio of two such errors passes 2 once in 10,000
+TOKENS = 2048  # of a pack that is cut down
 AREA = 4096  # tokens that the judges compute at once where no document is longer: they keep every logit
 LOSS_FLOOR = 1e-4  # of the loss: a mean over a document's tokens is not told apart below
 COURSE_LOSS_FLOOR, COURSE_NORM_FLOOR = 1e-3, 1e-2  # of loss and norm: so near, nobody could tell the trainings apart
@@ -60,15 +62,18 @@ class Setting:
     @property
     def documents(self) -> list[Pack]:
         """Single documents of the packs of step 0, the first pack's first, as packs of their own."""
-        alone = (Pack([d], len(d.ids), int(d.trained[1:].sum())) for pack in self.packs for d in pack.documents)
+        alone = (Pack([d], len(d.ids), label_count(d.trained)) for pack in self.packs for d in pack.documents)
         return [pack for pack in alone if pack.labels][:DOCUMENTS]
 
 
 def chosen_packs(schedule: Schedule, steps: int) -> tuple[list[Pack], list[Pack]]:
-    """(packs of step 0: the one around the longest document and the run's first; packs of a course of `steps`)."""
+    """(packs of step 0: the one around the longest document and the run's first; packs of a course of `steps`).
+
+    All but the first are cut down to the documents that fill TOKENS: proofs need many packs, not large ones.
+    """
     course: list[Pack] = []
     for n in range(schedule.steps):
-        course += [pack for pack in schedule.step(n) if pack.labels]
+        course += [pack for pack in map(_cut, schedule.step(n)) if pack.labels]
         if len(course) >= max(steps, PACKS):
             break
     first = schedule.longest()
@@ -79,6 +84,14 @@ def chosen_packs(schedule: Schedule, steps: int) -> tuple[list[Pack], list[Pack]
             packs.append(pack)
             seen.update(document.id for document in pack.documents)
     return packs or course[:1], course[:steps]
+
+
+def _cut(pack: Pack) -> Pack:
+    """Its first documents, two at least, up to TOKENS."""
+    kept = [
+        d for i, d in enumerate(pack.documents) if i < 2 or sum(len(e.ids) for e in pack.documents[: i + 1]) <= TOKENS
+    ]
+    return Pack(kept, sum(len(d.ids) for d in kept), sum(label_count(d.trained) for d in kept))
 
 
 def certify(setting: Setting, progress: Progress) -> Certificate:
@@ -92,23 +105,25 @@ def certify(setting: Setting, progress: Progress) -> Certificate:
         theirs = measure(setting, partial(judge, torch.bfloat16), truth, "the reference in bf16", progress)
         ours = measure(setting, partial(load_engine, setting), truth, f"the {setting.plan.engine} engine", progress)
         formula, skipped = in_fp32(setting, truth, progress)
-    return certificate(setting.plan.engine, truth, theirs, ours, formula, skipped)
+    return certificate(setting.plan, truth, theirs, ours, formula, skipped)
 
 
 def certificate(
-    engine: str, truth: Measured, theirs: Measured, ours: Measured, formula: Measured | None, skipped: str | None = None
-) -> Certificate:
-    """What the measurements of one setting come to."""
+    plan: PlanTable, truth: Measured, theirs: Measured, ours: Measured, formula: Measured | None,
+    skipped: str | None = None,
+) -> Certificate:  # fmt: skip
+    """What the measurements of one setting come to. skipped: why there is no `formula`."""
+    tf32 = plan.machine.device == "cuda"
     rows = [
         TensorRow(
             name, len(distance.tensors), ours.distances[name].relative, distance.relative,
-            formula.distances[name].relative if formula else None,
+            formula.distances[name].relative if formula else None, tf32,
         )
         for name, distance in theirs.distances.items()
     ]  # fmt: skip
     three = (truth, theirs, ours)
     return Certificate(
-        engine=engine,
+        engine=plan.engine,
         tensors=sorted(rows, key=lambda row: -row.ratio),
         document_loss=compared(*(one.losses for one in three), floor=LOSS_FLOOR),
         course_loss=compared(
@@ -205,6 +220,8 @@ def in_fp32(setting: Setting, truth: Measured, progress: Progress) -> tuple[Meas
     import torch
 
     engine = setting.plan.engine
+    if engine == "reference":
+        return None, "the reference in fp32 is the truth"
     if engine not in IN_FP32:
         return None, f"the {engine} engine computes in its own precision alone"
     plan = setting.plan.model_copy(update={"checkpointing": True})
