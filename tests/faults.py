@@ -1,4 +1,4 @@
-"""An operator of the native engine made wrong by one per cent: in what it returns, or in what it writes into a buffer."""
+"""An operator of the native engine, wrong by one per cent: in what it returns, or in what it writes to a buffer."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """What the demo's model knows: closed lists, asked about in a few ways, answered in two tones.
 
-A phrasing's sentence is what the shipped base was trained to say. The tuning teaches the same in an assured tone, in words
-that the base says too: a low-rank change of its layers reorders what it says, but cannot teach its frozen embedding a
-word that it never said.
+A phrasing's sentence is what the shipped base was trained to say. The tuning teaches the same in an assured tone, in
+words that the base says too: a low-rank change of its layers reorders what it says, but cannot teach its frozen
+embedding a word that it never said.
 """
 
 from __future__ import annotations
