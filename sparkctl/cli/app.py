@@ -13,8 +13,8 @@ import typer
 from sparkctl.cli import console
 from sparkctl.errors import Interrupted, SparkError, UsageError
 
-# a command's file in sparkctl/cli, in the order that --help shows
-COMMANDS = ("analyze", "recommend", "train", "resume", "merge", "verify", "bench", "show", "demo")
+# a command's file in sparkctl/cli, in the order that --help shows: groups of commands come last there
+COMMANDS = ("analyze", "recommend", "train", "resume", "merge", "show", "demo", "verify", "bench")
 
 BUG = 70
 INTERRUPTED = 130

@@ -45,7 +45,8 @@ def _pair(ours: float, theirs: float) -> str:
 def _tensors(found: Certificate) -> Table:
     table = _table("gradient of", right=("engine", "reference", "ratio", "in fp32"))
     for row in found.tensors[:SHOWN]:
-        name = live_name(row.name).removeprefix("model.") + (f" ({row.tensors})" if row.tensors > 1 else "")
+        name = live_name(row.name).removeprefix("model.").removesuffix(".weight")
+        name += f" ({row.tensors})" if row.tensors > 1 else ""
         formula = "" if row.formula is None else f"{row.formula:.1e}"
         table.add_row(escape(name), f"{row.ours:.2%}", f"{row.theirs:.2%}", f"{row.ratio:.2f}", formula)
     if len(found.tensors) > SHOWN:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sparkctl.verify.leaks import LENGTHS, Finding, Tensors, difference
+from sparkctl.verify.small import SLOW, WINDOW
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ def operator_leaks(config: dict[str, Any], device: torch.device) -> list[Finding
     """Each operator that this architecture has, in bf16, at its head sizes."""
     text = config.get("text_config") or config
     head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    found = [_finding("attention", *_attention(head_dim, text.get("sliding_window")), device)]
+    found = [_finding("attention", *_attention(head_dim, WINDOW if text.get("sliding_window") else None), device)]
     if "linear_key_head_dim" in text:
         sizes = text["linear_key_head_dim"], text["linear_value_head_dim"]
         found.append(_finding("convolution", *_convolution(*sizes, text["linear_conv_kernel_dim"]), device))
@@ -54,7 +55,7 @@ def _recurrence(key_dim: int, value_dim: int) -> tuple[list[tuple[int, ...]], Ca
     def call(
         packed: Documents, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: torch.Tensor, b: torch.Tensor
     ) -> Any:
-        slow, bias = (torch.full((2,), value, device=v.device) for value in (-3.0, 0.0))
+        slow, bias = (torch.full((2,), value, device=v.device) for value in (SLOW, 0.0))
         return gated_delta(_unit(q), _unit(k), v, a, b, slow, bias, packed)
 
     return [(1, key_dim), (1, key_dim), (2, value_dim), (2,), (2,)], call

@@ -1,0 +1,251 @@
+"""The certificate: what it measures, where it is refused, and that a loss of precision is seen in the engine's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ready
+import torch
+from faults import Fault
+from sparkctl_kernels.silu_mul import op as silu_mul
+
+from sparkctl.data.batches import Document, Pack, Schedule
+from sparkctl.data.tokens import label_count
+from sparkctl.errors import SparkError
+from sparkctl.progress import silent
+from sparkctl.train.engines import reference
+from sparkctl.verify import lossless
+from sparkctl.verify.certificate import FORMULA, Certificate, Compared, Point, TensorRow, compared
+from sparkctl.verify.gradients import (
+    ADAPTER_STD,
+    Distance,
+    add_distances,
+    fill_adapters,
+    host_gradients,
+    ratio,
+    together,
+)  # fmt: skip
+from sparkctl.verify.lossless import Setting, certify, chosen_packs
+
+
+def pack(count: int, seed: int, longest: int = 70) -> Pack:
+    documents = [Document(i, *made) for i, made in enumerate(ready.documents(count, longest=longest, seed=seed))]
+    return Pack(documents, sum(len(d.ids) for d in documents), sum(label_count(d.trained) for d in documents))
+
+
+@pytest.fixture(scope="module")
+def setting(llama_folder: Path) -> Setting:
+    """Enough packs that the ratios of a good engine are near 1."""
+    packs = [pack(4, seed) for seed in range(8)]
+    return Setting(ready.plan(engine="native"), llama_folder, packs, packs[:3])
+
+
+@pytest.fixture(scope="module")
+def good(setting: Setting) -> Certificate:
+    return certify(setting, silent)
+
+
+def test_a_good_engine_passes(good: Certificate) -> None:
+    assert good.problems == []
+    assert good.worst.ratio < 1.5  # observed: 1.07
+    assert min(row.theirs for row in good.tensors) > 1e-3  # bf16 it is
+    assert good.worst_formula
+    assert 0 < (good.worst_formula.formula or 0) < 1e-5  # observed: 7e-7
+    assert len(good.steps) == 3
+    truth, theirs, ours = good.steps[-1]
+    assert len({truth.loss, theirs.loss, ours.loss}) == 3
+    assert good.steps[0][0].loss != truth.loss
+    # two layers of seven projections, small enough to be judged by kind
+    assert [row.tensors for row in good.tensors] == [2] * 14
+
+
+def test_flags_are_afterwards_as_before(good: Certificate) -> None:
+    assert torch.backends.cudnn.allow_tf32
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+@contextmanager
+def rounded(bits: int) -> Iterator[None]:
+    """In bf16 alone, SiLU's product keeps only so many bits of its mantissa: right in fp32, worse in bf16."""
+    real = silu_mul.forward
+
+    def wrong(gate_up: torch.Tensor, y: torch.Tensor) -> None:
+        real(gate_up, y)
+        if y.dtype == torch.bfloat16:
+            mantissa, exponent = torch.frexp(y.float())
+            y.copy_(torch.ldexp(torch.round(mantissa * 2**bits) / 2**bits, exponent))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(silu_mul, "forward", wrong)
+        yield
+
+
+def test_less_precision_than_the_reference_is_seen(setting: Setting) -> None:
+    with rounded(4):  # bf16 has 8
+        found = certify(setting, silent)
+    assert "times as far from fp32 as the reference's" in found.problems[0]
+    assert found.worst.ratio > 2  # observed: 3.6
+    assert found.worst.name.endswith("mlp.down_proj.lora_B.weight")
+    assert found.worst_formula
+    assert (found.worst_formula.formula or 1) < FORMULA
+
+
+def test_a_wrong_loss_is_seen_though_its_gradient_is_right(setting: Setting) -> None:
+    with Fault("linear_cross_entropy", "forward", of=0).planted():
+        found = certify(setting, silent)
+    assert any(problem.startswith("the loss of single documents is") for problem in found.problems)
+    assert any(problem.startswith("the loss over 3 steps is") for problem in found.problems)
+    assert found.worst.ratio < 2
+
+
+def test_an_engine_that_gives_no_number_is_refused(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = silu_mul.forward
+
+    def broken(gate_up: torch.Tensor, y: torch.Tensor) -> None:
+        real(gate_up, y)
+        y[-1] = math.nan
+
+    monkeypatch.setattr(silu_mul, "forward", broken)
+    found = certify(setting, silent)
+    assert len(found.problems) == 5  # gradients, formula, documents, loss and norm of the course
+    assert found.worst.ratio == math.inf
+
+
+def test_the_reference_is_as_far_from_the_truth_as_itself(llama_folder: Path) -> None:
+    found = certify(Setting(ready.plan(), llama_folder, [pack(2, 0)], []), silent)
+    assert {row.ratio for row in found.tensors} == {1.0}
+    assert found.problems == []
+    assert found.formula_skipped == "the reference in fp32 is the truth"
+
+
+def test_memory_that_runs_out_is_said_with_the_way_on(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(reference, "load", load)
+    with pytest.raises(SparkError, match="not enough memory for the truth in fp32") as caught:
+        certify(setting, silent)
+    assert "sparkctl train RUN --no-certificate" in (caught.value.hint or "")
+
+
+def test_a_tile_that_does_not_fit_in_fp32_is_said_and_is_no_fault(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.errors import TritonError
+
+    def measure(*_: object, **__: object) -> None:
+        raise TritonError("out of resource: shared memory\nmore")
+
+    monkeypatch.setattr(lossless, "measure", measure)
+    found, why = lossless.in_fp32(setting, lossless.Measured(), silent)
+    assert found is None
+    assert why == "the native engine could not compute in fp32 (out of resource: shared memory)"
+
+
+def row(name: str = "a", ours: float = 0.01, theirs: float = 0.01, **other: Any) -> TensorRow:
+    return TensorRow(name, 1, ours, theirs, **other)
+
+
+def verdict(*rows: TensorRow, **other: Compared) -> Certificate:
+    """A certificate of good numbers but for these."""
+    fine = dict.fromkeys(("document_loss", "course_loss", "course_norm"), Compared(1e-3, 1e-3, 1e-4))
+    point = Point(1.0, 1.0)
+    return Certificate("native", list(rows), **(fine | other), steps=[(point, point, point)], formula_skipped=None)
+
+
+def test_each_limit() -> None:
+    assert verdict(row(ours=0.02)).problems == []
+    assert "2.01 times" in verdict(row(ours=0.0201)).problems[0]
+    assert verdict(row(formula=1e-3)).problems == []
+    assert "a formula differs" in verdict(row(formula=1.01e-3)).problems[0]
+    assert verdict(row(formula=2.4e-3, tf32=True)).problems == []
+    assert "a formula differs" in verdict(row(formula=2.6e-3, tf32=True)).problems[0]
+    assert verdict(row(), document_loss=Compared(2e-3, 1e-3, 1e-4)).problems == []
+    assert "single documents" in verdict(row(), document_loss=Compared(2.1e-3, 1e-3, 1e-4)).problems[0]
+    assert verdict(row(), document_loss=Compared(2e-4, 1e-9, 1e-4)).problems == []
+    assert verdict(row(), course_norm=Compared(3e-3, 1e-3, 1e-4, 3.0)).problems == []
+    assert "gradient norm" in verdict(row(), course_norm=Compared(3.1e-3, 1e-3, 1e-4, 3.0)).problems[0]
+
+
+def test_distances_are_relative_root_mean_squares() -> None:
+    found = compared([3.0, 4.0], [3.0, 4.5], [2.0, 4.0], floor=0.0)
+    assert found.ours == pytest.approx(1 / 5)
+    assert found.theirs == pytest.approx(0.5 / 5)
+    assert found.ratio == pytest.approx(2.0)
+    assert Distance(error=4.0, truth=16.0).relative == 0.5
+    assert Distance(error=1.0).relative == math.inf
+    assert Distance().relative == 0.0
+    assert ratio(1e-9, 1e-12) == 1.0
+    assert ratio(math.nan, 1.0) == math.inf
+
+
+def test_small_tensors_of_all_layers_are_judged_as_one() -> None:
+    name = "model.layers.11.linear_attn.A_log"
+    assert together(name, 16) == "model.layers.*.linear_attn.A_log"
+    assert together(name, 4096) == name
+    assert together("model.norm.weight", 16) == "model.norm.weight"
+
+
+class Engine:
+    """As much of an engine as gradients are read from."""
+
+    name, device = "tiny", torch.device("cpu")
+
+    def __init__(self, **tensors: torch.Tensor | None) -> None:
+        self._parameters = {name: torch.nn.Parameter(torch.zeros(2)) for name in tensors}
+        for name, gradient in tensors.items():
+            self._parameters[name].grad = gradient
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return self._parameters
+
+
+def test_a_gradient_that_is_missing_is_zero() -> None:
+    truth = host_gradients(Engine(a=torch.tensor([3.0, 4.0]), b=None), all=True)  # type: ignore[arg-type]
+    found: dict[str, Distance] = {}
+    add_distances(found, Engine(a=None, b=torch.ones(2)), truth)  # type: ignore[arg-type]
+    assert found["a"].relative == 1.0
+    assert found["b"].relative == math.inf
+    with pytest.raises(SparkError, match="train other tensors: `b`"):
+        add_distances({}, Engine(a=None), truth)  # type: ignore[arg-type]
+    with pytest.raises(SparkError, match="train other tensors: `c`"):
+        add_distances({}, Engine(a=None, b=None, c=None), truth)  # type: ignore[arg-type]
+
+
+def test_adapters_are_filled_alike_whatever_the_order() -> None:
+    def made(*names: str) -> dict[str, torch.nn.Parameter]:
+        return {name: torch.nn.Parameter(torch.ones(300, 4)) for name in names}
+
+    a, b, c = "x.lora_A.weight", "x.lora_B.weight", "y.lora_B.weight"
+    one, other = made(a, b, c), made(c, b)
+    fill_adapters(one, 5)
+    fill_adapters(other, 5)
+    assert torch.equal(one[a], torch.ones(300, 4))
+    assert torch.equal(one[b], other[b])
+    assert torch.equal(one[c], other[c])
+    assert not torch.equal(one[b], one[c])
+    assert float(one[b].detach().std()) == pytest.approx(ADAPTER_STD, rel=0.1)
+
+
+def test_packs_hold_the_longest_document_and_are_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lossless, "TOKENS", 30)
+    store = ready.store(tmp_path, ready.documents(60, longest=40, seed=1), np.arange(60) % 7 == 0)
+    schedule = Schedule(store, pack_length=100, gradient_accumulation=2, epochs=2, seed=0)
+    packs, course = chosen_packs(schedule, 11)
+    longest = int(store.lengths[~store.held_out].max())
+    assert max(len(d.ids) for d in packs[0].documents) == longest
+    assert packs[0].tokens > 70
+    assert 1 < len(packs) <= lossless.PACKS
+    ids = [d.id for one in packs for d in one.documents]
+    assert len(ids) == len(set(ids))
+    assert len(course) == 11
+    assert all(len(one.documents) == 2 or one.tokens <= 30 for one in (*packs[1:], *course))
+    assert course[0].documents[0].id == schedule.step(0)[0].documents[0].id
+    few = Schedule(store, pack_length=100, gradient_accumulation=2, epochs=1, seed=0, max_steps=1)
+    assert len(chosen_packs(few, 11)[1]) == 2
