@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from sparkctl.bench.workload import Workload
+from sparkctl.bench.workload import Workload, synthetic
 from sparkctl.errors import UsageError
 from sparkctl.hardware.shape import Shape
+from sparkctl.manifest.schema import Mode
+from sparkctl.model import catalog
+from sparkctl.model.families import count
 
 BF16 = 2
 
@@ -39,6 +43,37 @@ class Part:
     def seconds(self, ceiling: Ceiling) -> float:
         """The roofline."""
         return max(self.operations / (ceiling.operations * ceiling.share), self.bytes / ceiling.bytes)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A step's parts on a device, the shape's name and what it computes."""
+
+    ceiling: Ceiling
+    shape: str
+    work: Workload
+    parts: list[Part]
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step: its parts one after another, each at its ceiling."""
+        return sum(part.seconds(self.ceiling) for part in self.parts)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """At best."""
+        return self.work.tokens / self.seconds
+
+
+def predict(name: str, shape: str, mode: Mode, pack: int, documents: int, checkpointing: bool = False) -> Prediction:
+    """The step of a published shape with LoRA r = 128 or whole. Raises UsageError at an unknown device or shape."""
+    ceiling, config = device(name), catalog.config(shape)
+    if not 0 < documents <= pack // 2:
+        raise UsageError(f"{documents} documents do not fill a pack of {pack}", "give `--documents` or `--pack`")
+    work = synthetic(config, mode, pack, documents, checkpointing=checkpointing)
+    size = count(config["model_type"], config, Path("config.json"))
+    trainable = work.rank * size.adapter_width if work.lora else 0
+    return Prediction(ceiling, shape, work, parts(work, size.text_parameters, trainable))
 
 
 def device(name: str) -> Ceiling:

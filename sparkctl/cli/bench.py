@@ -60,3 +60,20 @@ def step(
     console.answer(timings.step_json(at, rows), timings.step_table(at, rows), json=json)
     if all(row.failed for row in rows):
         raise typer.Exit(1)
+
+
+@group.command()
+def predict(
+    device: Annotated[str, typer.Option("--device", help="gb10, h100 or h200.")] = "gb10",
+    shape: ShapeOpt = "qwen3.5-2b",
+    mode: ModeOpt = "lora",
+    pack: PackOpt = 5376,
+    documents: Annotated[int, typer.Option("--documents", min=1, help="Documents in the pack.")] = 12,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations.")] = False,
+    json: JsonOpt = False,
+) -> None:
+    """The native engine's step by roofline on a device that is not here: at best, a prediction."""
+    from sparkctl.bench.predict import predict as work
+
+    found = work(device, shape, mode, pack, documents, checkpointing)
+    console.answer(timings.predict_json(found), timings.predict_table(found), json=json)
