@@ -65,7 +65,7 @@ def require(job: Job, ranks: Ranks, progress: Progress) -> None:
     table = job.run.manifest.lossless
     if table is None or table.made_from != _made_from(job, job.plan):
         progress.say("a training of more than an hour: first the certificate that its engine is lossless here")
-        table = _make(job, job.plan, _affordable(job.plan), ranks, progress).table
+        table = _make(job, job.plan, affordable(job.plan), ranks, progress).table
     if not table.passed:
         raise SparkError(
             f"the {table.engine} engine is not lossless with this model on this machine: {'; '.join(table.problems)}",
@@ -73,7 +73,7 @@ def require(job: Job, ranks: Ranks, progress: Progress) -> None:
         )
 
 
-def _affordable(plan: PlanTable) -> int:
+def affordable(plan: PlanTable) -> int:
     """Steps of a course that is cheap beside the training: all of them, but for an hour on a slow CPU."""
     from sparkctl.verify.lossless import PACKS, TOKENS
 

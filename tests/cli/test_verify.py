@@ -14,6 +14,7 @@ from faults import Fault
 
 from sparkctl.cli import app
 from sparkctl.manifest.store import Run
+from sparkctl.steps import verify_lossless
 from sparkctl.verify import lossless
 
 Said = tuple[int, str, str]
@@ -37,6 +38,8 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
 def run(tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run of a few steps on the native engine; proofs look at few packs."""
     monkeypatch.setattr(lossless, "PACKS", 3)
+    monkeypatch.setattr(verify_lossless, "STEPS", 2)
+    monkeypatch.setattr(verify_lossless, "FEWEST", 2)
     return ready.run(tmp_path / "run", llama_folder, count=24, engine="native")
 
 
@@ -129,6 +132,17 @@ def test_short_trainings_and_the_judge_s_own_need_none(
         manifest.plan.engine = engine
     assert say("train", run.root)[0] == 0
     assert certificate(run) is None
+
+
+def test_the_course_is_cheap_beside_the_training() -> None:
+    def steps(rate: float, hours: float = 1.0) -> int:
+        plan = ready.plan(pack_length=4096)
+        plan.estimates.tokens_per_second, plan.estimates.seconds = rate, 3600 * hours
+        return verify_lossless.affordable(plan)
+
+    assert steps(30_000) == 30  # a GPU
+    assert steps(100) == 5  # a CPU: no fewer than that
+    assert 5 < steps(120, hours=4) < 30
 
 
 def test_a_dry_run_makes_none(run: Run, say: Callable[..., Said]) -> None:
