@@ -81,11 +81,23 @@ def merge_checkpoint(
         if problems := audit(stage):
             raise SparkError(
                 f"the merged checkpoint is not whole: {'; '.join(problems)}",
-                f"the same is amiss in the base `{base}`, or this is a bug; nothing was written to `{out}`",
+                f"{_amiss(base)}; nothing was written to `{out}`",
             )
         if finish:
             finish(stage, merged)
     return merged
+
+
+def _amiss(base: Path) -> str:
+    """Whose fault an incomplete merge is."""
+    from sparkctl.model.audit import audit
+
+    if not audit(base):
+        return "the base is whole, so this is a bug"
+    return (
+        f"the base `{base}` is not whole either: take it as it was published (transformers saves a Qwen3.5 without its "
+        "MTP head), or have its config.json promise what is there"
+    )
 
 
 def require_space(out: Path, size: int) -> None:
