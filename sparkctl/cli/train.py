@@ -61,7 +61,8 @@ def trained(table: TrainTable) -> Table:
         ),
     ]
     if table.gate:
-        pairs.append(("gate", f"{table.gate.loss:.4f} against the parent's {table.gate.parent_loss:.4f}: passed"))
+        verdict = "passed" if table.gate.passed else f"worse by more than the {table.gate.limit:.1%} allowed"
+        pairs.append(("gate", f"{table.gate.loss:.4f} against the parent's {table.gate.parent_loss:.4f}: {verdict}"))
     return console.rows("trained" if table.status == "done" else table.status, *pairs)
 
 

@@ -133,7 +133,7 @@ class Choices(Table):
     checkpointing: bool | None = Field(None, description="recompute activations layer by layer")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints")
     keep: int | None = Field(None, ge=1, description="checkpoints kept beside the best")
-    seed: int | None = Field(None, ge=0, description="seed of adapters, packs and order")
+    seed: int | None = Field(None, ge=0, lt=2**32, description="seed of adapters, packs and order")
 
 
 class Machine(Table):
@@ -235,6 +235,7 @@ class TrainTable(Table):
     estimated_seconds: float
     peak_memory: int | None = None
     estimated_peak_memory: int
+    gate_limit: float | None = Field(None, description="the gate that `train --gate` asked for; a resume keeps to it")
     gate: Gate | None = None
 
 

@@ -40,6 +40,16 @@ def score(job: Job, rival: Rival, trained: TrainTable, limit: float, ranks: Rank
     return Gate(limit=limit, parent_loss=theirs, loss=loss, passed=loss <= theirs * (1 + limit))
 
 
+def settle(job: Job, rival: Rival, trained: TrainTable, limit: float, ranks: Ranks, progress: Progress) -> None:
+    """Score, write it down, judge. Raises SparkError where the gate is passed."""
+    gate = trained.gate = score(job, rival, trained, limit, ranks, progress)
+    if ranks.writes:
+        with job.run.edit() as manifest:
+            assert manifest.train
+            manifest.train.gate, manifest.train.gate_limit = gate, limit
+    judge(job.run, rival, gate)
+
+
 def judge(run: Run, rival: Rival, gate: Gate) -> None:
     """Raise SparkError where the new loss is worse by more than the gate's share of the parent's."""
     if not gate.passed:

@@ -150,6 +150,8 @@ def _checkpoint(run: Run, wanted: str, progress: Progress) -> Path:
     there = {path.name: path for path in state.listed(run.root / CHECKPOINTS)}
     if train is None:
         raise UsageError(f"`{run.root}` has not been trained yet", f"sparkctl train {run.root}")
+    if train.gate and not train.gate.passed:
+        progress.say(f"the gate of `{run.root}` did not let this training through: {train.gate.loss:.4f} held-out loss")
     if train.status != "done":
         progress.say(
             f"the training stopped at step {train.step} of {train.steps}: `sparkctl resume {run.root}` ends it"

@@ -33,10 +33,12 @@ def carry_out(
     ranks: Ranks,
     progress: Progress,
     also: Callable[[Manifest], None] | None = None,
+    gate_limit: float | None = None,
 ) -> TrainTable:
     """Train from `checkpoint` (None: from the beginning) to the end; [train] as it is then.
 
     Nothing in the run changes before the rehearsal has passed. `also` edits the manifest when training begins.
+    gate_limit: what the result is to be held to; written down, so that a resume after a kill knows it.
     """
     from sparkctl.train.guard import Signals
     from sparkctl.train.metrics import Metrics, truncate
@@ -44,7 +46,7 @@ def carry_out(
     progress = progress if ranks.writes else silent
     session = open_session(job, checkpoint, ranks, progress)
     signals = Signals(f"sparkctl resume {job.run.root}", progress.say)
-    recorder = _Recorder(job, session)
+    recorder = _Recorder(job, session, gate_limit)
     ranks.meet(session.engine.device)  # all have read the run before the first changes it
     with signals.caught():
         if not ranks.writes:
@@ -118,8 +120,8 @@ def _compare(before: TrainTable, session: Session, progress: Progress) -> None:
 class _Recorder:
     """Keeps [train] and [[checkpoints]] true while a training runs."""
 
-    def __init__(self, job: Job, session: Session) -> None:
-        self._job, self._session = job, session
+    def __init__(self, job: Job, session: Session, gate_limit: float | None) -> None:
+        self._job, self._session, self._gate_limit = job, session, gate_limit
         self._state = session.state
         before = job.run.manifest.train
         self._started = before.started if before and self._state.step else now()
@@ -151,6 +153,7 @@ class _Recorder:
             estimated_seconds=plan.estimates.seconds,
             peak_memory=at.peak_memory,
             estimated_peak_memory=plan.estimates.peak_memory,
+            gate_limit=self._gate_limit,
         )
 
     def write(self, status: Status, also: Callable[[Manifest], None] | None = None) -> None:

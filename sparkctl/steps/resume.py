@@ -9,6 +9,7 @@ from sparkctl.errors import UsageError
 from sparkctl.manifest.schema import Manifest, Resume, TrainTable
 from sparkctl.manifest.store import Run, now
 from sparkctl.progress import Progress, silent
+from sparkctl.steps import gate as gates
 from sparkctl.steps.record import carry_out
 from sparkctl.steps.training import Job, claimed, complete, planned
 from sparkctl.train import state
@@ -29,7 +30,10 @@ def resume(
     folder: Path, *, checkpoint: str | None = None, allow_slow: bool = False, dry_run: bool = False,
     progress: Progress = silent,
 ) -> Result:  # fmt: skip
-    """Go on from the newest complete checkpoint, or from the one named."""
+    """Go on from the newest complete checkpoint, or from the one named.
+
+    A gate that `train` was given is kept to: SparkError where its limit is passed, after all is saved.
+    """
     run = Run.open(folder)
     with claimed(run, "resume") as ranks:
         job, trained = planned(run, allow_slow), run.manifest.train
@@ -40,7 +44,11 @@ def resume(
                 f"the plan or the data of `{run.root}` changed since this training began",
                 f"sparkctl train {run.root} --force",
             )
+        limit = trained.gate_limit
+        rival = gates.rival(run) if limit is not None else None
         if checkpoint is None and trained.status == "done" and complete(job):
+            if rival is not None and limit is not None and trained.gate is None and not dry_run:  # killed before it
+                gates.settle(job, rival, trained, limit, ranks, progress)
             return Result(run.root, trained, trained.last_checkpoint, True, ranks.rank)
         start = _named(job, checkpoint) if checkpoint else _newest(job, progress)
         id = start.name if start else None
@@ -54,7 +62,10 @@ def resume(
         def record(manifest: Manifest) -> None:
             manifest.resumes = [*manifest.resumes, entry]
 
-        return Result(run.root, carry_out(job, start, ranks, progress, record), id, rank=ranks.rank)
+        trained = carry_out(job, start, ranks, progress, record, limit)
+        if rival is not None and limit is not None:
+            gates.settle(job, rival, trained, limit, ranks, progress)
+        return Result(run.root, trained, id, rank=ranks.rank)
 
 
 def _named(job: Job, id: str) -> Path:

@@ -110,6 +110,8 @@ def _train(run: Run, shown: Path) -> Step:
     detail = f"step {trained.step:,} of {trained.steps:,}"
     if trained.best_eval_loss is not None:
         detail += f", best held-out loss {trained.best_eval_loss:.4f} ({trained.best_checkpoint})"
+    if trained.gate:
+        detail += ", through the gate" if trained.gate.passed else ", not let through by the gate"
     if not _same_job(run, trained.made_from):
         return Step("train", "stale", f"{detail}; plan or data changed since", f"sparkctl train {shown} --force")
     if trained.status == "done":

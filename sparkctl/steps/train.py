@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparkctl.errors import UsageError
-from sparkctl.manifest.schema import Gate, Manifest, PlanTable, TrainTable
+from sparkctl.manifest.schema import Manifest, PlanTable, TrainTable
 from sparkctl.manifest.store import Run
 from sparkctl.progress import Progress, silent
 from sparkctl.steps import gate as gates
@@ -46,19 +46,10 @@ def train(
         if not done or trained is None:
             if certificate:
                 verify_lossless.require(job, ranks, progress)
-            trained = carry_out(job, None, ranks, progress, _begin_anew)
+            trained = carry_out(job, None, ranks, progress, _begin_anew, gate)
         if rival is not None and gate is not None:
-            trained.gate = gates.score(job, rival, trained, gate, ranks, progress)
-            if ranks.writes:
-                _record(run, trained.gate)
-            gates.judge(run, rival, trained.gate)
+            gates.settle(job, rival, trained, gate, ranks, progress)
         return Result(run.root, job.plan, trained, done, ranks.rank)
-
-
-def _record(run: Run, gate: Gate) -> None:
-    with run.edit() as manifest:
-        assert manifest.train
-        manifest.train.gate = gate
 
 
 def _begin_anew(manifest: Manifest) -> None:

@@ -319,7 +319,9 @@ def test_the_gate(say: Say, straight: Run, tmp_path: Path, llama_folder: Path) -
     manifest = Run.open(worse.root).manifest
     assert (manifest.train.status, manifest.train.gate.passed) == ("done", False)
     assert manifest.train.gate.loss == manifest.train.best_eval_loss > best
-    assert say("train", worse.root)[0] == 0
+    status, out, _ = say("train", worse.root)
+    assert status == 0
+    assert "worse by more than" in out
     status, _, err = say("train", worse.root, "--gate", "10")  # a finished one is only scored
     assert status == 0
     assert "up to date" in err

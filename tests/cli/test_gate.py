@@ -1,0 +1,43 @@
+"""A gate outlives the training that it was given to: an interruption and a resume, a merge, a look at the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import ready
+
+from sparkctl.cli import app
+from sparkctl.errors import Interrupted
+from sparkctl.manifest.store import Run
+from sparkctl.train.engines.reference import ReferenceEngine
+
+
+def test_an_interrupted_training_is_held_to_its_gate_when_resumed(
+    tmp_path: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent = ready.run(tmp_path / "r1", llama_folder, count=24)
+    assert app.run(["train", str(parent.root)]) == 0
+    child = ready.run(tmp_path / "r2", llama_folder, parent=Run.open(parent.root), count=24, learning_rate=1e-6)
+    calls = 0
+    micro_step = ReferenceEngine.micro_step
+
+    def stopped(*arguments: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            raise Interrupted("stopped", "resume", 2)
+        return micro_step(*arguments)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReferenceEngine, "micro_step", stopped)
+        assert app.run(["train", str(child.root), "--gate", "0"]) == 130
+    assert Run.open(child.root).manifest.train.gate_limit == 0
+    capsys.readouterr()
+    assert app.run(["resume", str(child.root)]) == 1
+    assert "the gate allows 0.0%" in capsys.readouterr().err
+    trained = Run.open(child.root).manifest.train
+    assert (trained.status, trained.gate.passed) == ("done", False)
+    assert app.run(["show", str(child.root), "--json"]) == 0
+    assert "not let through by the gate" in json.loads(capsys.readouterr().out)["steps"]["train"]["detail"]
