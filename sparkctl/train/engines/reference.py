@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sparkctl.data.batches import Document, Pack
 from sparkctl.errors import UsageError
 from sparkctl.manifest.schema import PlanTable
+from sparkctl.train.engines import cpu
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +45,6 @@ def load(
             "the plan is for a GPU, and torch finds none", f"plan for this machine: `sparkctl recommend {name}`"
         )
     device, dtype = torch.device(plan.machine.device), dtype or torch.bfloat16
-    if device.type == "cpu":
-        torch.set_num_threads(int(choices.get("threads", torch.get_num_threads())))
-        torch.use_deterministic_algorithms(True)
-        # the determinism costs nothing; filling every new tensor with NaN would
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # untyped module
     if plan.lora:
         base = load_text_model(folder, dtype=dtype, device=device)
         targets = inspect(folder, allow_unknown=True).targets
@@ -60,6 +56,8 @@ def load(
         trained = {names.checkpoint(name): parameter for name, parameter in base.named_parameters()}
     if plain:
         plain_layers(base)
+    if device.type == "cpu":
+        cpu.settle(base.config.hidden_size, choices)
     return ReferenceEngine(base, trained, plan, dtype)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sparkctl.data.batches import Pack
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.manifest.schema import Lora, PlanTable
+from sparkctl.train.engines import cpu
 
 if TYPE_CHECKING:
     import torch
@@ -53,11 +54,15 @@ def from_model(
     names: what its parts are called in its checkpoint; without one they are called as they are.
     """
     import torch
+    from sparkctl_kernels.gated_delta import op as gated_delta
 
     from sparkctl.train.engines.native.model import NativeModel
 
     device = next(base.parameters()).device
-    settle(device, choices or {})
+    if device.type == "cpu":
+        cpu.settle(base.config.hidden_size, choices or {})
+    else:
+        gated_delta.pin(choices or {})
     parts = kernels(base, device)
     if not allow_slow:
         refuse_slow(parts)
@@ -98,20 +103,6 @@ def check_served(folder: Path, name: str) -> None:
     what = lacking(inspect(folder, allow_unknown=True))
     if what:
         raise UsageError(f"the native engine has nothing for {what}", f"sparkctl recommend {name} --engine reference")
-
-
-def settle(device: torch.device, choices: dict[str, str]) -> None:
-    """Deterministic kernels, and the choices of an earlier start."""
-    import torch
-    from sparkctl_kernels.gated_delta import op as gated_delta
-
-    if device.type == "cpu":
-        torch.set_deterministic_debug_mode("error")
-        # the determinism costs nothing; filling every new tensor with NaN would
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # untyped module
-        torch.set_num_threads(int(choices.get("threads", torch.get_num_threads())))
-    else:
-        gated_delta.pin(choices)
 
 
 def trainable(
