@@ -37,7 +37,7 @@ format: development ## rewrite the sources in the house style
 	$(IN)/ruff check --fix .
 	$(IN)/ruff format .
 
-bench: environment ## measure this machine; ARGS="kernels" for another part than the training step
+bench: environment ## measure this machine; ARGS="predict" for a prediction instead of the training step
 	$(IN)/sparkctl bench $(ARGS)
 
 check-kernels: development triton-3.6 ## compile every kernel with triton 3.6.0, the Spark's

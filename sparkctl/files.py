@@ -37,11 +37,25 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of a write to an open file says nothing but "no space left": let it name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename, error.strerror = str(path), os.strerror(error.errno)
+        raise
+
+
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` under `path` whole or not at all: temporary file beside it, synced, renamed. Raises OSError."""
+    """Write `data` under `path` whole or not at all: temporary file beside it, synced, renamed.
+
+    Raises OSError naming the place.
+    """
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with naming(path), os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

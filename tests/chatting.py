@@ -113,9 +113,17 @@ def adversary(numbers: random.Random, letters: str) -> str:
     return "".join([*pieces, next(words)])
 
 
-def conversation(numbers: random.Random, name: str) -> Example:
-    """A random chat that the template takes: Cyrillic is what others say, Greek what the model does."""
+def conversation(numbers: random.Random, name: str, *, stops: bool = False) -> Example:
+    """A random chat that the template takes: Cyrillic is what others say, Greek what the model does.
+
+    Where `stops`, the model's text may hold the template's end token.
+    """
     other, mine = "бвгджзлф", "βγδζθλπ"
+
+    def words() -> str:
+        text = adversary(numbers, mine)
+        return text if stops else text.replace(TEMPLATES[name][1], "")
+
     plain = name not in ("chatml", "qwen2", "qwen3", "qwen35", "llama3", "mistral")
     messages: list[Any] = []
     if numbers.random() < 0.4 and name != "gemma":
@@ -123,12 +131,12 @@ def conversation(numbers: random.Random, name: str) -> Example:
     for _ in range(numbers.randint(1, 4)):
         messages.append(("user", adversary(numbers, other)))
         if not plain and name != "chatml" and numbers.random() < 0.3:
-            arguments = {"".join(numbers.choices(mine, k=3)): adversary(numbers, mine)}
+            arguments = {"".join(numbers.choices(mine, k=3)): words()}
             messages.append(say("", None, ("".join(numbers.choices(mine, k=3)), arguments)))
             messages.append(("tool", adversary(numbers, other)))
-        content = adversary(numbers, mine)
+        content = words()
         for word in ("</think>", "<think>"):  # a template that splits there leaves out what the model says
             content = content.replace(word, "")
-        messages.append(say(content, adversary(numbers, mine).replace("think", "") if numbers.random() < 0.3 else None))
+        messages.append(say(content, words().replace("think", "") if numbers.random() < 0.3 else None))
     kwargs = {"enable_thinking": numbers.random() < 0.5} if numbers.random() < 0.5 else {}
     return example(*messages, **kwargs)

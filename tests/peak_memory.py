@@ -1,10 +1,11 @@
-"""Peak resident memory of an optimiser step of the reference engine, as JSON. Run as a process of its own."""
+"""Peak resident memory of an optimiser step of an engine, as JSON. Run as a process of its own."""
 
 from __future__ import annotations
 
 import json
-import resource
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +13,12 @@ import numpy as np
 import torch
 
 from sparkctl.data.batches import Document, Pack
+from sparkctl.manifest.schema import Lora
 from sparkctl.model.plain import plain_layers
 from sparkctl.train.engines.reference import ReferenceEngine
 from sparkctl.train.optim import Optimizer
 
-ROWS, LENGTH, RANK, VOCABULARY = 4, 512, 64, 16000
+AREA, RANK, VOCABULARY = 2048, 64, 16000
 SIZES = dict(
     vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1408, num_attention_heads=8, num_key_value_heads=2,
     head_dim=64, tie_word_embeddings=True, max_position_embeddings=4096,
@@ -32,54 +34,74 @@ PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 }  # fmt: skip
 
 
-def build(kind: str, mode: str) -> tuple[Any, dict[str, torch.nn.Parameter], dict[str, Any]]:
-    """The base model, what is trained of it, and its config."""
-    from peft import LoraConfig, get_peft_model
+def model_of(kind: str, mode: str) -> Any:
+    """A random model of transformers, bf16 under adapters, fp32 to be trained whole."""
     from transformers import AutoConfig, AutoModelForCausalLM, Qwen3_5TextConfig
 
     hybrid = kind == "qwen3_5"
     config = Qwen3_5TextConfig(**SIZES, **RULE, num_hidden_layers=8) if hybrid else AutoConfig.for_model(kind, **SIZES, num_hidden_layers=6)  # fmt: skip  # noqa: E501
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if mode == "lora" else torch.float32)
     plain_layers(model)  # an installed fla would need a GPU
+    return model
+
+
+def reference(model: Any, mode: str, plan: Any) -> ReferenceEngine:
+    """The reference engine on it."""
+    from peft import LoraConfig, get_peft_model
+
     if mode == "lora":
         targets = {name.rpartition(".")[2] for name, _ in model.named_modules()} & PROJECTIONS
         get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return model, trained, config.to_dict()
+    return ReferenceEngine(model, trained, plan, torch.bfloat16)
 
 
-def main(kind: str, mode: str) -> None:
-    """One optimiser step of two full packs."""
+def native(model: Any, mode: str, plan: Any) -> Any:
+    """The native engine on it."""
+    from sparkctl.train.engines.native.engine import from_model
+
+    lora = Lora(r=RANK, alpha=RANK) if mode == "lora" else None
+    return from_model(model, lora=lora, checkpointing=plan.checkpointing)
+
+
+def peak_resident() -> int:
+    """Bytes, of this process alone: getrusage's figure begins with that of the process it was forked from."""
+    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024
+
+
+def main(kind: str, mode: str, engine_name: str = "reference", rows: str = "4", checkpointing: str = "") -> None:
+    """One optimiser step of two full packs of `rows` documents."""
     torch.manual_seed(0)
-    model, trained, config = build(kind, mode)
-    count, mine = (sum(p.numel() for p in group) for group in (model.parameters(), trained.values()))
+    model = model_of(kind, mode)
+    config, parameters = model.config.to_dict(), sum(p.numel() for p in model.parameters())
     plan: Any = SimpleNamespace(
-        pack_length=ROWS * LENGTH, checkpointing=False, weight_decay=0.0, learning_rate=1e-4, beta1=0.9, beta2=0.999,
-        epsilon=1e-8, max_grad_norm=1.0,
+        pack_length=AREA, checkpointing=bool(checkpointing), weight_decay=0.0, learning_rate=1e-4, beta1=0.9,
+        beta2=0.999, epsilon=1e-8, max_grad_norm=1.0,
     )  # fmt: skip
-    engine, optimizer = ReferenceEngine(model, trained, plan, torch.bfloat16), Optimizer(trained, plan)
-    random, documents = np.random.RandomState(0), []
-    for row in range(ROWS):
-        length = LENGTH - row
+    engine = (native if engine_name == "native" else reference)(model, mode, plan)
+    trained = engine.parameters()
+    optimizer = Optimizer(trained, plan)
+    random, documents, longest = np.random.RandomState(0), [], AREA // int(rows)
+    for row in range(int(rows)):
+        length = longest - row
         documents.append(
-            Document(row, random.randint(0, VOCABULARY, length).astype(np.int32), np.arange(length) > LENGTH // 2)
+            Document(row, random.randint(0, VOCABULARY, length).astype(np.int32), np.arange(length) > length // 2)
         )
     pack = Pack(documents, sum(len(d.ids) for d in documents), sum(int(d.trained[1:].sum()) for d in documents))
     for _ in range(2):
         engine.micro_step(pack, 0.5 / pack.labels).item()
     optimizer.clip()
     optimizer.step(1e-4)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    base = count - mine if mode == "lora" else count
     print(
         json.dumps(
             dict(
                 config=config,
-                parameters=base,
-                trainable=mine,
+                parameters=parameters,
+                trainable=sum(p.numel() for p in trained.values()),
                 rank=RANK if mode == "lora" else 0,
+                longest=longest,
                 labels=pack.labels,
-                peak=peak,
+                peak=peak_resident(),
             )
         )
     )

@@ -1,4 +1,4 @@
-"""Cases of the operators that work on rows and heads of one token: norms, gates, rotation, cross-entropy."""
+"""Cases of the operators that work on rows and heads of one token: norms, gates, rotation, products, cross-entropy."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from sparkctl_kernels.gated_norm import op as gated_norm
 from sparkctl_kernels.gated_norm.reference import gated_norm as gated_norm_reference
 from sparkctl_kernels.linear_cross_entropy import op as linear_cross_entropy
 from sparkctl_kernels.linear_cross_entropy.reference import linear_cross_entropy as linear_cross_entropy_reference
+from sparkctl_kernels.matmul import op as matmul
+from sparkctl_kernels.matmul.reference import matmul as matmul_reference
 from sparkctl_kernels.qk_norm_rope import op as qk_norm_rope
 from sparkctl_kernels.qk_norm_rope.reference import qk_norm_rope as qk_norm_rope_reference
 from sparkctl_kernels.rms_norm import op as rms_norm
@@ -222,6 +224,41 @@ def rope_case(
             projected=randn(tokens, sum(widths) + 3), qw=randn(dim), kw=randn(dim), angle=randn(tokens, rotated // 2)
         ),
         fused, reference, plants, fixed=("angle",),
+    )  # fmt: skip
+
+
+def matmul_case(tokens: int, width: int, out: int) -> Case:
+    """A layer's three products, as `gemm` asks for them: into parts of wider buffers, from views, adding."""
+
+    def parts(t: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return t["x_wide"][:, 3 : 3 + width], t["w"], output_gradient((tokens, out), t["w"])
+
+    def fused(t: Tensors) -> Tensors:
+        x, w, dy = parts(t)
+        y, dx, dw = Wide(tokens, out, x), Wide(tokens, width, x), Wide(out, width, t["total"])
+        matmul.forward(x, w.T, y.part)
+        matmul.forward(dy, w, dx.part)
+        matmul.forward(dy.T, x, dw.of(t["total"]), 0.5, add=True)
+        more = Wide(tokens, width, x)
+        matmul.forward(dy, w, more.of(x), add=True)
+        for written in (y, dx, dw, more):
+            written.check()
+        return dict(y=y.part, dx=dx.part, dw=dw.part, more=more.part)
+
+    def reference(t: Tensors) -> Tensors:
+        x, w, dy = parts(t)
+        found = autograd(lambda x, w: matmul_reference(x, w.T), dict(x=x, w=w), ("y",), (dy,), dict(x="dx"))
+        return found | dict(
+            dw=matmul_reference(dy.T, x, t["total"], 0.5), more=matmul_reference(dy, w, x)
+        )  # fmt: skip
+
+    kernel = Plant("matmul.kernel", "matmul", at=2)
+    return Case(
+        f"matmul-{tokens}x{width}x{out}",
+        lambda: dict(
+            x_wide=randn(tokens, width + 5), w=randn(out, width, std=width**-0.5), total=randn(out, width)
+        ),
+        fused, reference, dict.fromkeys(("y", "dx", "dw", "more"), kernel), fixed=("total",),
     )  # fmt: skip
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from sparkctl import env
@@ -16,7 +18,7 @@ from sparkctl.bench.stacks import STACKS
 from sparkctl.bench.worker import Measured
 from sparkctl.bench.workload import Workload
 from sparkctl.errors import SparkError, UsageError
-from sparkctl.hardware.memory import Load
+from sparkctl.hardware.load import Load
 from sparkctl.hardware.shape import Shape
 from sparkctl.hardware.throughput import operations
 from sparkctl.progress import Progress, silent
@@ -25,6 +27,10 @@ CACHES = {  # variables that say where a stack keeps compiled kernels
     "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "UNSLOTH_COMPILE_LOCATION": "unsloth",
     "FLA_CACHE_DIR": "fla",
 }  # fmt: skip
+
+
+COMPARED = {"stock": None, "peft-fla": "fla", "unsloth": "unsloth", "native": None}  # stack: the package it wants
+CLASS = re.compile(r"^(\w+\.)*[A-Z]\w*: ")  # of an exception, in front of its message
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,12 @@ class Row:
         return self.operations / m.p50 / m.gemm_rate if m and m.p50 and m.gemm_rate else None
 
 
+def installed() -> tuple[list[str], list[str]]:
+    """The stacks that are compared unless others are named: those whose package is here, and those whose is not."""
+    here = [name for name, package in COMPARED.items() if package is None or find_spec(package)]
+    return here, [name for name in COMPARED if name not in here]
+
+
 def bench_step(
     at: Setting, stacks: Sequence[str], *, steps: int = 20, cold: bool = False, progress: Progress = silent
 ) -> list[Row]:
@@ -64,7 +76,6 @@ def bench_step(
             rows.append(_row(name, at, steps, cold))
         except SparkError as error:
             rows.append(Row(name, at.work.tokens, None, failed=error.message))
-            progress.say(error.message)
     return rows
 
 
@@ -95,5 +106,6 @@ def _measure(name: str, work: Workload, device: str, steps: int, variables: dict
     )
     if done.returncode:
         words = done.stderr.strip().splitlines()
-        raise SparkError(f"stack `{name}` failed: {words[-1] if words else f'exit status {done.returncode}'}")
+        why = CLASS.sub("", words[-1]) if words else f"exit status {done.returncode}"
+        raise SparkError(f"stack `{name}` failed: {why}")
     return Measured(**json.loads(done.stdout.strip().splitlines()[-1]))

@@ -10,8 +10,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from sparkctl.cli import console
-from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt
-from sparkctl.manifest.schema import AnalysisTable, DataTable, Dropped, ModelTable, RunTable, Table
+from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, about
+from sparkctl.manifest.schema import AnalysisTable, DataTable, Dropped, ModelTable, RunTable
+from sparkctl.words import counted
 
 if TYPE_CHECKING:
     from sparkctl.steps.analyze import Result, Shown
@@ -24,22 +25,18 @@ def register(app: typer.Typer) -> None:
     app.command()(analyze)
 
 
-def _help(table: type[Table], field: str) -> str:
-    return table.model_fields[field].description or ""
-
-
 def analyze(
     data: Annotated[list[Path], typer.Argument(metavar="DATA", help="JSONL, .jsonl.gz or Parquet files of chats.")],
     run: Annotated[Path, typer.Option("--run", metavar="RUN", help="The run's folder; made where absent.")],
     model: Annotated[str | None, typer.Option("--model", help="Model folder or hub id.")] = None,
     parent: Annotated[Path | None, typer.Option("--parent", help="The run of the round before.")] = None,
-    continues: Annotated[bool, typer.Option("--continue", help=_help(RunTable, "continues"))] = False,
-    recipe: Annotated[str | None, typer.Option("--recipe", help=_help(DataTable, "recipe"))] = None,
-    max_seq_length: Annotated[int | None, typer.Option(min=1, help=_help(DataTable, "max_seq_length"))] = None,
-    eval_fraction: Annotated[float | None, typer.Option(min=0, max=0.9, help=_help(DataTable, "eval_fraction"))] = None,
+    continues: Annotated[bool, typer.Option("--continue", help=about(RunTable, "continues"))] = False,
+    recipe: Annotated[str | None, typer.Option("--recipe", help=about(DataTable, "recipe"))] = None,
+    max_seq_length: Annotated[int | None, typer.Option(min=1, help=about(DataTable, "max_seq_length"))] = None,
+    eval_fraction: Annotated[float | None, typer.Option(min=0, max=0.9, help=about(DataTable, "eval_fraction"))] = None,
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file in place of the model's template.")] = None,
-    allow_unknown: Annotated[bool, typer.Option("--allow-unknown", help=_help(ModelTable, "allow_unknown"))] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help=_help(DataTable, "skip_bad"))] = False,
+    allow_unknown: Annotated[bool, typer.Option("--allow-unknown", help=about(ModelTable, "allow_unknown"))] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help=about(DataTable, "skip_bad"))] = False,
     show: Annotated[int, typer.Option("--show", min=0, help="Print so many examples as the model sees them.")] = 0,
     json: JsonOpt = False,
     dry_run: DryRunOpt = False,
@@ -98,14 +95,15 @@ def _markers(analysis: AnalysisTable) -> str:
     if not analysis.marker_examples:
         return "no example holds the template's markers"
     places = ", ".join(analysis.marker_places)
-    return f"{analysis.marker_examples:,} examples hold the template's markers in their text (not trained): {places}"
+    trained = "what others say is not trained, an answer up to its first end token"
+    return f"{counted(analysis.marker_examples, 'example')} with the template's markers in a text ({trained}): {places}"
 
 
 def _histogram(analysis: AnalysisTable) -> Text:
     counts, edges = analysis.histogram.counts, analysis.histogram.edges
-    width = len(f"{edges[-1]:,}")
+    width, scale = len(f"{edges[-1]:,}"), BAR / max(counts)
     lines = [
-        f"{low:>{width},} to {high - 1:<{width},} {'█' * max(round(BAR * count / max(counts)), count > 0)} {count:,}"
+        f"{low:>{width},} to {high - 1:<{width},} " + f"{'█' * max(round(count * scale), count > 0)} {count:,}".lstrip()
         for low, high, count in zip(edges, edges[1:], counts, strict=False)
     ]
     return Text("\ntokens an example\n" + "\n".join(lines))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import FrameType
+from typing import Annotated
 
 import typer
 
+from sparkctl import __version__
 from sparkctl.cli import console
 from sparkctl.errors import Interrupted, SparkError, UsageError
 
@@ -18,15 +22,34 @@ COMMANDS = ("analyze", "recommend", "train", "resume", "merge", "show", "demo", 
 
 BUG = 70
 INTERRUPTED = 130
+AGAIN = "run the same command again: nothing was left half-written"
 
 app = typer.Typer(
     name="sparkctl",
     help="Fine-tune Qwen3.5 losslessly on your own box: from chat data to a folder that vLLM serves.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+class Terminated(BaseException):
+    """SIGTERM. No Exception, so that no `except` on its way takes it for a failure of the work."""
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"sparkctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What stands before a command; everything else stands on the commands themselves."""
 
 
 def register() -> typer.Typer:
@@ -41,13 +64,16 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit status; a bug's traceback is left to Python, with status 70."""
     json = "--json" in arguments
     try:
-        status = register()(args=list(arguments), prog_name="sparkctl", standalone_mode=False)
+        status = register()(args=list(arguments) or ["--help"], prog_name="sparkctl", standalone_mode=False)
         if status == INTERRUPTED:  # what Typer makes of a Ctrl-C inside a command
             raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
     except typer.TyperException as error:
-        command = getattr(getattr(error, "ctx", None), "command_path", "sparkctl")
-        console.failure(UsageError(_sentence(error.format_message()), f"{command} --help"), json=json)
+        context, said = getattr(error, "ctx", None), _sentence(error.format_message())
+        if context and said == "missing command":
+            said += f": {', '.join(context.command.commands)}"
+        command = getattr(context, "command_path", "sparkctl")
+        console.failure(UsageError(said, f"{command} --help"), json=json)
         return UsageError.exit_status
     except SparkError as error:
         console.failure(error, json=json)
@@ -57,9 +83,11 @@ def run(arguments: Sequence[str]) -> int:
             raise
         console.failure(system_error(error), json=json)
         return 1
-    except (KeyboardInterrupt, typer.Abort):
-        console.failure(Interrupted("interrupted", None, signal.SIGINT), json=json)
-        return INTERRUPTED
+    except (KeyboardInterrupt, typer.Abort, Terminated) as error:
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        interrupted = Interrupted("interrupted", AGAIN, number)
+        console.failure(interrupted, json=json)
+        return interrupted.exit_status
     except SystemExit as ended:  # whoever read our stdout has gone (`| head`): Typer ends quietly
         return ended.code if isinstance(ended.code, int) else 1
 
@@ -72,14 +100,16 @@ def system_error(error: OSError) -> SparkError:
     where = f" at `{error.filename}`" if error.filename else ""
     reason = (error.strerror or str(error)).lower()
     hints = {
-        **dict.fromkeys(
-            DISK_FULL, "free some space there, then run the same command again: nothing was left half-written"
-        ),
-        errno.EACCES: "check the permissions of that path",
+        **dict.fromkeys(DISK_FULL, f"free some space there, then {AGAIN}"),
+        **dict.fromkeys((errno.EACCES, errno.EPERM), "check the permissions of that path"),
         errno.EEXIST: "choose another target, or `--force` to replace it",
         errno.ENOENT: "check the path",
+        errno.EISDIR: "that is a folder: name a file in it",
+        errno.ENOTDIR: "a part of that path is a file, not a folder: choose another path",
+        errno.EROFS: "that file system is mounted read-only: choose another path",
     }
-    return SparkError(f"{reason}{where}", hints.get(error.errno or 0))
+    other = f"mend what the system says there, then {AGAIN}"
+    return SparkError(f"{reason}{where}", hints.get(error.errno or 0, other))
 
 
 def _sentence(text: str) -> str:
@@ -87,8 +117,23 @@ def _sentence(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
+def _on_sigterm() -> None:
+    """Let SIGTERM leave through the boundary, so that every clean-up on the way runs; it is heard once."""
+    owner = os.getpid()
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a child that was forked from here
+            os._exit(128 + number)
+        signal.signal(number, signal.SIG_IGN)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, leave)
+
+
 def main() -> None:
     """The installed command."""
+    console.forgiving()
+    _on_sigterm()
     try:
         status = run(sys.argv[1:])
     except Exception:

@@ -11,8 +11,9 @@ from sparkctl.cli import console, timings
 from sparkctl.cli.options import JsonOpt
 from sparkctl.manifest.schema import Mode
 
-group = typer.Typer(help="Measure this machine: a training step by several stacks, operators, or a prediction.")
-STACKS = "stock,peft-fla,unsloth,native"
+group = typer.Typer(
+    help="Measure this machine: `step`, a training step by several stacks; `predict`, another machine's."
+)
 
 ShapeOpt = Annotated[str, typer.Option("--shape", help="A published shape, random weights made on the device.")]
 ModeOpt = Annotated[Mode, typer.Option("--mode", help="lora or full fine-tuning.")]
@@ -36,7 +37,9 @@ def step(
     shape: ShapeOpt = "qwen3.5-2b",
     mode: ModeOpt = "lora",
     pack: PackOpt = 5376,
-    stacks: Annotated[str, typer.Option("--stacks", help="Names, with commas; ratios are to the first.")] = STACKS,
+    stacks: Annotated[
+        str | None, typer.Option("--stacks", help="Names, with commas; ratios are to the first. Else all installed.")
+    ] = None,
     documents: Annotated[int, typer.Option("--documents", min=1, help="Documents in the pack.")] = 12,
     model: Annotated[Path | None, typer.Option("--model", help="The shape of this model folder instead.")] = None,
     run: Annotated[Path | None, typer.Option("--run", help="Lengths and labels of a pack of this run.")] = None,
@@ -47,15 +50,17 @@ def step(
 ) -> None:
     """Forward and backward of one pack by several stacks, each in a process of its own."""
     from sparkctl.bench.setting import setting
-    from sparkctl.bench.step import bench_step
+    from sparkctl.bench.step import bench_step, installed
 
     progress = console.progress()
     at = setting(
         shape=shape, mode=mode, pack=pack, documents=documents, model=model, run=run, checkpointing=checkpointing
     )
-    if at.note:
-        progress.say(at.note)
-    names = [name.strip() for name in stacks.split(",") if name.strip()]
+    names, absent = installed()
+    if stacks is not None:
+        names = [name.strip() for name in stacks.split(",") if name.strip()]
+    elif absent:
+        progress.say(f"left out, not installed: {', '.join(absent)}")
     rows = bench_step(at, names, steps=steps, cold=cold, progress=progress)
     console.answer(timings.step_json(at, rows), timings.step_table(at, rows), json=json)
     if all(row.failed for row in rows):

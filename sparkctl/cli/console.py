@@ -2,63 +2,129 @@
 
 from __future__ import annotations
 
+import codecs
 import json as jsonlib
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group, RenderableType
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
+from rich.progress import Task as RichTask
 from rich.table import Table
+from rich.text import Text
 
 from sparkctl.errors import SparkError
 from sparkctl.progress import Progress, Task
 
 QUIET_SECONDS = 15.0  # between progress lines where stderr is no terminal
+WIDE = 10_000  # columns where there is no terminal: nothing is wrapped in a pipe or a log
 
 
 def out() -> Console:
     """stdout, as it is now (tests swap it)."""
-    return Console(file=sys.stdout, highlight=False)
+    return _console(sys.stdout)
 
 
 def err() -> Console:
     """stderr, as it is now."""
-    return Console(file=sys.stderr, highlight=False, stderr=True)
+    return _console(sys.stderr)
+
+
+def _console(stream: TextIO) -> Console:
+    return Console(file=stream, highlight=False, emoji=False, width=None if stream.isatty() else WIDE)
+
+
+def forgiving() -> None:
+    """Print `?` for what stdout's or stderr's encoding lacks: an error there would hide the answer."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def answer(data: dict[str, Any], human: RenderableType, *, json: bool) -> None:
     """The command's answer: one JSON object under --json, else what a person reads."""
     if json:
-        sys.stdout.write(jsonlib.dumps(data, ensure_ascii=False) + "\n")
-        sys.stdout.flush()
+        _json(data)
     else:
-        out().print(human)
+        _show(out(), human)
+
+
+def as_json(value: Any) -> str:
+    """JSON in the characters that stdout can take."""
+    utf8 = sys.stdout.encoding and codecs.lookup(sys.stdout.encoding).name == "utf-8"
+    return jsonlib.dumps(value, ensure_ascii=not utf8)
+
+
+def _json(data: dict[str, Any]) -> None:
+    sys.stdout.write(as_json(data) + "\n")
+    sys.stdout.flush()
+
+
+def _show(console: Console, item: RenderableType) -> None:
+    """Print; a Text as it is, never wrapped, and a table without blanks at its lines' ends where it goes to a file."""
+    if isinstance(item, Group):
+        for part in item.renderables:
+            _show(console, part)
+    elif isinstance(item, Text):
+        console.print(item, soft_wrap=True)
+    elif console.width < WIDE:
+        console.print(item)
+    else:
+        with console.capture() as caught:
+            console.print(item)
+        console.file.write("".join(f"{line.rstrip()}\n" for line in caught.get().splitlines()))
+        console.file.flush()
 
 
 def failure(error: SparkError, *, json: bool) -> None:
     """`error:` and `hint:` on stderr; under --json also one object on stdout."""
     if json:
-        report = {"ok": False, "error": error.message, "hint": error.hint, "exit_status": error.exit_status}
-        sys.stdout.write(jsonlib.dumps(report, ensure_ascii=False) + "\n")
-        sys.stdout.flush()
-    console = err()
-    console.print(f"[bold red]error:[/] {_plain(error.message)}", soft_wrap=True)
+        _json({"ok": False, "error": error.message, "hint": error.hint, "exit_status": error.exit_status})
+    _line(err(), error.message, "error:", "bold red")
     if error.hint:
-        console.print(f"[bold cyan]hint:[/] {_plain(error.hint)}", soft_wrap=True)
+        _line(err(), error.hint, "hint:", "bold cyan")
 
 
-def rows(title: str, *pairs: tuple[str, object]) -> Table:
-    """A two-column table of names and values."""
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
+def _line(console: Console, text: str, label: str = "", style: str = "") -> None:
+    """A message, on a terminal broken between words, never in one."""
+    text = f"{label} {text}" if label else text
+    if console.width < WIDE:
+        text = "\n".join(_broken(line, console.width) for line in text.split("\n"))
+    message = Text(text)
+    message.stylize(style, 0, len(label))
+    console.print(message, soft_wrap=True)
+
+
+def _broken(line: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False))
+
+
+def titled(title: str, table: Table) -> Group:
+    """A table under its title, which has a line of its own: a narrow table does not fold it."""
+    return Group(Text(title, style="bold"), table)
+
+
+def rows(title: str, *pairs: tuple[str, object]) -> Group:
+    """A two-column table of names and values, the values as they are: a `[` in them is no markup."""
+    table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")  # a path is wrapped, never cut
     for name, value in pairs:
-        table.add_row(name, str(value))
-    return table
+        table.add_row(Text(name), Text(str(value)))
+    return titled(title, table)
 
 
 def size(count: float) -> str:
@@ -81,12 +147,8 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")
-
-
 class _BarTask:
-    def __init__(self, progress: RichProgress, id: Any) -> None:
+    def __init__(self, progress: RichProgress, id: TaskID) -> None:
         self._progress, self._id = progress, id
 
     def advance(self, amount: float = 1) -> None:
@@ -96,18 +158,54 @@ class _BarTask:
         self._progress.update(self._id, note=text)
 
 
+class _Counter(ProgressColumn):
+    """Bytes as MB, everything else as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bytes, self._things = DownloadColumn(), MofNCompleteColumn()
+
+    def render(self, task: RichTask) -> Text:
+        return (self._bytes if task.fields["unit"] == "B" else self._things).render(task)
+
+
+class _Remaining(TimeRemainingColumn):
+    """The time left, where no note says it."""
+
+    def render(self, task: RichTask) -> Text:
+        return Text() if task.fields["note"] else super().render(task)
+
+
 class _Bars:
-    """Live bars on a terminal."""
+    """Live bars on a terminal: one display, above which messages are printed while it lives."""
+
+    def __init__(self) -> None:
+        self._live: RichProgress | None = None
 
     @contextmanager
     def task(self, description: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
-        counter = DownloadColumn() if unit == "B" else MofNCompleteColumn()
-        columns = ("{task.description}", BarColumn(), counter, TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-        with RichProgress(*columns, console=err(), transient=True) as progress:
-            yield _BarTask(progress, progress.add_task(description, total=total, note=""))
+        with self._display() as live:
+            id = live.add_task(description, total=total, note="", unit=unit)
+            try:
+                yield _BarTask(live, id)
+            finally:
+                live.remove_task(id)
+
+    @contextmanager
+    def _display(self) -> Iterator[RichProgress]:
+        if self._live:
+            yield self._live
+            return
+        note = TextColumn("{task.fields[note]}", markup=False)
+        columns = ("{task.description}", BarColumn(bar_width=20), _Counter(), _Remaining(), note)
+        with RichProgress(*columns, console=err(), transient=True, redirect_stdout=False) as self._live:
+            try:
+                yield self._live
+            finally:
+                self._live = None
 
     def say(self, text: str) -> None:
-        err().print(text, markup=False, soft_wrap=True)
+        _line(self._live.console if self._live else err(), text)
 
 
 class _LineTask:
@@ -120,11 +218,7 @@ class _LineTask:
         if time.monotonic() - self._last >= QUIET_SECONDS:
             self._last = time.monotonic()
             whole = f" of {self._count(self._total)}" if self._total else ""
-            err().print(
-                f"{self._description}: {self._count(self._done)}{whole} {self._note}".rstrip(),
-                markup=False,
-                soft_wrap=True,
-            )
+            _line(err(), f"{self._description}: {self._count(self._done)}{whole} {self._note}".rstrip())
 
     def note(self, text: str) -> None:
         self._note = text
@@ -141,9 +235,9 @@ class _Lines:
         yield _LineTask(description, total, unit)
 
     def say(self, text: str) -> None:
-        err().print(text, markup=False, soft_wrap=True)
+        _line(err(), text)
 
 
 def progress() -> Progress:
     """Bars on a terminal, lines elsewhere."""
-    return _Bars() if err().is_terminal else _Lines()
+    return _Bars() if sys.stderr.isatty() and not err().is_dumb_terminal else _Lines()

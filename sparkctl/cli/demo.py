@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from sparkctl.cli import console
 from sparkctl.cli.options import JsonOpt
+from sparkctl.errors import SparkError
 
 if TYPE_CHECKING:
     from sparkctl.steps.demo import Demo
@@ -36,13 +38,16 @@ def demo(
     ] = Path("demo"),
     json: JsonOpt = False,
 ) -> None:
-    """Play the whole job on a tiny model: analyze, recommend, train, kill, resume, merge, ask. About a minute."""
+    """Play the whole job on a tiny model: analyze, recommend, train, kill, resume, merge, ask.
+
+    A minute or two on a CPU.
+    """
     from sparkctl.steps.demo import demo as play
 
     result = play(folder, progress=console.progress())
     console.answer(as_json(result), as_text(result), json=json)
     for problem in result.problems:
-        console.err().print(f"[bold red]error:[/] {problem}", soft_wrap=True)
+        console.failure(SparkError(problem), json=False)
     if result.problems:
         raise typer.Exit(1)
 
@@ -73,11 +78,11 @@ def as_text(result: Demo) -> Group:
     from sparkctl.demo.tokenizer import VOCABULARY
 
     asked = len(result.answers)
-    table = Table(title="Held-out questions", title_justify="left", title_style="bold")
+    table = Table()
     for column in ("question", "before", "after"):
         table.add_column(column, overflow="fold")
     for answer in result.answers[:: max(1, asked // SHOWN)]:
-        table.add_row(*(text.replace("[", "\\[") for text in (answer.question, answer.before, answer.after)))
+        table.add_row(*map(Text, (answer.question, answer.before, answer.after)))
     seconds = " · ".join(f"{name} {value:.0f}" for name, value in result.seconds.items())
     figures = console.rows(
         "Figures",
@@ -94,4 +99,4 @@ def as_text(result: Demo) -> Group:
         vocabulary=VOCABULARY,
         examples=result.examples,
     )
-    return Group(table, "", figures, "", tiny)
+    return Group(console.titled("Held-out questions", table), "", figures, "", tiny)

@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 
 from sparkctl.cli import console
 from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, RunArg
+from sparkctl.words import here
 
 if TYPE_CHECKING:
     from sparkctl.steps.merge import Result
@@ -63,7 +64,7 @@ def _human(result: Result, dry_run: bool) -> RenderableType:
     return console.rows(
         title,
         ("checkpoint", result.checkpoint),
-        ("folder", result.folder),
+        ("folder", here(result.folder)),
         ("tensors", f"{result.changed_tensors:,} of {result.tensors:,} changed"),
         ("size", console.size(result.bytes)),
         ("time", console.duration(result.seconds)),

@@ -10,6 +10,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from sparkctl.cli import console
 from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, RunArg
@@ -81,11 +82,12 @@ def _json(result: Result, dry_run: bool) -> dict[str, Any]:
 def _human(result: Result, dry_run: bool) -> Group:
     plan = result.plan
     title = f"plan of {result.run.name}" + (" (dry run: nothing written)" if dry_run else "")
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for column in ("choice", "value", "from", "why"):
         table.add_column(column, overflow="fold", no_wrap=column != "why", style="dim" if column != "value" else None)
     for name in (name for name in Choices.model_fields if name in plan.origin):
-        table.add_row(name.replace("_", " "), _value(plan, name), plan.origin[name], plan.reasons[name])
+        cells = (name.replace("_", " "), _value(plan, name), plan.origin[name], plan.reasons[name])
+        table.add_row(*map(Text, cells))
     costs = plan.estimates
     memory = ", ".join(f"{name} {console.size(value)}" for name, value in costs.memory if value)
     estimates = console.rows(
@@ -97,7 +99,7 @@ def _human(result: Result, dry_run: bool) -> Group:
         ("trained", f"{costs.trainable_parameters:,} parameters"),
         ("next", f"sparkctl train {result.run}"),
     )
-    return Group(table, "", estimates)
+    return Group(console.titled(title, table), "", estimates)
 
 
 def _value(plan: PlanTable, name: str) -> str:

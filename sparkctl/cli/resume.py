@@ -32,11 +32,11 @@ def resume(
     result = work(run, checkpoint=checkpoint, allow_slow=allow_slow, dry_run=dry_run, progress=progress)
     if result.up_to_date:
         progress.say(f"up to date: the training of `{run}` is finished")
-    elif dry_run:
-        progress.say(f"would go on from {result.checkpoint or 'the beginning'}")
+    title = f"would go on from {result.checkpoint or 'the beginning'} (dry run: nothing written)"
+    human = trained(result.train, title if dry_run and not result.up_to_date else None)
     answer = {
         "ok": True, "run": str(result.run), "up_to_date": result.up_to_date, "dry_run": dry_run,
         "checkpoint": result.checkpoint, "train": result.train.model_dump(mode="json"),
     }  # fmt: skip
     if result.rank == 0:
-        console.answer(answer, trained(result.train), json=json)
+        console.answer(answer, human, json=json)

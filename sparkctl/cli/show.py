@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from sparkctl.cli import console
 from sparkctl.cli.options import JsonOpt, RunArg
+from sparkctl.words import counted, here
 
 if TYPE_CHECKING:
     from sparkctl.manifest.schema import Checkpoint
@@ -46,18 +47,21 @@ def show(
     if json:
         console.answer({"ok": True, "key": get, "value": value}, "", json=True)
     else:
-        typer.echo(value if isinstance(value, str) else jsonlib.dumps(value, ensure_ascii=False))
+        typer.echo(value if isinstance(value, str) else console.as_json(value))
 
 
 def _json(shown: Shown) -> dict[str, Any]:
-    steps = {step.name: {"status": step.status, "detail": step.detail, "hint": step.mend} for step in shown.steps}
+    steps = {
+        step.name: {"status": step.status, "detail": step.detail + step.problem, "hint": step.mend}
+        for step in shown.steps
+    }
     lineage = [{"id": run.manifest.run.id, "name": run.manifest.run.name} for run in shown.rounds]
     return {"ok": True, **shown.values(), "steps": steps, "lineage": lineage}
 
 
 def _human(shown: Shown) -> RenderableType:
     manifest = shown.run.manifest
-    pairs: list[tuple[str, object]] = [("folder", shown.run.root), ("created", manifest.run.created)]
+    pairs: list[tuple[str, object]] = [("folder", here(shown.run.root)), ("created", manifest.run.created)]
     if manifest.model:
         pairs.append(("model", f"{manifest.model.source}, {manifest.model.parameters:,} parameters"))
     return Group(console.rows(manifest.run.name, *pairs), "", _steps(shown.steps), "", _tree(shown))
@@ -69,7 +73,7 @@ def _steps(steps: list[Step]) -> Table:
         table.add_column(column, overflow="fold")
     for step in steps:
         state = f"[{COLOURS[step.status]}]{step.status}[/]"
-        table.add_row(step.name, state, escape(step.detail), escape(step.mend or ""))
+        table.add_row(step.name, state, Text(step.detail + step.problem), Text(step.mend or ""))
     return table
 
 
@@ -88,7 +92,7 @@ def _label(run: Run) -> str:
     made, analysis, trained = run.manifest.run, run.manifest.analysis, run.manifest.train
     label = f"[bold]{escape(made.name)}[/] [dim]{made.id}, {made.created[:10]}[/]"
     if analysis:
-        label += f" {analysis.examples:,} examples"
+        label += f" {counted(analysis.examples, 'example')}"
     if trained and trained.best_eval_loss is not None:
         label += f", held-out loss {trained.best_eval_loss:.4f}"
     return label + (" [dim](continues)[/]" if made.continues else "")
@@ -100,10 +104,12 @@ def _checkpoints(node: Tree, run: Run) -> None:
     nodes: dict[str, Tree] = {}
     for entry in run.manifest.checkpoints:
         above = nodes.get(entry.parent or "", node)
-        nodes[entry.id] = above.add(_checkpoint(entry, entry.id == best))
+        nodes[entry.id] = above.add(_checkpoint(run, entry, entry.id == best))
 
 
-def _checkpoint(entry: Checkpoint, best: bool) -> str:
+def _checkpoint(run: Run, entry: Checkpoint, best: bool) -> str:
     loss = f", held-out loss {entry.eval_loss:.4f}" if entry.eval_loss is not None else ""
-    mark = " [green]best[/]" if best else ""
-    return f"{entry.id} [dim]{escape(entry.path)}{loss}[/]{mark}"
+    mark, path = " [green]best[/]" if best else "", run.resolve(entry.path)
+    if not path.exists():
+        mark += " [yellow](not there)[/]"
+    return f"{escape(entry.id)} [dim]{escape(here(path))}{loss}[/]{mark}"

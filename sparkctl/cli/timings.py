@@ -6,14 +6,19 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from sparkctl.cli import console
+from sparkctl.words import counted
 
 if TYPE_CHECKING:
     from sparkctl.bench.predict import Prediction
     from sparkctl.bench.setting import Setting
     from sparkctl.bench.step import Row
+
+
+COLUMNS = ("tok/s", "p20 to p80", "ratio", "busy ms", "of wall", "GEMM share", "peak", "launches", "start")
 
 
 def step_json(at: Setting, rows: list[Row]) -> dict[str, Any]:
@@ -30,27 +35,19 @@ def step_json(at: Setting, rows: list[Row]) -> dict[str, Any]:
 
 def step_table(at: Setting, rows: list[Row]) -> Group:
     title = (
-        f"{at.name}, {at.work.mode}, one pack of {at.work.tokens:,} tokens in {len(at.work.lengths)} documents "
+        f"{at.name}, {at.work.mode}, one pack of {at.work.tokens:,} tokens in "
+        f"{counted(len(at.work.lengths), 'document')} "
         f"on {at.machine.name}"
     )
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for column in (
-        "stack",
-        "tok/s",
-        "p20 to p80",
-        "ratio",
-        "busy ms",
-        "of wall",
-        "GEMM share",
-        "peak",
-        "launches",
-        "start",
-    ):
+    table = Table(box=None, pad_edge=False)
+    cells = [["failed"] if row.failed else _cells(row, rows[0]) for row in rows]
+    filled = [i for i in range(len(COLUMNS)) if any(len(line) > i and line[i] for line in cells)]  # a CPU fills fewer
+    for column in ("stack", *(COLUMNS[i] for i in filled)):
         table.add_column(column, justify="left" if column == "stack" else "right")
-    for row in rows:
-        table.add_row(row.stack, *(["failed"] if row.failed else _cells(row, rows[0])))
-    notes = [f"{row.stack}: {row.failed}" for row in rows if row.failed]
-    return Group(table, *notes, *([at.note] if at.note else []))
+    for row, line in zip(rows, cells, strict=True):
+        table.add_row(row.stack, *(line[i] for i in filled if i < len(line)))
+    notes = [row.failed for row in rows if row.failed] + ([at.note] if at.note else [])
+    return Group(console.titled(title, table), *map(escape, notes))
 
 
 def _cells(row: Row, first: Row) -> list[str]:
@@ -91,7 +88,7 @@ def predict_json(found: Prediction) -> dict[str, Any]:
 def predict_table(found: Prediction) -> Group:
     """A prediction for a person."""
     title = f"prediction, not a measurement: {found.shape}, {found.work.mode}, {found.work.tokens:,} tokens"
-    table = Table(title=f"{title} on {found.ceiling.name}", title_justify="left", title_style="bold", box=None)
+    table = Table(box=None, pad_edge=False)
     for column in ("part", "TFLOP", "GB", "ms", "bound by"):
         table.add_column(column, justify="left" if column in ("part", "bound by") else "right")
     for p in found.parts:
@@ -99,4 +96,5 @@ def predict_table(found: Prediction) -> Group:
         ms = f"{1e3 * p.seconds(found.ceiling):.1f}"
         table.add_row(p.name, f"{p.operations / 1e12:.2f}", f"{p.bytes / 1e9:.1f}", ms, limit)
     ceiling = f"{found.ceiling.bytes / 1e9:,.0f} GB/s, {found.ceiling.operations / 1e12:,.0f} TFLOP/s"
-    return Group(table, f"at best {found.tokens_per_second:,.0f} tok/s, at {ceiling}; real steps take longer")
+    titled = console.titled(f"{title} on {found.ceiling.name}", table)
+    return Group(titled, f"at best {found.tokens_per_second:,.0f} tok/s, at {ceiling}; real steps take longer")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.console import RenderableType
 
 from sparkctl.cli import console
 from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, RunArg, SlowOpt
@@ -46,11 +46,14 @@ def train(
         console.answer(_json(result, dry_run), human, json=json)
 
 
-def trained(table: TrainTable) -> Table:
-    """A training for a person."""
+def trained(table: TrainTable, title: str | None = None) -> RenderableType:
+    """A training for a person. title: else what state it is in."""
+    from sparkctl.train.state import RECENT
+
+    last = min(table.step, RECENT)
     pairs: list[tuple[str, object]] = [
         ("steps", f"{table.step:,} of {table.steps:,}, {table.tokens:,} tokens"),
-        ("loss", f"{_loss(table.first_loss)} at the first step, {_loss(table.final_loss)} over the last ten"),
+        ("loss", f"{_loss(table.first_loss)} at the first step, {_loss(table.final_loss)} over the last {last}"),
         ("held-out loss", f"{_loss(table.first_eval_loss)} before, best {_loss(table.best_eval_loss)}"),
         ("best checkpoint", table.best_checkpoint or "none"),
         ("rate", f"{table.tokens_per_second or 0:,.0f} tokens per second, evaluations and saves included"),
@@ -63,10 +66,10 @@ def trained(table: TrainTable) -> Table:
     if table.gate:
         verdict = "passed" if table.gate.passed else f"worse by more than the {table.gate.limit:.1%} allowed"
         pairs.append(("gate", f"{table.gate.loss:.4f} against the parent's {table.gate.parent_loss:.4f}: {verdict}"))
-    return console.rows("trained" if table.status == "done" else table.status, *pairs)
+    return console.rows(title or ("trained" if table.status == "done" else table.status), *pairs)
 
 
-def planned(plan: PlanTable) -> Table:
+def planned(plan: PlanTable) -> RenderableType:
     """What would be trained."""
     return console.rows(
         "would train (dry run: nothing written)",

@@ -16,7 +16,7 @@ from sparkctl.errors import SparkError
 from sparkctl.manifest.schema import EngineName
 
 HELP = "Prove on this machine: an engine is lossless, documents never meet, trainings resume, a model is complete."
-group = typer.Typer(help=HELP, no_args_is_help=True)
+group = typer.Typer(help=HELP)
 
 EngineOpt = Annotated[EngineName | None, typer.Option("--engine", help="This engine; else the run's, or all.")]
 

@@ -2,6 +2,10 @@
 
 Trained is what the model has to say (`speech.py`). A token is trained where it starts inside a trained span: one that
 begins before the span holds text that was given to the model, which could never produce it.
+
+Where an answer's own text holds a stop token (`bar <|im_end|> baz`), the ids are still what a server makes of it, and
+the answer is trained up to that token: what follows could never be reached, and the token itself would teach the model
+to stop half-way. Such an answer has no trained end; its example is counted (`markers.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from sparkctl.data.tokenizer import Loaded, load_tokenizer
 from sparkctl.errors import SparkError
 from sparkctl.files import sha256_bytes
 
-CHARACTERS = 1 << 17  # tokenised at a time: enough for many cores, and 20 MB of encodings where a byte is a token
+CHARACTERS = 1 << 16  # tokenised at a time: enough for many cores, and 10 MB of encodings where a byte is a token
 
 
 class Encoded(NamedTuple):
@@ -28,7 +32,7 @@ class Encoded(NamedTuple):
 
     input_ids: np.ndarray  # int32 [L]
     trained: np.ndarray  # bool [L]
-    holds_markers: bool  # text that is not the model's holds the template's own markers
+    holds_markers: bool  # a text, another's or the model's, holds the template's own markers
     assistant_turns: int
 
 
@@ -37,6 +41,7 @@ class ChatFormat:
 
     def __init__(self, loaded: Loaded, template: str) -> None:
         self._tokenizer, vocabulary = loaded.backend, loaded.vocabulary
+        self._stops = [self._tokenizer.token_to_id(token) for token in sorted(vocabulary.stops)]
         self._template = Template(template, vocabulary.variables)
         self._speech = Speech(self._template, vocabulary)
         self._markers = Markers(self._template.literals, self._speech.usual.given(), vocabulary)
@@ -87,7 +92,7 @@ class ChatFormat:
         messages, kwargs = example.messages, example.template_kwargs
         try:
             rendering = self._template.render(messages, example.tools, kwargs)
-            return rendering, self._speech.spans(rendering, messages, kwargs)
+            return rendering, self._speech.spans(rendering, messages, kwargs, example.untrained)
         except SparkError as error:
             why, hint = error.message, "mend its `chat_template_kwargs`, or leave it out: `--skip-bad`"
         except FAILURES as error:
@@ -95,14 +100,16 @@ class ChatFormat:
         except (NotFound, Unsound) as error:
             said = str(error) or "the template changes its own output"
             why, hint = f"what the model says in it cannot be told apart: {said}", "leave it out: `--skip-bad`"
-        return BadLine(f"{example.place}: {why}", hint, example.place)
+        return BadLine(f"{example.named}: {why}", hint, example.place)
 
     def _encoded(self, example: Example, rendering: Rendering, spans: list[tuple[int, int]], encoding: Any) -> Encoded:
         ids = np.array(encoding.ids, dtype=np.int32)
         trained = np.zeros(len(ids), dtype=bool)
+        stops = [i for id in self._stops for i in np.flatnonzero(ids == id).tolist()]
         for span in spans:
-            first, stop = (_first_token(encoding, at, len(rendering.text)) for at in span)
-            trained[first:stop] = True
+            first, end = (_first_token(encoding, at, len(rendering.text)) for at in span)
+            # a stop token before the last one is in the answer's text: it and what follows are not trained
+            trained[first : min((i for i in stops if first <= i < end - 1), default=end)] = True
         turns = sum(message["role"] == "assistant" for message in example.messages)
         return Encoded(ids, trained, self._markers.held_by(example), turns)
 

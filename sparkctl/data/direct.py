@@ -49,7 +49,7 @@ class Direct:
 
 def load_directly(folder: Path) -> Direct | None:
     """The tokenizer in `folder`, or None where it takes transformers to know. Raises what tokenizers raises."""
-    config, kind = _read(folder / "tokenizer_config.json"), _read(folder / "config.json").get("model_type")
+    config, kind = read_table(folder / "tokenizer_config.json"), read_table(folder / "config.json").get("model_type")
     given = str(config.get("tokenizer_class"))
     name = AS_FILED if given == "PreTrainedTokenizerFast" else given.removesuffix("Fast")
     tokens = _tokens(config, {} if name == AS_FILED else DEFAULTS)
@@ -69,7 +69,8 @@ def load_directly(folder: Path) -> Direct | None:
     return Direct(backend, variables, _template(config, folder), name)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_table(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from sparkctl.data.chat import ChatFormat, Encoded
 
 BATCH = 128  # examples encoded at a time: rendering them takes longer than 20 cores need to tokenise them
+CHARACTERS = 1 << 17  # or so many characters, where examples are long: short ones, of 1,000, come to as many
 IN_FLIGHT = 2
 SHOWN_BAD = 5
 SHOWN_MARKERS = 20
@@ -178,9 +178,26 @@ def _says_something(example: Example) -> bool:
 
 
 def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    examples = iter(examples)
-    while batch := list(islice(examples, BATCH)):
+    batch: list[Example] = []
+    length = 0
+    for example in examples:
+        batch.append(example)
+        length += _length(example)
+        if len(batch) >= BATCH or length >= CHARACTERS:
+            yield batch
+            batch, length = [], 0
+    if batch:
         yield batch
+
+
+def _length(example: Example) -> int:
+    """Characters of the parts that can be long."""
+    return sum(
+        len(text_of(message.get("content")))
+        + len(message.get("reasoning_content") or "")
+        + sum(len(str(call["function"]["arguments"])) for call in message.get("tool_calls", ()))
+        for message in example.messages
+    )
 
 
 def _in_order(work: Callable[[list[Example]], list[Slot]], batches: Iterator[list[Example]]) -> Iterator[list[Slot]]:

@@ -1,8 +1,9 @@
 """Marks in a rendering: whose text is where, written by the template itself, and taken out again.
 
 The template's syntax tree is changed, not its text: each `for` loop tells, at the start of every turn and at its end,
-which of the messages it is at. What it tells are two characters in the output. So the text is that of the template,
-and a message's words cannot move a border, whatever they hold.
+which of the messages it is at: the loop's item, or what a loop over numbers takes by its number, `messages[i]`. What it
+tells are two characters in the output. So the text is that of the template, and a message's words cannot move a border,
+whatever they hold.
 """
 
 from __future__ import annotations
@@ -144,9 +145,30 @@ class Instrument:
         yield node
         if isinstance(node, nodes.For) and isinstance(node.target, nodes.Name) and _prints(node):
             self._loops += 1
-            loop, item = nodes.Const(self._loops), nodes.Name(node.target.name, "load")
-            node.body.insert(0, _tell(BEGIN, item, [loop, nodes.Const(captured)], node.lineno))
+            loop = nodes.Const(self._loops)
+            node.body[:0] = [_tell(BEGIN, item, [loop, nodes.Const(captured)], node.lineno) for item in _items(node)]
             yield _tell(END, loop, [], node.lineno)
+
+
+def _items(node: nodes.For) -> Iterator[nodes.Expr]:
+    """What may be a message at each turn of a loop."""
+    assert isinstance(node.target, nodes.Name)
+    name = node.target.name
+    yield nodes.Name(name, "load")
+    if not (
+        isinstance(node.iter, nodes.Call) and isinstance(node.iter.node, nodes.Name) and node.iter.node.name == "range"
+    ):
+        return
+    own = {n.name for n in node.find_all(nodes.Name) if n.ctx == "store"}
+    lists = {
+        n.node.name
+        for n in node.find_all(nodes.Getitem)
+        if isinstance(n.node, nodes.Name) and isinstance(n.arg, nodes.Name) and n.arg.name == name
+    }
+    for taken in sorted(lists - own):  # a list that the loop makes itself is none yet
+        known = nodes.Test(nodes.Name(taken, "load"), "defined", [], [], None, None)
+        at = nodes.Getitem(nodes.Name(taken, "load"), nodes.Name(name, "load"), "load")
+        yield nodes.CondExpr(known, at, nodes.Const(None))
 
 
 def _tell(filter: str, value: nodes.Expr, arguments: list[nodes.Expr], line: int) -> nodes.Output:

@@ -1,8 +1,9 @@
 """One record of a chat file as an example: the one shape in which a server hands a conversation to the chat template.
 
 Taken in: OpenAI's `messages` and ShareGPT's `conversations`, also mixed. Content is a string or a list of text parts;
-a missing one is the empty string, as in vLLM. Tool calls have the form {"type": "function", "function": {name,
-arguments}} with arguments as an object, which is what templates print. Keys that no server passes on are dropped.
+a missing one is the empty string, as in vLLM. Parts of thinking become `reasoning_content`. Tool calls have the form
+{"type": "function", "function": {name, arguments}} with arguments as an object, which is what templates print. Lists
+may be JSON texts, as Parquet files keep them. Keys that no server passes on are dropped.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from sparkctl.errors import SparkError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
-    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool", "function_call": "assistant",
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "observation": "tool", "function": "tool", "function_call": "assistant",
 }  # fmt: skip
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 OTHER_MEDIA = ("image", "video", "audio", "file")
@@ -34,10 +36,17 @@ class Example:
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     place: str = ""  # "chats.jsonl:12"
+    folder: str = ""  # before the place in messages: "data/", as the path was given
+    untrained: frozenset[int] = frozenset()  # assistant messages (from 0) that OpenAI's `weight` of 0 leaves out
+
+    @property
+    def named(self) -> str:
+        """The place for a person: with its folder, since two files may have one name."""
+        return self.folder + self.place
 
 
 class BadLine(SparkError):
-    """A line, or a row, that cannot be an example. `place`: "chats.jsonl:12", with which the message begins."""
+    """A line, or a row, that cannot be an example. `place`: "chats.jsonl:12"; its message begins with the path."""
 
     def __init__(self, message: str, hint: str | None, place: str) -> None:
         super().__init__(message, hint)
@@ -52,7 +61,7 @@ class Refused(Exception):
         self.message, self.hint = message, hint
 
 
-def as_example(record: Any, place: str) -> Example:
+def as_example(record: Any, place: str, folder: str = "") -> Example:
     """The example in a parsed record. Raises Refused."""
     if not isinstance(record, dict):
         hint = "write one chat a line: `jq -c '.[]' FILE > chats.jsonl`" if isinstance(record, list) else SHAPE
@@ -60,14 +69,16 @@ def as_example(record: Any, place: str) -> Example:
     for key in ("images", "image", "videos", "audios"):
         if record.get(key):
             raise Refused(f"it has `{key}`", TEXT_ONLY)
-    messages = [_message(m, number) for number, m in enumerate(_turns(record), start=1)]
+    turns = _turns(record)
+    messages = [_message(m, number) for number, m in enumerate(turns, start=1)]
     if not any(message["role"] == "assistant" for message in messages):
         raise Refused("no assistant turn, so there is nothing to learn", "add the answer that the model should give")
     tools, kwargs = _tools(record.get("tools")), _kwargs(record.get("chat_template_kwargs"))
     _check_text(messages)
     if tools or kwargs:
         _check_text([tools, kwargs])
-    return Example(messages, tools, kwargs, place)
+    untrained = frozenset(i for i, turn in enumerate(turns) if _is_left_out(turn, messages[i]["role"], i + 1))
+    return Example(messages, tools, kwargs, place, folder, untrained)
 
 
 def _turns(record: dict[str, Any]) -> list[Any]:
@@ -76,6 +87,8 @@ def _turns(record: dict[str, Any]) -> list[Any]:
         has = ", ".join(f"`{key}`" for key in list(record)[:6])
         raise Refused(f"no `messages` (it has {has or 'no key'})")
     turns = record[name]
+    if isinstance(turns, str):
+        turns = _column(turns, f"`{name}` is", SHAPE)
     if not isinstance(turns, list):
         raise Refused(f"`{name}` is {_kind(turns)}, not a list")
     if not turns:
@@ -108,13 +121,28 @@ def _message(turn: Any, number: int) -> dict[str, Any]:
         return message
     if content is None and role not in ("assistant", "tool"):
         raise Refused(f"message {number} ({role}) has no `content`")
+    content, thinking = _without_thinking(content, role, number)
     message["content"] = _content(content, number)
+    if thinking is not None:
+        message["reasoning_content"] = thinking
     for key in ("name", "tool_call_id"):
         if turn.get(key) is not None:
             message[key] = turn[key]
     if role == "assistant":
         _add_assistant_keys(message, turn, number)
     return message
+
+
+def _is_left_out(turn: dict[str, Any], role: str, number: int) -> bool:
+    weight = turn.get("weight")
+    if role != "assistant" or weight is None:
+        return False
+    if not isinstance(weight, (int, float)) or weight not in (0, 1):
+        raise Refused(
+            f"message {number} has the `weight` {json.dumps(weight)}",
+            "write 0 for an answer not to learn, or leave it out",
+        )
+    return not weight
 
 
 def _add_assistant_keys(message: dict[str, Any], turn: dict[str, Any], number: int) -> None:
@@ -124,13 +152,35 @@ def _add_assistant_keys(message: dict[str, Any], turn: dict[str, Any], number: i
             continue
         if not isinstance(reasoning, str):
             raise Refused(f"message {number} has a `{key}` that is {_kind(reasoning)}, not a string")
-        message["reasoning_content"] = reasoning
+        if reasoning and "reasoning_content" in message:
+            raise Refused(f"message {number} has a `{key}` and a part of thinking", "keep one of them")
+        message.setdefault("reasoning_content", reasoning)
         break
     calls = turn.get("tool_calls")
+    if isinstance(calls, str):
+        calls = _column(calls, f"message {number} has `tool_calls` that are", "write a list of tool calls")
     if calls is None and turn.get("function_call") is not None:  # OpenAI's older form
         calls = [turn["function_call"]]
     if calls is not None and calls != []:
         message["tool_calls"] = _tool_calls(calls, number)
+
+
+def _without_thinking(content: Any, role: str, number: int) -> tuple[Any, str | None]:
+    """Content, and what its first parts hold of thinking: {"type": "thinking", "thinking": a text or text parts}."""
+    if not isinstance(content, list):
+        return content, None
+    are = [isinstance(part, dict) and part.get("type") == "thinking" for part in content]
+    count = sum(are)
+    if not count:
+        return content, None
+    if role != "assistant" or not all(are[:count]):
+        why = "after another" if role == "assistant" else f"in a {role}'s turn"
+        raise Refused(
+            f"message {number} has a part of thinking {why}", "thinking is the assistant's, and comes first in its turn"
+        )
+    said = [_content(part.get("thinking"), number) for part in content[:count]]
+    texts = [text if isinstance(text, str) else "".join(part["text"] for part in text) for text in said]
+    return content[count:] or "", "\n".join(texts)
 
 
 def _content(content: Any, number: int) -> str | list[dict[str, Any]]:
@@ -182,6 +232,14 @@ def _tool_call(call: Any, number: int) -> dict[str, Any]:
     return known | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
+def _column(text: str, what: str, hint: str) -> Any:
+    """A value kept as JSON text, which is common in Parquet, where a column has one type; None where it is empty."""
+    try:
+        return json.loads(text) if text.strip() else None
+    except (ValueError, RecursionError):
+        raise Refused(f"{what} a string that is not JSON", hint) from None
+
+
 def _decoded(text: Any, number: int, what: str) -> Any:
     try:
         return json.loads(text)
@@ -191,11 +249,8 @@ def _decoded(text: Any, number: int, what: str) -> Any:
 
 def _tools(tools: Any) -> list[dict[str, Any]] | None:
     """The tools under OpenAI's wrapper, or None where there are none."""
-    if isinstance(tools, str):  # common in Parquet, where a column has one type
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError:
-            raise Refused("`tools` is a string that is not JSON", "write a list of tool descriptions") from None
+    if isinstance(tools, str):
+        tools = _column(tools, "`tools` is", "write a list of tool descriptions")
     if tools is None or tools == []:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -208,10 +263,13 @@ def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kwargs(kwargs: Any) -> dict[str, Any]:
+    hint = 'write {"enable_thinking": true}'
+    if isinstance(kwargs, str):
+        kwargs = _column(kwargs, "`chat_template_kwargs` is", hint)
     if kwargs is None:
         return {}
     if not isinstance(kwargs, dict):
-        raise Refused(f"`chat_template_kwargs` is {_kind(kwargs)}, not an object", 'write {"enable_thinking": true}')
+        raise Refused(f"`chat_template_kwargs` is {_kind(kwargs)}, not an object", hint)
     for key in RESERVED:
         if key in kwargs:
             raise Refused(f"`chat_template_kwargs` sets `{key}`, which is not its to set", f"remove `{key}`")

@@ -60,7 +60,8 @@ def learn(template: Template, kwargs: dict[str, Any], vocabulary: Vocabulary) ->
     if not edges:
         raise SparkError(
             "the chat template renders no answer of a small chat in one piece",
-            "give another template with `--chat-template FILE`",
+            "each message must be printed by one turn of a loop, `for message in messages` or with `messages[i]`; "
+            "give such a template with `--chat-template FILE`",
         )
     headers = {role: _headers(role, edges, prompts, vocabulary) for role in sorted({edge.role for edge in edges})}
     if "user" not in headers:

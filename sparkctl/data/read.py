@@ -44,13 +44,14 @@ def read_examples(
     read since the last call; they sum to the files' sizes.
     """
     for path in paths:
+        folder = str(path).removesuffix(Path(path).name)
         for place, record in _records(Path(path), on_bytes):
             try:
                 if isinstance(record, Refused):
                     raise record
-                yield as_example(record, place)
+                yield as_example(record, place, folder)
             except Refused as refused:
-                bad = BadLine(f"{place}: {refused.message}", refused.hint, place)
+                bad = BadLine(f"{folder}{place}: {refused.message}", refused.hint, place)
                 if not skip_bad:
                     raise bad from None
                 if on_bad:
@@ -73,7 +74,7 @@ def _records(path: Path, on_bytes: OnBytes | None) -> Iterator[Record]:
             elif path.suffix.lower() == ".gz" and start:
                 raise SparkError(f"`{path}` is not a gzip file", "compress it again, or name it as what it is")
             else:
-                yield from _lines(path.name, io.BufferedReader(counted, BUFFER))
+                yield from _lines(path, io.BufferedReader(counted, BUFFER))
             counted.finish()
     except FileNotFoundError:
         raise UsageError(f"no file `{path}`", "give JSONL, .jsonl.gz or Parquet files") from None
@@ -133,7 +134,7 @@ def _unzipped_lines(path: Path, counted: _Counted) -> Iterator[Record]:
     hint = "copy or compress the file again: `gzip -t` says whether it is whole"
     try:
         with gzip.GzipFile(fileobj=io.BufferedReader(counted, BUFFER), mode="rb") as unzipped:
-            for place, record in _lines(path.name, io.BufferedReader(unzipped, BUFFER)):
+            for place, record in _lines(path, io.BufferedReader(unzipped, BUFFER)):
                 yield place, record
     except EOFError:
         raise SparkError(f"the gzip file `{path}` ends too early, after {place}", hint) from None
@@ -141,13 +142,23 @@ def _unzipped_lines(path: Path, counted: _Counted) -> Iterator[Record]:
         raise SparkError(f"the gzip file `{path}` is damaged after {place}: {error}", hint) from None
 
 
-def _lines(name: str, file: io.BufferedReader) -> Iterator[Record]:
+def _lines(path: Path, file: io.BufferedReader) -> Iterator[Record]:
     for number, line in enumerate(file, start=1):
         if number == 1:
+            _check_encoding(path, line[:4])
             line = line.removeprefix(BOM)
         if line.isspace() or not line:
             continue
-        yield f"{name}:{number}", _parsed(line)
+        yield f"{path.name}:{number}", _parsed(line)
+
+
+def _check_encoding(path: Path, start: bytes) -> None:
+    """Refuse a file of two or four bytes a character, known by its byte order mark or the zeros in its first ones."""
+    encoding = json.detect_encoding(start) if any(start) else "utf-8"
+    if not encoding.startswith("utf-8"):
+        name = encoding.replace("-le", "le").replace("-be", "be")  # as iconv calls it
+        hint = f"save the file as UTF-8: `iconv -f {name} -t utf-8 OLD > NEW`"
+        raise SparkError(f"`{path}` is {encoding[:6].upper()}, not UTF-8", hint)
 
 
 def _parsed(line: bytes) -> Any:

@@ -15,7 +15,7 @@ No text is searched for markers: headers and endings are compared at a region's 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from sparkctl.data.probes import FIRST, Frame, learn
@@ -47,14 +47,22 @@ class Speech:
             self._frames[key] = learn(self._template, used, self._vocabulary)
         return self._frames[key]
 
-    def spans(self, rendering: Rendering, messages: list[Any], kwargs: dict[str, Any]) -> list[tuple[int, int]]:
-        """The trained spans of the text, as characters. Raises NotFound."""
+    def spans(
+        self,
+        rendering: Rendering,
+        messages: list[Any],
+        kwargs: dict[str, Any],
+        untrained: Collection[int] = (),
+    ) -> list[tuple[int, int]]:
+        """The trained spans of the text, as characters; of messages `untrained` (from 0) none. Raises NotFound."""
         frame, regions = self.frame(kwargs) if kwargs else self.usual, rendering.regions()
         if frame.mixed and not self._template.speaks:
             self._check_unmixed(frame, messages)
         found: list[tuple[int, int]] = []
         for number, message in enumerate(messages):
-            if message["role"] != "assistant" or number not in regions or not says_something(message):
+            if message["role"] != "assistant" or number not in regions or number in untrained:
+                continue
+            if not says_something(message):
                 continue
             if len(regions[number]) > 1:
                 raise NotFound(f"the template renders message {number + 1} in pieces")

@@ -28,8 +28,10 @@ def prompt_key(example: Example, seed: int) -> int:
 
 
 def row_hash(example: Example) -> bytes:
-    """16 bytes of hash over all that the chat template sees of an example."""
-    return blake2b(_bytes([example.messages, example.tools, example.template_kwargs]), digest_size=16).digest()
+    """16 bytes of hash over all that the chat template sees of an example, and which answers are not to be learnt."""
+    seen: list[Any] = [example.messages, example.tools, example.template_kwargs]
+    untrained = [sorted(example.untrained)] if example.untrained else []
+    return blake2b(_bytes(seen + untrained), digest_size=16).digest()
 
 
 def text_of(content: Any) -> str:

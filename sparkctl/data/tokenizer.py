@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparkctl.data.direct import Direct, load_directly
+from sparkctl.data.direct import HARMLESS, NAMED, Direct, load_directly, read_table
 from sparkctl.errors import SparkError
 
 if TYPE_CHECKING:
@@ -62,11 +62,12 @@ def load_tokenizer(folder: Path) -> Loaded:
     if resize := getattr(backend.model, "_resize_cache", None):
         resize(CACHED_WORDS)
     backend.post_processor = None  # it adds special tokens, which a rendered chat has, and trims spaces off offsets
+    vocabulary = _vocabulary(folder, backend, found.variables)
     return Loaded(
         backend=backend,
-        vocabulary=_vocabulary(folder, backend, found.variables),
+        vocabulary=vocabulary,
         chat_template=_one_template(found.chat_template or _template_of_processor(folder), folder),
-        sha256=_digest(file, found.name, found.variables),
+        sha256=_digest(file, found.name, vocabulary),
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
     )
 
@@ -82,10 +83,17 @@ def _load_with_transformers(folder: Path) -> Direct:
     return Direct(backend, variables, tokenizer.chat_template, type(tokenizer).__name__)
 
 
-def _digest(file: Path, name: str, variables: dict[str, str]) -> str:
-    """Of all that ids depend on beside the template: the file, the class that reads it, the special tokens."""
+def _digest(file: Path, name: str, vocabulary: Vocabulary) -> str:
+    """Of all that ids and mask depend on beside the template.
+
+    That is the file, the class that reads it, the special and added tokens, which may come from other files, those at
+    which a server stops, and whatever else the tokenizer's config sets.
+    """
     digest = hashlib.sha256(file.read_bytes())
-    digest.update(json.dumps([name, variables], sort_keys=True).encode())
+    sets = [sorted(tokens) for tokens in (vocabulary.stops, vocabulary.special, vocabulary.added)]
+    config = read_table(file.parent / "tokenizer_config.json")
+    other = {key: value for key, value in config.items() if key not in HARMLESS and key not in NAMED}
+    digest.update(json.dumps([name, vocabulary.variables, *sets, other], sort_keys=True).encode())
     return digest.hexdigest()
 
 

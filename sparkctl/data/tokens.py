@@ -26,7 +26,8 @@ ARROW = "data-00000-of-00001.arrow"
 INFO = "dataset_info.json"
 STATE = "state.json"
 INHERITED = "held_out_before.npy"
-ROWS_A_BATCH = 1024  # rows of a record batch: some 2 MB, and a thousand batches a million rows
+ROWS_A_BATCH = 1024  # rows of a record batch: a thousand batches a million rows
+TOKENS_A_BATCH = 1 << 18  # or so many tokens, 1 MB of ids, where documents are long
 
 
 class Row(NamedTuple):
@@ -98,11 +99,13 @@ class TokenStoreWriter:
         self._file = pa.OSFile(str(self._first), "wb")
         self._writer = pa.ipc.new_stream(self._file, self._schema)
         self._pending: list[Row] = []
+        self._tokens = 0  # of the pending rows
 
     def add(self, row: Row) -> None:
         """Append one document."""
         self._pending.append(row)
-        if len(self._pending) >= ROWS_A_BATCH:
+        self._tokens += len(row.input_ids)
+        if len(self._pending) >= ROWS_A_BATCH or self._tokens >= TOKENS_A_BATCH:
             self._flush()
 
     def finish(self, held_out: np.ndarray, inherited: np.ndarray | None = None) -> str:
@@ -144,7 +147,7 @@ class TokenStoreWriter:
     def _flush(self) -> None:
         import pyarrow as pa
 
-        rows, self._pending = self._pending, []
+        rows, self._pending, self._tokens = self._pending, [], 0
         if not rows:
             return
         columns = [

@@ -18,10 +18,12 @@ def answers(folder: Path, questions: Sequence[str]) -> list[str]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from sparkctl.model.load import silence
     from sparkctl.model.plain import plain_layers
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = plain_layers(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
+    with silence():
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        model: Any = plain_layers(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
     prompts = [_prompt(tokenizer, question) for question in questions]
     alike: dict[int, list[int]] = defaultdict(list)
     for index, prompt in enumerate(prompts):

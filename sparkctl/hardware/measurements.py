@@ -23,6 +23,18 @@ from sparkctl.manifest.schema import EngineName, Machine, Mode
 NAME = "measurements.json"
 
 
+class Kind(NamedTuple):
+    """What has to be alike for a rate to tell of another training. model: [model] config_sha256; rank: 0 without LoRA;
+    processes: that it was spread over.
+    """
+
+    model: str
+    mode: Mode
+    rank: int
+    checkpointing: bool
+    processes: int = 1
+
+
 class Measurement(NamedTuple):
     """A finished training's rate."""
 
@@ -41,24 +53,23 @@ class Probe(NamedTuple):
 
 def record(
     machine: Machine,
-    model_key: str,
-    mode: Mode,
+    kind: Kind,
     engine: EngineName,
     tokens_per_second: float,
     pack_length: int,
     when: str,
 ) -> bool:
-    """Keep a training's rate, in place of an earlier one of the same kind. False where that could not be written.
+    """Keep a training's rate, in place of an earlier one like it. False where that could not be written.
 
-    model_key: [model] config_sha256. when: as the manifest writes instants.
+    when: as the manifest writes instants.
     """
-    kind = dict(machine=_key(machine), model=model_key, mode=mode, engine=engine, pack_length=pack_length)
-    return _put("training", kind, dict(tokens_per_second=round(tokens_per_second, 2), when=when, name=machine.name))
+    alike = dict(machine=_key(machine), **kind._asdict(), engine=engine, pack_length=pack_length)
+    return _put("training", alike, dict(tokens_per_second=round(tokens_per_second, 2), when=when, name=machine.name))
 
 
-def lookup(machine: Machine, model_key: str, mode: Mode) -> list[Measurement]:
-    """All rates that were measured here with this model and mode."""
-    found = (entry for entry in _read()["training"] if _is(entry, machine=_key(machine), model=model_key, mode=mode))
+def lookup(machine: Machine, kind: Kind) -> list[Measurement]:
+    """All rates of this kind that were measured here."""
+    found = (entry for entry in _read()["training"] if _is(entry, machine=_key(machine), **kind._asdict()))
     return [Measurement(e["engine"], e["pack_length"], e["tokens_per_second"], e["when"]) for e in found]
 
 

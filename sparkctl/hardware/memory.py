@@ -15,12 +15,13 @@ all logits, 23.0 GiB with bf16 adapters and the logits of 35 % of the tokens in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from sparkctl.hardware import native
+from sparkctl.hardware.load import BF16, FP32, Load
 from sparkctl.hardware.shape import CHUNK, Shape
-from sparkctl.manifest.schema import MemoryTerms, Mode
+from sparkctl.manifest.schema import MemoryTerms
 
-BF16, FP32 = 2, 4
 LOGITS = 12  # bytes a logit at the start of backward: log-softmax, its gradient, and the gradient of the logits in fp32
 CPU_RUNTIME = 700 << 20  # interpreter, torch, transformers, peft
 CUDA_RUNTIME = 1200 << 20  # the same, CUDA's context and cuBLAS workspaces
@@ -28,26 +29,6 @@ SLACK = 0.04  # share of activations and logits that CUDA's caching allocator lo
 # the same of glibc's, which keeps what short-lived blocks leave between long-lived ones, checkpointing or not; by LoRA
 # one small hybrid (tests/peak_memory.py) peaked at 2.47 to 2.85 GB in 16 runs, which .5 makes 2.69
 CPU_SLACK = {"lora": 0.5, "full": 0.1}
-
-
-@dataclass(frozen=True)
-class Load:
-    """What is trained, and on how much at once.
-
-    trainable: parameters with gradients. rank: of the adapters, 0 in full fine-tuning. area: tokens computed at once,
-    padding included. longest: the longest document. labels: label tokens among them. fla: GatedDeltaNet runs on
-    flash-linear-attention.
-    """
-
-    mode: Mode
-    trainable: int
-    rank: int
-    area: int
-    longest: int
-    labels: int
-    checkpointing: bool
-    device: str
-    fla: bool = False
 
 
 def peak(shape: Shape, load: Load) -> MemoryTerms:
@@ -58,7 +39,7 @@ def peak(shape: Shape, load: Load) -> MemoryTerms:
     """
     base = shape.parameters * BF16 + shape.float32_parameters * (FP32 - BF16)
     activations = saved(shape, load)
-    logits = load.labels * shape.vocabulary * LOGITS
+    logits = logit_bytes(shape, load)
     return MemoryTerms(
         weights=(base if load.mode == "lora" else 0) + load.trainable * BF16,
         masters=load.trainable * FP32,
@@ -70,10 +51,22 @@ def peak(shape: Shape, load: Load) -> MemoryTerms:
     )
 
 
+def logit_bytes(shape: Shape, load: Load) -> int:
+    """All the logits, or the chunk of them that the native engine has at a time: on a GPU turned to their gradient in
+    place.
+    """
+    if load.engine == "native":
+        each = BF16 if load.device == "cuda" else LOGITS
+        return min(load.labels, native.HEAD_ROWS) * shape.vocabulary * each
+    return load.labels * shape.vocabulary * LOGITS
+
+
 def runtime(shape: Shape, load: Load, tensors: int) -> int:
     """Libraries, and what the allocator of so many bytes of tensors loses."""
     if load.device == "cuda":
         return CUDA_RUNTIME + int(SLACK * tensors)
+    if load.engine == "native":
+        return CPU_RUNTIME + int(native.CPU_SLACK * tensors)
     everything = saved(shape, replace(load, checkpointing=False))
     return CPU_RUNTIME + int(CPU_SLACK[load.mode] * everything)
 
@@ -83,6 +76,8 @@ def saved(shape: Shape, load: Load) -> int:
 
     With checkpointing: each layer's input, and everything of the one layer that is being computed again.
     """
+    if load.engine == "native":
+        return native.saved(shape, load)
     attention, rule = attention_bytes(shape, load), rule_bytes(shape, load) if shape.rule_layers else 0
     ends = 4 * FP32 * shape.hidden  # the embedding's output and the last norm's
     if load.checkpointing:

@@ -73,7 +73,7 @@ class Shape:
             keys=(text.get("num_key_value_heads") or heads) * head_dim,
             head_norms=not kind.startswith(("llama", "mistral", "qwen2")),
             gated=bool(rules) or bool(text.get("attn_output_gate")),
-            tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+            tied=bool(text.get("tie_word_embeddings", False)),
             rule_layers=rules,
             rule_heads=value_heads,
             rule_keys=value_heads * key_dim,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from sparkctl.hardware.measurements import Probe, lookup, probe
-from sparkctl.hardware.memory import Load, saved
+from sparkctl.hardware.load import Load
+from sparkctl.hardware.measurements import Kind, Probe, lookup, probe
+from sparkctl.hardware.memory import saved
 from sparkctl.hardware.shape import Shape
 from sparkctl.manifest.schema import EngineName, Machine
 
@@ -45,8 +46,9 @@ class Rate:
 def expected(
     machine: Machine, shape: Shape, load: Load, engine: EngineName, *, model_key: str, parameters: int, pack_length: int
 ) -> Rate:  # fmt: skip
-    """The rate of a training. parameters: of the whole model, as the table counts; model_key: as `record` was given."""
-    here = [m for m in lookup(machine, model_key, load.mode) if m.engine == engine]
+    """The rate of a training. parameters: of the whole model, as the table counts; model_key: of `Kind`."""
+    kind = Kind(model_key, load.mode, load.rank, load.checkpointing)
+    here = [m for m in lookup(machine, kind) if m.engine == engine]
     if here:
         nearest = min(here, key=lambda m: abs(m.pack_length - pack_length))
         source = f"measured on this machine, {nearest.when}, with packs of {nearest.pack_length:,}"
@@ -90,7 +92,8 @@ def from_probe(rates: Probe, shape: Shape, load: Load) -> Rate:
     """A CPU's rate: operations, bytes and the cost of a layer, one after the other."""
     seconds = operations(shape, load) / (CPU_SHARE * rates.operations)
     passes = 4 / 3 if load.checkpointing else 1
-    seconds += passes * CPU_PASSES * saved(shape, replace(load, checkpointing=False)) / load.area / rates.bytes
+    kept = saved(shape, replace(load, checkpointing=False, engine="reference"))  # what the passes were fitted to
+    seconds += passes * CPU_PASSES * kept / load.area / rates.bytes
     seconds += passes * CPU_LAYER_SECONDS * shape.layers / load.area
     source = f"a matrix product measured here, {rates.operations / 1e9:,.0f} GFLOP/s, and the operations a token takes"
     return Rate(MARGIN / seconds, source)

@@ -38,6 +38,7 @@ class RunTable(Table):
 class ChatTemplate(Table):
     file: str = Field(description="the run's own copy")
     sha256: str
+    given: bool = Field(False, description="from `--chat-template` or the parent, not read from the model")
 
 
 class ModelTable(Table):
@@ -115,6 +116,8 @@ class Lora(Table):
 
 class Choices(Table):
     """What a recipe may set and a flag may override; None leaves it to the rules."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
     mode: Mode | None = Field(None, description="lora or full fine-tuning")
     engine: EngineName | None = Field(None, description="which engine computes the step")
@@ -212,6 +215,21 @@ class Gate(Table):
     passed: bool
 
 
+class BaseFile(Table):
+    name: str
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+class BaseTable(Table):
+    """The weights that a training began with."""
+
+    source: str = Field(description="as [model] named it")
+    config_sha256: str
+    files: list[BaseFile]
+
+
 class TrainTable(Table):
     status: Literal["running", "interrupted", "failed", "done"]
     started: str
@@ -237,6 +255,7 @@ class TrainTable(Table):
     estimated_peak_memory: int
     gate_limit: float | None = Field(None, description="the gate that `train --gate` asked for; a resume keeps to it")
     gate: Gate | None = None
+    base: BaseTable | None = Field(None, description="the weights it began with, which `resume` and `merge` want again")
 
 
 class Resume(Table):

@@ -6,12 +6,13 @@ Two locks, both released by the kernel when their process dies: `.manifest.lock`
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tomllib
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,14 @@ class Run:
 
     @classmethod
     def create(cls, root: Path, *, parent: Run | None = None, continues: bool = False) -> Run:
-        """A new run in `root` (made where absent). Raises UsageError where a run is there already."""
+        """A new run in `root` (made where absent). Raises UsageError where a run is there already.
+
+        Raises OSError where it cannot be written; a folder that was made for it goes away again.
+        """
         root = Path(root).absolute()
-        if (root / NAME).exists():
-            raise UsageError(f"`{root}` holds a run already", f"sparkctl show {root}")
         if root.exists() and not root.is_dir():
             raise UsageError(f"`{root}` is a file; a run is a folder")
+        made = not root.exists()
         root.mkdir(parents=True, exist_ok=True)
         link = os.path.relpath(parent.root, root) if parent else None
         table = RunTable(
@@ -60,8 +63,13 @@ class Run:
             continues=continues,
         )
         run = cls(root, Manifest(schema_=SCHEMA, run=table))
-        with run._manifest_lock():
-            run._write(run.manifest)
+        try:
+            run._write_first()
+        except BaseException:
+            if made:
+                with suppress(OSError):  # another's run may be in it by now
+                    root.rmdir()
+            raise
         return run
 
     @classmethod
@@ -92,7 +100,8 @@ class Run:
                 f"{self._holder()} in `{self.root}`", "wait for it, or stop it with Ctrl-C: it saves before it ends"
             ) from None
         try:
-            (self.root / ".step.json").write_text(json.dumps({"step": name, "pid": os.getpid()}))
+            with suppress(OSError):  # it only names the holder; a full disk is reported by the work itself
+                (self.root / ".step.json").write_text(json.dumps({"step": name, "pid": os.getpid()}))
             self.manifest = read_manifest(self.root)
             yield
         finally:
@@ -106,18 +115,28 @@ class Run:
                 return None
         except Timeout:
             return str(self._claim().get("step", "a step"))
+        except OSError as error:
+            if error.errno in (errno.EROFS, errno.EACCES):  # nobody works where nothing can be written
+                return None
+            raise
 
     def resolve(self, path: str) -> Path:
         """A manifest's path as one that can be opened: relative to the run, or to where the run was before a move."""
-        here = Path(os.path.normpath(self.root / path))
-        if here.exists():
-            return here
-        before = Path(os.path.normpath(Path(self.manifest.run.folder) / path))
-        return before if before.exists() else here
+        return _find(path, self.root, Path(self.manifest.run.folder))
 
     def relative(self, path: Path) -> str:
         """A path as the manifest keeps it: relative to the run's folder."""
         return os.path.relpath(Path(path).absolute(), self.root)
+
+    def _write_first(self) -> None:
+        with self._manifest_lock():
+            if (self.root / NAME).exists():  # looked at under the lock: of two that make the run, one does
+                raise UsageError(f"`{self.root}` holds a run already", f"sparkctl show {self.root}")
+            try:
+                self._write(self.manifest)
+            except BaseException:
+                (self.root / ".manifest.lock").unlink(missing_ok=True)
+                raise
 
     def _write(self, manifest: Manifest) -> None:
         values = manifest.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -142,7 +161,7 @@ class Run:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """`run.toml` in `root`, migrated and checked. Every problem is named at once."""
+    """`run.toml` in `root`, migrated and checked, its paths counted from `root`. Every problem is named at once."""
     path = root / NAME
     try:
         text = path.read_text(encoding="utf-8")
@@ -157,9 +176,44 @@ def read_manifest(root: Path) -> Manifest:
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"`{path}` is broken: {error}", "mend the line by hand or restore the file") from None
     try:
-        return Manifest.model_validate(migrate(values, path))
+        manifest = Manifest.model_validate(migrate(values, path))
     except ValidationError as error:
         raise UsageError(f"`{path}` does not hold:\n{describe(error)}", "mend the keys named above") from None
+    _follow_move(manifest, root.absolute())
+    return manifest
+
+
+def _find(path: str, root: Path, before: Path) -> Path:
+    """Where a path of a run in `root` leads; from `before`, where the run was, if it leads nowhere from here."""
+    here, there = (Path(os.path.normpath(folder / path)) for folder in (root, before))
+    return there if there.exists() and not here.exists() else here
+
+
+def _follow_move(manifest: Manifest, root: Path) -> None:
+    """Count the paths that lead out of a moved run from where it is now; what lies within it came along."""
+    before = Path(manifest.run.folder)
+    if before == root:
+        return
+
+    def moved(path: str | None) -> str | None:
+        outside = path is not None and Path(path).parts[:1] == ("..",)
+        return os.path.relpath(_find(path, root, before), root) if path and outside else path
+
+    manifest.run.parent = moved(manifest.run.parent)
+    if manifest.model:
+        manifest.model.source = moved(manifest.model.source) or ""
+    if manifest.train and manifest.train.base:
+        manifest.train.base.source = moved(manifest.train.base.source) or ""
+    for table in (manifest.data, manifest.plan):
+        if table:
+            table.recipe = moved(table.recipe)
+    for file in manifest.data.files if manifest.data else []:
+        file.path = moved(file.path) or ""
+    for merged in (manifest.merge, manifest.adapter):
+        if merged:
+            merged.folder = moved(merged.folder) or ""
+    for checkpoint in manifest.checkpoints:
+        checkpoint.path = moved(checkpoint.path) or ""
 
 
 def describe(error: ValidationError) -> str:

@@ -21,6 +21,7 @@ from sparkctl.files import staged_folder
 from sparkctl.manifest.schema import Lora
 from sparkctl.merge.companions import copy_companions
 from sparkctl.merge.updates import Update, listed, updates
+from sparkctl.model.families import tied
 from sparkctl.model.weights import INDEX, Checkpoint, TensorFile
 from sparkctl.progress import Progress, Task, silent
 
@@ -40,7 +41,7 @@ class Merged:
 def prepare(base: Path, trained: Path, lora: Lora | None) -> tuple[Checkpoint, dict[str, Update]]:
     """Base and updates, checked against each other. Raises SparkError where they do not fit."""
     checkpoint = Checkpoint(base)
-    changes = updates(trained, checkpoint, lora, tied=_tied(base))
+    changes = updates(trained, checkpoint, lora, tied=tied(json.loads((base / "config.json").read_bytes())))
     odd = [f"{name} ({checkpoint.dtype(name)})" for name in changes if checkpoint.dtype(name) not in FLOATS]
     if odd:
         raise SparkError(
@@ -157,9 +158,3 @@ def _index(data: bytes, checkpoint: Checkpoint) -> bytes:
         return data
     values["metadata"] = {**values.get("metadata", {}), "total_size": total}
     return (json.dumps(values, indent=2) + "\n").encode()
-
-
-def _tied(base: Path) -> bool:
-    """Whether config.json shares the embedding with lm_head."""
-    config = json.loads((base / "config.json").read_bytes())
-    return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))

@@ -92,8 +92,9 @@ def _masters(file: TensorFile, base: Checkpoint, tied: bool) -> Iterator[tuple[s
     _fit(file.path, base, {name: file.shape(name) for name in file.names()})
     for name in file.names():
         yield name, Master(file, name)
-        # a tied head that the base also stores is the embedding once more
-        if tied and name.endswith("embed_tokens.weight") and "lm_head.weight" in base.names():
+        # a tied head that the base also stores is the embedding once more, unless transformers found the two to differ
+        # and trained both
+        if tied and name.endswith("embed_tokens.weight") and "lm_head.weight" in base.names() - file.names():
             yield "lm_head.weight", Master(file, name)
 
 

@@ -7,16 +7,16 @@ out. vLLM loads a checkpoint without `mtp.fc.weight` silently and then accepts n
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparkctl.errors import SparkError
+from sparkctl.model import mtp
 from sparkctl.model.load import silence
 from sparkctl.model.names import LIVE, NESTED, nested_name, text_prefix
 from sparkctl.model.weights import INDEX, Layout, read_layout
-
-Shapes = dict[str, tuple[int, ...]]
-MTP = "mtp."
 
 
 def audit(folder: Path) -> list[str]:
@@ -24,7 +24,7 @@ def audit(folder: Path) -> list[str]:
     try:
         config = dict(json.loads((folder / "config.json").read_bytes()))
         layout = read_layout(folder)
-        promised, optional, problems = promise(folder, config)
+        promised, optional, ignores, problems = promise(folder, config)
     except SparkError as error:
         return [error.message]
     except (OSError, ValueError, TypeError) as error:
@@ -40,43 +40,53 @@ def audit(folder: Path) -> list[str]:
     ]
     for name, shape in found.items():
         if name not in promised:
+            if ignores(name):
+                continue
             problems.append(f"`{name}` is there, and config.json does not promise it")
         elif shape != promised[name]:
             problems.append(f"`{name}` has shape {list(shape)}, and config.json promises {list(promised[name])}")
     return problems
 
 
-def promise(folder: Path, config: dict[str, Any]) -> tuple[Shapes, set[str], list[str]]:
-    """(tensors with their shapes, those of them that may be left out, what is wrong with the promise itself).
-
-    Raises SparkError where config.json describes no model that transformers knows.
+class Promise(NamedTuple):
+    """What config.json says of the weights: tensors with their shapes, those of them that may be left out, whether one
+    may be there besides, and what is wrong with the promise itself.
     """
+
+    shapes: mtp.Shapes
+    optional: set[str]
+    ignores: Callable[[str], bool]
+    problems: list[str]
+
+
+def promise(folder: Path, config: dict[str, Any]) -> Promise:
+    """Raises SparkError where config.json describes no model that transformers knows."""
     import torch
 
     with torch.device("meta"):
         model = _build(folder)
-    promised: Shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    promised: mtp.Shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set(model.all_tied_weights_keys)  # shared with another tensor, so that one copy is enough
-    text = config.get("text_config") or config
-    layers = text.get("mtp_num_hidden_layers") or 0
-    if layers > 1:
-        return promised, tied, [f"config.json promises {layers} layers of MTP head (mtp_num_hidden_layers), not 1"]
-    if layers and text.get("mtp_use_dedicated_embeddings"):
-        return promised, tied, ["config.json promises an MTP head with embeddings of its own, which is unknown here"]
-    return promised | (mtp_shapes(model, text) if layers else {}), tied, []
+    text, problems = config.get("text_config") or config, []
+    if unknown := mtp.unknown(text):
+        problems.append(f"config.json promises {unknown}, which is unknown here")
+    elif mtp.layers(text):
+        promised |= mtp.shapes(model.config.get_text_config().to_dict())
+    return Promise(promised, tied, _ignored(model), problems)
 
 
-def mtp_shapes(model: Any, text: dict[str, Any]) -> Shapes:
-    """The 15 tensors of the MTP head: one full-attention layer like the model's own, a projection and three norms."""
-    hidden = int(text["hidden_size"])
-    layers = model.get_decoder().layers
-    layer = next(layer for layer in layers if hasattr(layer, "self_attn"))
-    norms = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
-    return {
-        f"{MTP}fc.weight": (hidden, 2 * hidden),
-        **{f"{MTP}{norm}.weight": (hidden,) for norm in norms},
-        **{f"{MTP}layers.0.{name}": tuple(tensor.shape) for name, tensor in layer.state_dict().items()},
-    }
+def _ignored(model: Any) -> Callable[[str], bool]:
+    """Whether transformers' class passes over a tensor of that name, as of the inverse frequencies that old Llama
+    checkpoints store. The MTP head's are not among them: config.json has to promise it.
+    """
+    patterns = set(model._keys_to_ignore_on_load_unexpected or ())
+    if any(name.endswith("rotary_emb.inv_freq") for name, _ in model.named_buffers()):
+        patterns.add(r"rotary_emb\.inv_freq")  # transformers adds it while it loads
+
+    def ignored(name: str) -> bool:
+        return not name.startswith(mtp.PREFIX) and any(re.search(pattern, name) for pattern in patterns)
+
+    return ignored
 
 
 def _build(folder: Path) -> Any:

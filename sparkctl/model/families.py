@@ -101,7 +101,7 @@ def count(kind: str, config: dict[str, Any], path: Path) -> Count:
     """Parameters of a model of one of `FAMILIES`. Raises UsageError where a value is no size."""
     multimodal = kind == MULTIMODAL
     text = _Sizes(path, FAMILIES[kind] | (_part(config, "text_config", path) if multimodal else config))
-    tied = text.values["tie_word_embeddings"] = _tied(config, multimodal)
+    shared = text.values["tie_word_embeddings"] = tied(config)
     kinds = text.values["layer_types"] = _layer_types(kind, text)
     head = text["vocab_size"] * text["hidden_size"]
     body, width, names = head + text["hidden_size"], 0, set()
@@ -112,7 +112,7 @@ def count(kind: str, config: dict[str, Any], path: Path) -> Count:
         width += kinds.count(layer) * sum(linear.inputs + linear.outputs for linear in adapted)
         names |= {linear.name for linear in adapted}
     targets = tuple(name for name in USUAL + DELTA if name in names)
-    text_parameters = body + head * (not tied)
+    text_parameters = body + head * (not shared)
     if not multimodal:
         return Count(text_parameters, text_parameters, text["vocab_size"], targets, width, text.values)
     vision = _Sizes(path, _VISION | _part(config, "vision_config", path))
@@ -128,10 +128,12 @@ def _part(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
     return part
 
 
-def _tied(config: dict[str, Any], multimodal: bool) -> bool:
-    """Whether the language model has no head of its own; where its part does not say so, the whole does."""
-    outer = config.get("tie_word_embeddings", False)
-    return bool((config.get("text_config") or {}).get("tie_word_embeddings", outer) if multimodal else outer)
+def tied(config: dict[str, Any]) -> bool:
+    """Whether the language model has no head of its own.
+
+    Its own part of config.json says so and nothing else does: the class that is trained reads no other.
+    """
+    return bool((config.get("text_config") or config).get("tie_word_embeddings", False))
 
 
 def _layer_types(kind: str, text: _Sizes) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from sparkctl.hardware.memory import Load, peak
-from sparkctl.manifest.schema import MemoryTerms, Mode
+from sparkctl.hardware.load import Load
+from sparkctl.hardware.memory import peak
+from sparkctl.manifest.schema import EngineName, MemoryTerms, Mode
 from sparkctl.plan import rules
 from sparkctl.plan.estimates import Documents, Model
 
@@ -38,6 +39,7 @@ class Memory:
     model: Model
     documents: Documents
     seed: int
+    engine: EngineName
 
     def load(self, variant: Variant) -> Load:
         """What a variant puts into memory."""
@@ -52,6 +54,7 @@ class Memory:
             checkpointing=variant.checkpointing,
             device=self.device,
             fla=self.fla,
+            engine=self.engine,
         )
 
     def terms(self, variant: Variant) -> MemoryTerms:

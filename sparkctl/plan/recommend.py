@@ -7,29 +7,32 @@ the command to type; what the rules choose fits by itself, where anything does.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import PurePath
 
 from sparkctl.data.batches import Schedule
 from sparkctl.errors import UsageError
 from sparkctl.hardware.machine import identity
-from sparkctl.hardware.measurements import lookup
+from sparkctl.hardware.measurements import Kind, lookup
 from sparkctl.hardware.throughput import Rate, expected
 from sparkctl.manifest.fingerprint import fingerprint
 from sparkctl.manifest.schema import AnalysisTable, Estimates, Lora, Machine, ModelTable, PlanTable
 from sparkctl.plan import estimates, rules
+from sparkctl.plan.doubts import doubts
 from sparkctl.plan.estimates import Documents
 from sparkctl.plan.fit import Memory, Variant, nearest
 from sparkctl.plan.request import ALL, GB, Situation, Wishes, no_room, too_large, too_long
 from sparkctl.plan.resolve import Decisions, resolve
 from sparkctl.plan.rules import Chosen
 
-FORMAT = 1  # of the rules: a change here makes every plan stale
+FORMAT = 2  # of the rules: a change here makes every plan stale
 
 
 def made_from(analysis: AnalysisTable, table: ModelTable, wishes: Wishes, machine: Machine) -> str:
     """The analysis's fingerprint, then that of everything else."""
     parent = wishes.parent.made_from if wishes.parent else None
     rest = fingerprint(
-        FORMAT, table.config_sha256, wishes.flags, sorted(wishes.auto), wishes.recipe, wishes.recipe_name, parent,
+        FORMAT, table.config_sha256, wishes.flags, sorted(wishes.auto), wishes.recipe,
+        PurePath(wishes.recipe_name or "").name, parent,
         identity(machine), list(rules.AVAILABLE_ENGINES),
     )  # fmt: skip
     return f"{analysis.made_from}.{rest}"
@@ -58,12 +61,13 @@ class _Planner:
         """Decide everything, then write it down."""
         made, at = self._made, self._at
         made.decide("seed", rules.seed())
-        made.decide("mode", Chosen("lora", "a rank was given") if made.given("lora_r") else rules.mode(at.analysis))
+        made.decide("mode", Chosen("lora", "a rank was given") if made.asked("lora_r") else rules.mode(at.analysis))
         self._engine()
         made.decide("tokens_per_step", rules.tokens_per_step(at.analysis))
         self._memory = Memory(
-            at.machine.memory, at.machine.device, at.fla, at.model, self._documents, self._values["seed"]
-        )
+            at.machine.memory, at.machine.device, at.fla, at.model, self._documents, self._values["seed"],
+            self._values["engine"],
+        )  # fmt: skip
         variant = self._variant()
         accumulation = rules.accumulation(self._values["tokens_per_step"], variant.pack_length)
         steps = self._steps(variant, accumulation)
@@ -83,7 +87,9 @@ class _Planner:
                 f"the native engine has nothing for {at.model.lacking}",
                 self._wishes.command(at.run, engine="reference"),
             )
-        here = sorted(lookup(at.machine, at.table.config_sha256, values["mode"]), key=lambda m: m.tokens_per_second)
+        rank = values.get("lora_r", rules.RANK) if values["mode"] == "lora" else 0
+        kind = Kind(at.table.config_sha256, values["mode"], rank, bool(values.get("checkpointing", False)))
+        here = sorted(lookup(at.machine, kind), key=lambda m: m.tokens_per_second)
         rates = {m.engine: m.tokens_per_second for m in here}
         engine = self._made.decide("engine", rules.engine(rates, at.model.lacking))
         self._measured = {m.pack_length: m.tokens_per_second for m in here if m.engine == engine}
@@ -128,6 +134,8 @@ class _Planner:
         if chosen.mode == "lora":
             made.decide("lora_r", rules.lora_r())
             made.decide("lora_alpha", rules.lora_alpha(chosen.lora_r))
+        else:
+            made.drop("lora_r", "lora_alpha")  # of the round before
 
     def _steps(self, variant: Variant, accumulation: int) -> int:
         """Optimiser steps of the run, counted over its real packs."""
@@ -138,7 +146,9 @@ class _Planner:
         return Schedule(self._at.store, epochs=self._values["epochs"], max_steps=most, **packing).steps
 
     def _learning(self, steps: int) -> None:
-        made, mode = self._made, self._values["mode"]
+        made, mode, parent = self._made, self._values["mode"], self._wishes.parent
+        if parent and parent.mode != mode and made.origin.get("learning_rate") == "parent":
+            made.drop("learning_rate")  # that of LoRA is ten times that of full fine-tuning
         made.decide("learning_rate", rules.learning_rate(mode, self._at.table.parameters))
         made.decide("schedule", rules.schedule())
         made.decide("warmup_fraction", rules.warmup_fraction(steps))
@@ -162,6 +172,8 @@ class _Planner:
     def _table(self, variant: Variant, accumulation: int, steps: int) -> PlanTable:
         made, values, wishes, at = self._made, self._values, self._wishes, self._at
         costs = self._estimates(variant, steps)
+        for name, doubt in doubts(made, self._documents, at.table.parameters, steps):
+            made.reasons[name] += f"; warning: {doubt}"
         lora = Lora(r=variant.lora_r, alpha=values["lora_alpha"]) if variant.mode == "lora" else None
         return PlanTable(
             lora=lora,

@@ -29,6 +29,16 @@ class Decisions:
         """Whether somebody chose it: then no rule may."""
         return self.origin.get(name, RULE) != RULE
 
+    def asked(self, name: str) -> bool:
+        """Whether a flag or a recipe of this very plan chose it."""
+        return self.origin.get(name) in ("flag", "recipe")
+
+    def drop(self, *names: str) -> None:
+        """Forget what was decided."""
+        for table in (self.values, self.reasons, self.origin):
+            for name in names:
+                table.pop(name, None)
+
     def decide(self, name: str, rule: Chosen) -> Any:
         """The value that was given, else the rule's."""
         if not self.given(name):
@@ -60,9 +70,7 @@ def resolve(
         elif (value := inherited.get(name)) is not None:
             made.put(name, value, "parent", "as in the round before")
     if made.values.get("mode") == "full":
-        for name in ("lora_r", "lora_alpha"):
-            for table in (made.values, made.reasons, made.origin):
-                table.pop(name, None)
+        made.drop("lora_r", "lora_alpha")
     return made
 
 

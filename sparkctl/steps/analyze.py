@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 
 from sparkctl.data.tokens import stored_digest
 from sparkctl.errors import SparkError, UsageError
-from sparkctl.files import staged_folder, sweep_stages, write_atomic
+from sparkctl.files import naming, staged_folder, sweep_stages, write_atomic
 from sparkctl.manifest.schema import AnalysisTable, ChatTemplate, Checkpoint, DataTable, Manifest, ModelTable
 from sparkctl.manifest.store import NAME, Run, now
 from sparkctl.progress import Progress, silent
@@ -28,6 +28,7 @@ from sparkctl.steps.inputs import Inputs, Request, analysed, gather
 if TYPE_CHECKING:
     from sparkctl.data.chat import ChatFormat
     from sparkctl.data.ingest import Earlier, Tally
+    from sparkctl.data.tokens import Row
     from sparkctl.model.inspect import ModelInfo
 
 TOKENS = "tokens"
@@ -59,6 +60,8 @@ class Result:
 def analyze(request: Request, *, force: bool = False, dry_run: bool = False, progress: Progress = silent) -> Result:
     """Tokenise the request's files into its run, unless that is done. Under `dry_run` nothing is written."""
     run = Run.open(request.run) if (request.run / NAME).exists() else None
+    if run is None:
+        _refuse_foreign(request.run)
     inputs = gather(request, run, progress)
     if run and not force and _is_true(run, inputs):
         return _up_to_date(run, inputs, request.show, dry_run)
@@ -75,26 +78,45 @@ def analyze(request: Request, *, force: bool = False, dry_run: bool = False, pro
 
 @contextmanager
 def _claimed(request: Request, run: Run | None, parent: Run | None) -> Iterator[Run]:
-    """The run, locked for this step; one that was made for it goes away again where the work fails."""
-    with ExitStack() as undo:
-        if run is None:
-            new = not request.run.exists()
-            run = Run.create(request.run, parent=parent, continues=request.continues)
+    """The run, locked for this step; one that was made for it goes away again where the work fails.
+
+    Only he who holds the lock undoes: another process may have found the run and taken it first.
+    """
+    made, new = run is None, not request.run.exists()
+    run = run or Run.create(request.run, parent=parent, continues=request.continues)
+    with run.step("analyze"), ExitStack() as undo:
+        if made:
             undo.callback(_remove, run.root, new)
-        with run.step("analyze"):
-            sweep_stages(run.root)
-            yield run
+        _sweep(run.root)
+        yield run
         undo.pop_all()
 
 
-def _remove(root: Path, whole: bool) -> None:
-    """Remove a run that never came to be; in a folder that was there before, only what a run is made of."""
-    if whole:
-        shutil.rmtree(root, ignore_errors=True)
-        return
+def _refuse_foreign(folder: Path) -> None:
+    """Raise UsageError where `folder` is no run and has files of the names that an analysis writes."""
+    if there := [name for name in (TOKENS, TEMPLATE) if (folder / name).exists()]:
+        names = " and ".join(f"`{name}`" for name in there)
+        raise UsageError(
+            f"`{folder}` is not a run, and holds {names}, which an analysis would replace",
+            "name another folder with `--run`; it is made where absent",
+        )
+
+
+def _sweep(root: Path) -> None:
+    """Remove what killed analyses left; other files of the folder are not ours."""
+    for name in (NAME, TOKENS, TEMPLATE):
+        sweep_stages(root, name)
+
+
+def _remove(root: Path, new: bool) -> None:
+    """Remove what this analysis wrote, and the folder where it was made for it and holds nothing else."""
+    _sweep(root)
     shutil.rmtree(root / TOKENS, ignore_errors=True)
     for name in (NAME, TEMPLATE, ".step.lock", ".step.json", ".manifest.lock"):
         (root / name).unlink(missing_ok=True)
+    if new:
+        with suppress(OSError):
+            root.rmdir()
 
 
 def _is_true(run: Run, inputs: Inputs) -> bool:
@@ -149,14 +171,22 @@ class _Analysis:
         import sparkctl.data.ingest  # noqa: F401
         from sparkctl.data.tokens import TokenStoreWriter
 
-        with staged_folder(run.root / TOKENS, replace=True) as stage:
+        target = run.root / TOKENS
+        with staged_folder(target, replace=True) as stage:
             writer = TokenStoreWriter(stage)
+
+            def add(row: Row) -> None:
+                with naming(target):
+                    writer.add(row)
+
             try:
-                tally = self._ingest(writer.add, run)
+                tally = self._ingest(add, run)
                 held_out = self._held_out(tally)
-                digest = writer.finish(held_out, self._inputs.inherited())
+                with naming(target):
+                    digest = writer.finish(held_out, self._inputs.inherited())
             finally:
-                writer.close()
+                with naming(target):
+                    writer.close()
             shown = _show(stage, self._format, self._request.show)
         write_atomic(run.root / TEMPLATE, self._format.template.encode())
         result = self._result(run.root, tally, held_out, digest, shown)
@@ -241,7 +271,9 @@ class _Analysis:
             parameters=info.parameters,
             vocab_size=info.vocab_size,
             tokenizer_sha256=self._format.tokenizer_sha256,
-            chat_template=ChatTemplate(file=TEMPLATE, sha256=self._format.template_sha256),
+            chat_template=ChatTemplate(
+                file=TEMPLATE, sha256=self._format.template_sha256, given=inputs.template_text is not None
+            ),
             allow_unknown=inputs.allow_unknown,
         )
 

@@ -64,6 +64,7 @@ def _parent_loss(job: Job, parent: Run, checkpoint: Path, ranks: Ranks, progress
     """The parent's checkpoint over its own base, on this run's held-out examples."""
     from sparkctl.data.batches import eval_packs
     from sparkctl.train.engines import make_engine
+    from sparkctl.train.guard import Numbers
     from sparkctl.train.loop import held_out_loss
 
     trained = state.read_state(checkpoint)
@@ -72,4 +73,7 @@ def _parent_loss(job: Job, parent: Run, checkpoint: Path, ranks: Ranks, progress
     engine = make_engine(plan, folder, name=str(job.run.root), allow_slow=job.allow_slow)
     state.load_trainable(checkpoint, engine.parameters())
     progress.say(f"scoring `{parent.root}` ({checkpoint.name}) on this run's held-out examples")
-    return held_out_loss(engine, eval_packs(job.store(), plan.pack_length), ranks)
+    store = job.store()
+    numbers = Numbers(store.place, "look at these examples, or train without `--gate`")
+    what = f"the held-out loss of `{parent.root}`"
+    return held_out_loss(engine, eval_packs(store, plan.pack_length), ranks, numbers, what)

@@ -1,4 +1,5 @@
-"""What an analysis starts from: flags, else the parent's values, else the defaults; and one fingerprint over it all.
+"""What an analysis starts from: flags, else what the run has, else the parent's values, else the defaults; and one
+fingerprint over it all.
 
 Gathering is cheap, since a second run must say "up to date" at once: no torch, no transformers, and a data file is
 hashed again only where its size or time changed.
@@ -7,6 +8,7 @@ hashed again only where its size or time changed.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from sparkctl.errors import SparkError, UsageError
 from sparkctl.files import sha256_bytes, sha256_file
 from sparkctl.manifest.fingerprint import fingerprint
 from sparkctl.manifest.schema import AnalysisTable, DataFile, DataTable, Dropped, Manifest, ModelTable
-from sparkctl.manifest.store import Run
+from sparkctl.manifest.store import NAME, Run
 from sparkctl.progress import Progress
 
 if TYPE_CHECKING:
@@ -31,13 +33,14 @@ SEED = 0
 EVAL_FRACTION = 0.02
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
+NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 @dataclass(frozen=True)
 class Request:
-    """The command line of `sparkctl analyze`; None leaves a value to the parent or the default."""
+    """The command line of `sparkctl analyze`; None leaves a value to the run, the parent or the default."""
 
     data: tuple[Path, ...]
     run: Path
@@ -108,25 +111,32 @@ class Inputs:
         if not (self.parent.root / "tokens").is_dir():
             raise SparkError(
                 f"the parent `{self.parent.root}` has no token store, which says what it held out",
-                f"sparkctl analyze DATA --run {self.parent.root} --force, with the data of that round",
+                analyze_command(self.parent, "--force"),
             )
         return TokenStore.open(self.parent.root / "tokens").held_out_keys()
 
     def wishes_differ(self, manifest: Manifest) -> bool:
-        """Whether the manifest records other wishes than these for the steps to come."""
+        """Whether the manifest records other wishes than these for the steps to come, or other places."""
         assert manifest.data
         assert manifest.model
-        recorded = (manifest.data.recipe, manifest.run.continues, manifest.model.allow_unknown)
-        return recorded != (self.recipe, self.continues, self.allow_unknown)
+        run, model = manifest.run, manifest.model
+        recorded = (manifest.data.recipe, run.continues, run.parent, model.allow_unknown, model.source)
+        return recorded != (self.recipe, self.continues, self._parent_path(), self.allow_unknown, self.model_path())
 
     def record_wishes(self, manifest: Manifest) -> None:
-        """Write down what later steps are to do; no token depends on it."""
+        """Write down what later steps are to do, and where parent and model are now; no token depends on it."""
         assert manifest.data
         assert manifest.model
         manifest.data.recipe = self.recipe
         manifest.model.allow_unknown = self.allow_unknown
         manifest.run.continues = self.continues
-        manifest.run.parent = os.path.relpath(self.parent.root, self.root) if self.parent else None
+        manifest.run.parent = self._parent_path()
+        manifest.model.source, manifest.model.revision = self.model_path(), self.source.revision
+        if base := manifest.checkpoint("base"):
+            base.path = manifest.model.source
+
+    def _parent_path(self) -> str | None:
+        return os.path.relpath(self.parent.root, self.root) if self.parent else None
 
 
 def analysed(run: Run) -> tuple[ModelTable, DataTable, AnalysisTable]:
@@ -137,21 +147,49 @@ def analysed(run: Run) -> tuple[ModelTable, DataTable, AnalysisTable]:
     return manifest.model, manifest.data, manifest.analysis
 
 
+def analyze_command(run: Run, *options: str, shown: Path | None = None) -> str:
+    """The command line that analysed `run`, with more options: what was given then is the run's own by now.
+
+    shown: the run as the user named it.
+    """
+    data = run.manifest.data
+    files = [os.path.relpath(run.resolve(file.path)) for file in data.files] if data else []
+    skip_bad = ["--skip-bad"] * bool(data and data.skip_bad)
+    words = [*(files or ["DATA"]), "--run", str(shown or run.root), *skip_bad, *options]
+    return shlex.join(["sparkctl", "analyze", *words])
+
+
+def recorded_parent(run: Run) -> Run | None:
+    """The run of the round before, as the manifest names it. Raises UsageError where it is gone."""
+    link = run.manifest.run.parent
+    if link is None:
+        return None
+    folder = run.resolve(link)
+    if not (folder / NAME).exists():
+        raise UsageError(
+            f"the parent of `{run.root}` was `{folder}`, which is no run: was it moved or removed?",
+            f"say where it is now: {analyze_command(run, '--parent', 'FOLDER')}",
+        )
+    return Run.open(folder)
+
+
 def gather(request: Request, run: Run | None, progress: Progress) -> Inputs:
     """Decide every value. Raises UsageError or SparkError where a file, the model or the parent is not there."""
     root = request.run.absolute()
     parent = _parent(request, run)
-    recorded = parent.manifest.data if parent else None
+    owners = [owner for owner in (run, parent) if owner]
+    recorded = next((owner.manifest.data for owner in owners if owner.manifest.data), None)
     files = _files(request.data, root, run)
     source = _model(request, run, parent, progress)
     config_sha256 = sha256_file(source.folder / "config.json")
-    template_text = _template(request, parent, config_sha256)
+    template_text = _template(request, run, parent, config_sha256)
     max_seq_length = request.max_seq_length or (recorded.max_seq_length if recorded else None)
     eval_fraction = request.eval_fraction
     if eval_fraction is None:
         eval_fraction = recorded.eval_fraction if recorded else EVAL_FRACTION
     seed = recorded.seed if recorded else SEED
-    tokenizer = {n: sha256_file(source.folder / n) for n in TOKENIZER_FILES if (source.folder / n).is_file()}
+    tokenizer = _tokenizer(source.folder)
+    models = [owner.manifest.model for owner in owners if owner.manifest.model]
     made_from = fingerprint(
         FORMAT, [file.sha256 for file in files], config_sha256, tokenizer, template_text, max_seq_length,
         eval_fraction, seed, request.skip_bad, analysed(parent)[2].made_from if parent else None,
@@ -166,9 +204,10 @@ def gather(request: Request, run: Run | None, progress: Progress) -> Inputs:
         max_seq_length=max_seq_length,
         eval_fraction=eval_fraction,
         seed=seed,
-        recipe=_recipe(request, root, parent),
+        recipe=_recipe(request, root, owners),
         continues=request.continues or bool(run and request.parent is None and run.manifest.run.continues),
-        allow_unknown=request.allow_unknown or bool(parent and analysed(parent)[0].allow_unknown),
+        allow_unknown=request.allow_unknown
+        or any(model.allow_unknown and model.config_sha256 == config_sha256 for model in models),
         made_from=made_from,
     )
 
@@ -176,16 +215,20 @@ def gather(request: Request, run: Run | None, progress: Progress) -> Inputs:
 def _parent(request: Request, run: Run | None) -> Run | None:
     """The run of the round before: the flag's, else the one this run has already."""
     folder = request.parent
-    if folder is None and run and run.manifest.run.parent:
-        folder = run.resolve(run.manifest.run.parent)
     if folder is None:
-        if request.continues:
-            raise UsageError("`--continue` goes on from a parent's checkpoint", "name the parent: `--parent RUN`")
-        return None
-    if folder.absolute() == request.run.absolute():
+        parent = recorded_parent(run) if run else None
+    elif folder.absolute() == request.run.absolute():
         raise UsageError(f"`{folder}` cannot be its own parent", "name another folder with `--run`")
-    parent = Run.open(folder)
-    analysed(parent)
+    elif not (folder / NAME).exists():
+        raise UsageError(
+            f"`{folder}` is not a run: it has no {NAME}", "name the run of the round before: `--parent RUN`"
+        )
+    else:
+        parent = Run.open(folder)
+    if parent:
+        analysed(parent)
+    elif request.continues:
+        raise UsageError("`--continue` goes on from a parent's checkpoint", "name the parent: `--parent RUN`")
     return parent
 
 
@@ -224,8 +267,17 @@ def _model(request: Request, run: Run | None, parent: Run | None, progress: Prog
     raise UsageError("which model to train is not said", "name it: `--model FOLDER` or `--model HUB_ID`")
 
 
-def _template(request: Request, parent: Run | None, config_sha256: str) -> str | None:
-    """The flag's template file; without one the parent's copy where the model is the parent's."""
+def _tokenizer(folder: Path) -> dict[str, str]:
+    """Digests of the files that decide over ids, template and stop tokens."""
+    paths = [*(folder / name for name in TOKENIZER_FILES), *sorted(folder.glob(NAMED_TEMPLATES))]
+    return {str(path.relative_to(folder)): sha256_file(path) for path in paths if path.is_file()}
+
+
+def _template(request: Request, run: Run | None, parent: Run | None, config_sha256: str) -> str | None:
+    """The flag's template file; without one the copy of the run, where it was given one, or of the parent.
+
+    A copy counts for the model that it was made with; None: the template is the model's own.
+    """
     if request.chat_template:
         try:
             return request.chat_template.read_text(encoding="utf-8")
@@ -233,24 +285,31 @@ def _template(request: Request, parent: Run | None, config_sha256: str) -> str |
             raise UsageError(f"no file `{request.chat_template}`", "give a Jinja chat template") from None
         except UnicodeDecodeError as error:
             raise UsageError(f"`{request.chat_template}` is not UTF-8: byte {error.start}") from None
-    if parent is None or analysed(parent)[0].config_sha256 != config_sha256:
-        return None
-    recorded = analysed(parent)[0].chat_template
-    text = (parent.root / recorded.file).read_text(encoding="utf-8")
-    if sha256_bytes(text.encode()) != recorded.sha256:
-        raise SparkError(f"`{parent.root / recorded.file}` changed since it was recorded", "restore it")
-    return text
+    for owner in (run, parent):
+        model = owner.manifest.model if owner else None
+        if owner and model and model.config_sha256 == config_sha256 and (owner is parent or model.chat_template.given):
+            return _copied_template(owner.root / model.chat_template.file, model.chat_template.sha256)
+    return None
 
 
-def _recipe(request: Request, root: Path, parent: Run | None) -> str | None:
+def _copied_template(path: Path, sha256: str) -> str:
+    data = path.read_bytes() if path.is_file() else b""
+    if sha256_bytes(data) != sha256:
+        what = "changed since it was recorded" if data else "is gone"
+        raise SparkError(f"`{path}` {what}", "restore it, or name a template with `--chat-template FILE`")
+    return data.decode()
+
+
+def _recipe(request: Request, root: Path, owners: Sequence[Run]) -> str | None:
     """The recipe's name, or its file relative to the run; checked here so that a wrong key is said at once."""
     from sparkctl.plan.recipes import load_recipe
 
     name = request.recipe
     if name is None:
-        recorded = analysed(parent)[1].recipe if parent else None
-        if parent and recorded and recorded.endswith(".toml"):
-            return os.path.relpath(parent.resolve(recorded), root)
+        owner = next((owner for owner in owners if owner.manifest.data), None)
+        recorded = owner.manifest.data.recipe if owner and owner.manifest.data else None
+        if owner and recorded and recorded.endswith(".toml"):
+            return os.path.relpath(owner.resolve(recorded), root)
         return recorded
     load_recipe(name)
     return os.path.relpath(Path(name).absolute(), root) if Path(name).suffix == ".toml" else name

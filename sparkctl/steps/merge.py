@@ -21,7 +21,8 @@ from sparkctl.merge.companions import companions
 from sparkctl.merge.seal import SEAL, Seal, SealedFile, intact, read_seal, sealed_files
 from sparkctl.merge.serve import load_text_adapter, model_length, serve_adapter, serve_model
 from sparkctl.progress import Progress, silent
-from sparkctl.steps.inputs import analysed
+from sparkctl.steps.bases import same_base
+from sparkctl.steps.inputs import analysed, analyze_command
 from sparkctl.steps.training import CHECKPOINTS, model_folder
 from sparkctl.train import state
 
@@ -119,7 +120,7 @@ class _Job:
 
 
 def _decide(run: Run, request: Request, progress: Progress) -> _Job:
-    """Raises UsageError where an earlier step or the checkpoint is missing."""
+    """Raises UsageError where an earlier step or the checkpoint is missing, or the base is not the one trained on."""
     model, _, _ = analysed(run)
     trained = _checkpoint(run, request.checkpoint, progress)
     at = state.read_state(trained)
@@ -128,17 +129,20 @@ def _decide(run: Run, request: Request, progress: Progress) -> _Job:
             f"`{run.root}` was fully fine-tuned: there is no adapter",
             shlex.join(["sparkctl", "merge", str(request.run)]),
         )
+    assert run.manifest.train
     base = model_folder(run, model, progress)
+    same_base(run, run.manifest.train, base, model, progress)
     template = (run.root / model.chat_template.file).read_bytes()
     if sha256_bytes(template) != model.chat_template.sha256:
         raise UsageError(
             f"`{run.root / model.chat_template.file}` is not the template that the run was analysed with",
-            f"sparkctl analyze DATA --run {run.root} --force",
+            analyze_command(run, "--force"),
         )
     weights = sorted((path.name, path.stat().st_size) for path in base.glob("*.safetensors"))
     files = {name: sha256_file(base / name) for name in companions(base)}
+    named = model.source if model.revision else str(base) if request.adapter else base.name  # in what is written
     made_from = fingerprint(
-        FORMAT, state.digest(trained), weights, files, model.chat_template.sha256, request.adapter, model.source
+        FORMAT, state.digest(trained), weights, files, model.chat_template.sha256, request.adapter, named
     )
     out = (request.out or run.root / FOLDERS[request.adapter]).absolute()
     return _Job(run, request, model, base, trained, at, template.decode(), out, made_from)

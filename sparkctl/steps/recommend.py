@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparkctl.errors import UsageError
+from sparkctl.hardware.load import BF16
 from sparkctl.hardware.machine import disk_free, has_fla, this_machine
-from sparkctl.hardware.memory import BF16
 from sparkctl.hardware.shape import Shape
 from sparkctl.manifest.schema import Choices, ModelTable, PlanTable
 from sparkctl.manifest.store import Run
@@ -20,7 +19,7 @@ from sparkctl.plan.recommend import made_from
 from sparkctl.plan.recommend import recommend as make_plan
 from sparkctl.plan.request import Situation, Wishes
 from sparkctl.progress import Progress, silent
-from sparkctl.steps.inputs import analysed
+from sparkctl.steps.inputs import analysed, analyze_command, recorded_parent
 from sparkctl.steps.training import FREE
 
 TOKENS = "tokens"
@@ -65,9 +64,9 @@ def recommend(request: Request, *, force: bool = False, dry_run: bool = False, p
 def _wishes(request: Request, run: Run) -> Wishes:
     """Flags, the recipe and the parent's plan."""
     name, recipe = _recipe(request, run)
-    link = run.manifest.run.parent
-    parent = Run.open(run.resolve(link)).manifest.plan if link else None
-    return Wishes(request.flags, request.auto, recipe, name, parent, request.recipe)
+    parent = recorded_parent(run)
+    plan = parent.manifest.plan if parent else None
+    return Wishes(request.flags, request.auto, recipe, name, plan, request.recipe)
 
 
 def _recipe(request: Request, run: Run) -> tuple[str | None, Choices | None]:
@@ -90,7 +89,7 @@ def _situation(shown: Path, run: Run, table: ModelTable, progress: Progress) -> 
     store = TokenStore.open(run.root / TOKENS)
     return Situation(
         run=shown,
-        analyze=_analyze(shown, run),
+        analyze=analyze_command(run, shown=shown),
         analysis=analysed(run)[2],
         table=table,
         model=_model(run, table, progress),
@@ -100,13 +99,6 @@ def _situation(shown: Path, run: Run, table: ModelTable, progress: Progress) -> 
         store_bytes=sum(file.stat().st_size for file in store.folder.iterdir()),
         fla=has_fla(),
     )
-
-
-def _analyze(shown: Path, run: Run) -> str:
-    """The command line that analysed, for a hint that adds to it; model and parent are the run's own."""
-    data = analysed(run)[1]
-    files = [os.path.relpath(run.resolve(file.path)) for file in data.files]
-    return shlex.join(["sparkctl", "analyze", *files, "--run", str(shown), *["--skip-bad"] * data.skip_bad])
 
 
 def _model(run: Run, table: ModelTable, progress: Progress) -> Model:

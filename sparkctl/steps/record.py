@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Literal
 from sparkctl.errors import Interrupted, SparkError
 from sparkctl.files import sweep_stages
 from sparkctl.hardware.software import versions
-from sparkctl.manifest.schema import Checkpoint, Manifest, TrainTable
+from sparkctl.manifest.schema import BaseTable, Checkpoint, Manifest, TrainTable
 from sparkctl.manifest.store import now
 from sparkctl.progress import Progress, silent
+from sparkctl.steps.bases import read_base, same_base
 from sparkctl.steps.training import METRICS, Job
 from sparkctl.train import state
 from sparkctl.train.ranks import Ranks
@@ -44,9 +45,10 @@ def carry_out(
     from sparkctl.train.metrics import Metrics, truncate
 
     progress = progress if ranks.writes else silent
+    base = base_of(job, checkpoint, progress) if ranks.writes else None
     session = open_session(job, checkpoint, ranks, progress)
     signals = Signals(f"sparkctl resume {job.run.root}", progress.say)
-    recorder = _Recorder(job, session, gate_limit)
+    recorder = _Recorder(job, session, gate_limit, base)
     ranks.meet(session.engine.device)  # all have read the run before the first changes it
     with signals.caught():
         if not ranks.writes:
@@ -58,8 +60,15 @@ def carry_out(
         truncate(job.run.root / METRICS, session.state.step)
         with recorder.outcome(), closing(Metrics(job.run.root / METRICS)) as metrics:
             session.loop(job.checkpoints, metrics, signals, recorder.saved, progress).run()
-    note_rate(job)
+    note_rate(job, ranks.size)
     return recorder.table("done")
+
+
+def base_of(job: Job, checkpoint: Path | None, progress: Progress) -> BaseTable:
+    """The weights to train on. Raises UsageError where a training that goes on began with others."""
+    folder, trained = job.model_folder(progress), job.run.manifest.train
+    same = same_base(job.run, trained, folder, job.model, progress) if checkpoint and trained else None
+    return same or read_base(folder, job.model, None, progress)
 
 
 def open_session(job: Job, checkpoint: Path | None, ranks: Ranks, progress: Progress) -> Session:
@@ -87,10 +96,10 @@ def open_session(job: Job, checkpoint: Path | None, ranks: Ranks, progress: Prog
     return session
 
 
-def note_rate(job: Job) -> None:
+def note_rate(job: Job, processes: int) -> None:
     """Keep this machine's rate for the plans to come: of whole steps, without evaluations, saves and the warm-up."""
     from sparkctl.hardware.machine import this_machine
-    from sparkctl.hardware.measurements import record
+    from sparkctl.hardware.measurements import Kind, record
     from sparkctl.train.metrics import read
 
     steps = [line for line in read(job.run.root / METRICS) if "loss" in line]
@@ -98,7 +107,8 @@ def note_rate(job: Job) -> None:
     if len(warm) >= MEASURED_STEPS:
         rate = sum(line["tokens"] for line in warm) / sum(line["seconds"] for line in warm)
         plan = job.plan
-        record(this_machine(), job.model.config_sha256, plan.mode, plan.engine, rate, plan.pack_length, now())
+        kind = Kind(job.model.config_sha256, plan.mode, plan.lora.r if plan.lora else 0, plan.checkpointing, processes)
+        record(this_machine(), kind, plan.engine, rate, plan.pack_length, now())
 
 
 def drop_later(job: Job, step: int) -> None:
@@ -120,8 +130,8 @@ def _compare(before: TrainTable, session: Session, progress: Progress) -> None:
 class _Recorder:
     """Keeps [train] and [[checkpoints]] true while a training runs."""
 
-    def __init__(self, job: Job, session: Session, gate_limit: float | None) -> None:
-        self._job, self._session, self._gate_limit = job, session, gate_limit
+    def __init__(self, job: Job, session: Session, gate_limit: float | None, base: BaseTable | None) -> None:
+        self._job, self._session, self._gate_limit, self._base = job, session, gate_limit, base
         self._state = session.state
         before = job.run.manifest.train
         self._started = before.started if before and self._state.step else now()
@@ -154,6 +164,7 @@ class _Recorder:
             peak_memory=at.peak_memory,
             estimated_peak_memory=plan.estimates.peak_memory,
             gate_limit=self._gate_limit,
+            base=self._base,
         )
 
     def write(self, status: Status, also: Callable[[Manifest], None] | None = None) -> None:

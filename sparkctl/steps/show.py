@@ -12,7 +12,9 @@ from sparkctl.manifest.lineage import ancestors, missing_parent
 from sparkctl.manifest.schema import MergeTable
 from sparkctl.manifest.store import Run
 from sparkctl.merge.seal import intact, read_seal
-from sparkctl.steps.training import check_fresh, planned
+from sparkctl.steps.inputs import analyze_command
+from sparkctl.steps.training import Job, check_fresh, complete, planned
+from sparkctl.words import counted, here
 
 Status = Literal["done", "not run", "running", "stopped", "stale"]
 
@@ -25,6 +27,7 @@ class Step:
     status: Status
     detail: str = ""
     mend: str | None = None
+    problem: str = ""  # why it is not done, behind the detail
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,10 @@ def _analyze(run: Run, shown: Path) -> Step:
     analysis = run.manifest.analysis
     if analysis is None:
         return Step("analyze", "not run", mend=f"sparkctl analyze DATA --run {shown} --model MODEL")
-    detail = f"{analysis.examples:,} examples, {analysis.tokens:,} tokens"
+    detail = f"{counted(analysis.examples, 'example')}, {counted(analysis.tokens, 'token')}"
     if stored_digest(run.root / "tokens") != analysis.digest:
-        mend = f"sparkctl analyze DATA --run {shown} --force"
-        return Step("analyze", "stale", f"{detail}; tokens/ is not what was written", mend)
+        mend = analyze_command(run, "--force", shown=shown)
+        return Step("analyze", "stale", detail, mend, "; tokens/ is not what was written")
     return Step("analyze", "done", detail)
 
 
@@ -99,7 +102,7 @@ def _recommend(run: Run, shown: Path) -> Step:
     try:
         check_fresh(run, plan)
     except SparkError:
-        return Step("recommend", "stale", f"{detail}; the analysis changed since", mend)
+        return Step("recommend", "stale", detail, mend, "; the analysis changed since")
     return Step("recommend", "done", detail)
 
 
@@ -112,19 +115,22 @@ def _train(run: Run, shown: Path) -> Step:
         detail += f", best held-out loss {trained.best_eval_loss:.4f} ({trained.best_checkpoint})"
     if trained.gate:
         detail += ", through the gate" if trained.gate.passed else ", not let through by the gate"
-    if not _same_job(run, trained.made_from):
-        return Step("train", "stale", f"{detail}; plan or data changed since", f"sparkctl train {shown} --force")
+    job = _job(run)
+    if job is None or job.made_from != trained.made_from:
+        return Step("train", "stale", detail, f"sparkctl train {shown} --force", "; plan or data changed since")
+    if trained.status == "done" and not complete(job):
+        return Step("train", "stopped", detail, f"sparkctl resume {shown}", "; a checkpoint is damaged or gone")
     if trained.status == "done":
         return Step("train", "done", detail)
     why = "killed" if trained.status == "running" else trained.status
-    return Step("train", "stopped", f"{detail}, {why}", f"sparkctl resume {shown}")
+    return Step("train", "stopped", detail, f"sparkctl resume {shown}", f", {why}")
 
 
-def _same_job(run: Run, made_from: str) -> bool:
+def _job(run: Run) -> Job | None:
     try:
-        return planned(run).made_from == made_from
+        return planned(run)
     except SparkError:
-        return False
+        return None
 
 
 def _merges(run: Run, shown: Path) -> list[Step]:
@@ -140,10 +146,12 @@ def _merge(name: str, run: Run, table: MergeTable | None, mend: str) -> Step:
     if table is None:
         return Step(name, "not run", mend=mend)
     folder, trained = run.resolve(table.folder), run.manifest.train
-    detail = f"{table.checkpoint} → {table.folder}"
+    entry = run.manifest.checkpoint(table.checkpoint)
+    gone = " (not there)" if entry and not run.resolve(entry.path).exists() else ""
+    detail = f"{table.checkpoint}{gone} → {here(folder)}"
     seal = read_seal(folder)
     if seal is None or seal.made_from != table.made_from or not intact(folder, seal):
-        return Step(name, "stale", f"{detail}; the folder is not what was written", f"{mend} --force")
+        return Step(name, "stale", detail, f"{mend} --force", "; the folder is not what was written")
     if trained and not run.manifest.checkpoint(table.checkpoint):
-        return Step(name, "stale", f"{detail}; that checkpoint is gone", f"{mend} --force")
+        return Step(name, "stale", detail, f"{mend} --force", "; that checkpoint is gone")
     return Step(name, "done", detail)

@@ -71,5 +71,7 @@ def _done(job: Job) -> bool:
         )
     if trained.status == "done" and complete(job):
         return True
-    where = f"at step {trained.step} of {trained.steps}"
-    raise UsageError(f"the training of `{run.root}` stopped {where}", f"sparkctl resume {run.root}")
+    what = f"the training of `{run.root}` stopped at step {trained.step} of {trained.steps}"
+    if trained.status == "done":
+        what = f"a checkpoint of `{run.root}` is damaged or gone"
+    raise UsageError(what, f"sparkctl resume {run.root}")

@@ -14,7 +14,7 @@ from sparkctl.manifest.fingerprint import fingerprint
 from sparkctl.manifest.schema import ModelTable, PlanTable
 from sparkctl.manifest.store import Run
 from sparkctl.progress import Progress
-from sparkctl.steps.inputs import analysed
+from sparkctl.steps.inputs import analysed, analyze_command, recorded_parent
 from sparkctl.train import state
 from sparkctl.train.ranks import Ranks, joined
 
@@ -65,7 +65,7 @@ def model_folder(run: Run, model: ModelTable, progress: Progress) -> Path:
     if sha256_file(source.folder / "config.json") != model.config_sha256:
         raise UsageError(
             f"`{source.folder / 'config.json'}` is not the one that `analyze` saw",
-            f"sparkctl analyze DATA --run {run.root} --force",
+            analyze_command(run, "--force"),
         )
     return source.folder
 
@@ -87,9 +87,7 @@ def planned(run: Run, allow_slow: bool = False) -> Job:
         raise UsageError(f"no [plan] in `{run.root}`", f"sparkctl recommend {run.root}")
     check_fresh(run, plan)
     if stored_digest(run.root / "tokens") != analysis.digest:
-        raise UsageError(
-            f"`{run.root / 'tokens'}` is not what `analyze` wrote", f"sparkctl analyze DATA --run {run.root} --force"
-        )
+        raise UsageError(f"`{run.root / 'tokens'}` is not what `analyze` wrote", analyze_command(run, "--force"))
     parent = continued(run, plan) if run.manifest.run.continues else None
     start = state.digest(parent[1]) if parent else None
     settings = {name: value for name, value in plan.model_dump(mode="json").items() if name not in FREE}
@@ -106,23 +104,21 @@ def check_fresh(run: Run, plan: PlanTable) -> None:
 
 
 def complete(job: Job) -> bool:
-    """Whether the checkpoints that [train] speaks of are there as they were written."""
+    """Whether the checkpoints that [train] speaks of are there as they were written: what is newer is read."""
     trained = job.run.manifest.train
     wanted = {id for id in (trained.best_checkpoint, trained.last_checkpoint) if id} if trained else set()
     for id in wanted:
         entry, path = job.run.manifest.checkpoint(id), job.checkpoints / id
-        files = (state.TRAINABLE, state.OPTIMIZER, state.STATE, state.DIGESTS)
-        if not entry or not all((path / file).is_file() for file in files) or state.digest(path) != entry.digest:
+        if not entry or not state.intact(path) or state.digest(path) != entry.digest:
             return False
     return bool(wanted)
 
 
 def parent_of(run: Run) -> tuple[Run, Path]:
     """The round before and its best checkpoint. Raises UsageError where either is not there."""
-    link = run.manifest.run.parent
-    if link is None:
-        raise UsageError(f"`{run.root}` has no parent", f"sparkctl analyze DATA --run {run.root} --parent RUN")
-    parent = Run.open(run.resolve(link))
+    parent = recorded_parent(run)
+    if parent is None:
+        raise UsageError(f"`{run.root}` has no parent", analyze_command(run, "--parent", "RUN"))
     trained = parent.manifest.train
     if trained is None or trained.best_checkpoint is None:
         raise UsageError(f"the parent `{parent.root}` has no checkpoint", f"sparkctl train {parent.root}")

@@ -31,11 +31,21 @@ class Numbers:
             if not math.isfinite(loss):
                 raise SparkError(f"the loss of step {step} is {loss} in the pack of {self._name([pack])}", self._hint)
 
+    def check_held_out(self, what: str, packs: Sequence[Pack], sums: Sequence[float]) -> None:
+        """Raise SparkError naming the first held-out pack whose loss is NaN or infinite."""
+        for pack, loss in zip(packs, sums, strict=True):
+            if not math.isfinite(loss):
+                raise self.no_number(f"{what}, in one pack,", loss, [pack])
+
     def check_step(self, step: int, packs: Sequence[Pack], loss: float, norm: float) -> None:
         """Raise SparkError naming the step's documents where the whole step's loss or gradient norm is no number."""
         for what, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
-                raise SparkError(f"the {what} of step {step} is {value}, with {self._name(packs)}", self._hint)
+                raise self.no_number(f"the {what} of step {step}", value, packs)
+
+    def no_number(self, what: str, value: float, packs: Sequence[Pack]) -> SparkError:
+        """The error that names the packs' documents."""
+        return SparkError(f"{what} is {value}, with {self._name(packs)}", self._hint)
 
     def _name(self, packs: Sequence[Pack]) -> str:
         ids = [document.id for pack in packs for document in pack.documents]

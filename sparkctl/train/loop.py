@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -119,7 +120,8 @@ class Loop:
         """The held-out loss, mean over label tokens; nothing where nothing is held out."""
         if not self.held_out:
             return
-        loss = held_out_loss(self.engine, self.held_out, self.ranks)
+        what = f"the held-out loss after step {self.state.step}"
+        loss = held_out_loss(self.engine, self.held_out, self.ranks, self.numbers, what)
         self.state.eval_loss = loss
         if self.state.step == 0:
             self.state.first_eval_loss = loss
@@ -153,11 +155,18 @@ class Loop:
         raise self.signals.stopped(f"interrupted {at}; " + ("saved" if self.state.step else "nothing to save yet"))
 
 
-def held_out_loss(engine: Engine, packs: Sequence[Pack], ranks: Ranks) -> float:
-    """Mean loss over the label tokens of `packs`, each rank taking its share."""
+def held_out_loss(engine: Engine, packs: Sequence[Pack], ranks: Ranks, numbers: Numbers, what: str) -> float:
+    """Mean loss over the label tokens of `packs`, each rank taking its share.
+
+    Raises SparkError on every rank where it is no number, naming the documents; `what` is being measured.
+    """
     mine = [pack for pack in share(packs, ranks.rank, ranks.size) if pack.documents]
-    total = sum(float(engine.eval_sum(pack)) for pack in mine)
-    return ranks.sum([total], engine.device)[0] / sum(pack.labels for pack in packs)
+    sums = [float(engine.eval_sum(pack)) for pack in mine]
+    total = ranks.sum([sum(sums)], engine.device)[0]
+    numbers.check_held_out(what, mine, sums)
+    if not math.isfinite(total):  # in another rank's share
+        raise numbers.no_number(what, total, packs)
+    return total / sum(pack.labels for pack in packs)
 
 
 def clock(seconds: float) -> str:

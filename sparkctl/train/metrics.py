@@ -26,7 +26,7 @@ class Metrics:
 
     def write(self, **values: Any) -> None:
         """Append one line, in one write."""
-        line = (json.dumps(values) + "\n").encode()
+        line = (json.dumps(values, allow_nan=False) + "\n").encode()
         end = os.fstat(self._file).st_size
         try:
             if os.write(self._file, line) != len(line):

@@ -21,17 +21,19 @@ if TYPE_CHECKING:
 
 def rehearse(
     engine: Engine, optimizer: Optimizer, longest: Pack, held_out: Sequence[Pack], folder: Path, now: State,
-    *, checkpoints: int, name: str, writes: bool = True,
+    *, checkpoints: int, name: str, writes: bool = True, accumulates: bool = True,
 ) -> None:  # fmt: skip
     """Try everything once; weights, moments and random states are afterwards what they were.
 
     checkpoints: how many will lie in `folder` at once. name: the run in hints. writes: whether this rank saves.
+    accumulates: whether a step has several packs.
     """
     hint = f"sparkctl recommend {name} --checkpointing, or drop such examples: `sparkctl analyze … --max-seq-length N`"
     with random.untouched():
         what = f"the longest pack ({longest.tokens:,} tokens, longest document {_longest(longest):,})"
         with guard.memory(what, hint):
-            engine.micro_step(longest, 1 / max(1, longest.labels)).item()
+            for _ in range(2 if accumulates else 1):  # the second is the peak: the first one's gradients wait
+                engine.micro_step(longest, 1 / max(1, longest.labels)).item()
         optimizer.clear()
         if held_out:
             largest = max(held_out, key=lambda pack: pack.tokens)

@@ -76,6 +76,7 @@ class Session:
         rehearse(
             self.engine, self.optimizer, self.schedule.longest(), self.held_out, folder, self.state,
             checkpoints=min(saves, self.plan.keep + 2), name=self.name, writes=self.ranks.writes,
+            accumulates=self.plan.gradient_accumulation > self.ranks.size,
         )  # fmt: skip
 
     def loop(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,7 +103,7 @@ def digest(checkpoint: Path) -> str:
 
 def verify(checkpoint: Path) -> None:
     """Read every byte. Raises CheckpointDamaged naming the first file that is not what was written."""
-    hint = "name another with `sparkctl resume RUN --from ID`"
+    hint = _another(checkpoint)
     path = checkpoint / DIGESTS
     try:
         data = path.read_bytes()
@@ -118,12 +119,44 @@ def verify(checkpoint: Path) -> None:
             raise CheckpointDamaged(f"`{checkpoint / name}` is damaged: its digest is not the one in {DIGESTS}", hint)
 
 
+def _another(checkpoint: Path) -> str:
+    """What to do without that checkpoint, whose run is two folders up."""
+    run = checkpoint.parent.parent
+    others = [path.name for path in listed(checkpoint.parent) if path.name != checkpoint.name]
+    if others:
+        return shlex.join(["sparkctl", "resume", str(run), "--from", others[-1]])
+    return f"{shlex.join(['sparkctl', 'train', str(run), '--force'])}: there is no other checkpoint"
+
+
+def intact(checkpoint: Path) -> bool:
+    """Whether it still is what was written, as sizes and times tell: only a file newer than its digests is read."""
+    from sparkctl.model.weights import TensorFile
+
+    try:
+        written = (checkpoint / DIGESTS).stat().st_mtime_ns
+        for name, wanted in json.loads((checkpoint / DIGESTS).read_bytes()).items():
+            path = checkpoint / name
+            if path.suffix == ".safetensors":
+                TensorFile(path)  # its header says how long it has to be
+            if path.stat().st_mtime_ns > written and sha256_file(path) != wanted:
+                return False
+    except (OSError, ValueError, SparkError):
+        return False
+    return True
+
+
 def newest_complete(folder: Path) -> tuple[Path | None, list[CheckpointDamaged]]:
-    """The newest checkpoint in `folder` that is whole, and what is wrong with those after it."""
+    """The newest checkpoint in `folder` that is whole, as is the best one before it; what is wrong with those after it.
+
+    One whose best is damaged is no place to go on from: the training would end without its result.
+    """
     damaged: list[CheckpointDamaged] = []
     for checkpoint in reversed(listed(folder)):
         try:
             verify(checkpoint)
+            best = read_state(checkpoint).best_checkpoint
+            if best and best != checkpoint.name:
+                verify(folder / best)
             return checkpoint, damaged
         except CheckpointDamaged as error:
             damaged.append(error)

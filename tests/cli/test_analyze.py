@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import tiny
 from analyzing import Analyze, chat, lines, snapshot
 
@@ -86,7 +87,7 @@ def test_what_changed_is_done_again(analyze: Analyze, tmp_path: Path) -> None:
     assert analyze(data, "--run", folder).json["up_to_date"] is True  # the time alone says nothing
     assert analyze(data, "--run", folder, "--max-seq-length", 80).json["up_to_date"] is False
     tiny.chats(data, 41)
-    answer = analyze(data, "--run", folder)
+    answer = analyze(data, "--run", folder, "--max-seq-length", 10_000)
     assert (answer.json["up_to_date"], answer.json["analysis"]["examples"]) == (False, 41)
     assert answer.json["analysis"]["reused"] < 41
     assert analyze(data, "--run", folder, "--force").json["up_to_date"] is False
@@ -138,7 +139,7 @@ def test_a_full_disk_leaves_nothing(analyze: Analyze, tmp_path: Path, small_disk
     data = lines(tmp_path / "d.jsonl", *(chat(f"question {i}", "word " * 200) for i in range(2000)))
     answer = analyze(data, "--run", small_disk / "r1")
     assert answer.status == 1
-    assert os.strerror(errno.ENOSPC).lower() in answer.err
+    assert f"{os.strerror(errno.ENOSPC).lower()} at `{small_disk / 'r1' / 'tokens'}`" in answer.err
     assert "hint:" in answer.err
     assert not list(small_disk.rglob("*.arrow"))
     assert not (small_disk / "r1").exists()
@@ -259,10 +260,11 @@ def test_interrupted_or_killed_it_leaves_nothing_half_written(
     assert not list((tmp_path / "r2").glob(".tokens*"))
 
 
-def test_memory_does_not_follow_the_file(tmp_path: Path, qwen35_folder: Path) -> None:
+@pytest.mark.parametrize(("few", "words"), [(4_000, 20), (150, 12_000)])  # short chats, and such of 60 kB
+def test_memory_does_not_follow_the_file(tmp_path: Path, qwen35_folder: Path, few: int, words: int) -> None:
     peaks = []
-    for count in (4_000, 40_000):
-        data = lines(tmp_path / f"{count}.jsonl", *(chat(f"question {i}", "word " * 20) for i in range(count)))
+    for count in (few, 10 * few):
+        data = lines(tmp_path / f"{count}.jsonl", *(chat(f"question {i}", "word " * words) for i in range(count)))
         script = (
             "import re, sys; from sparkctl.cli.app import run; assert run(sys.argv[1:]) == 0\n"
             "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"  # ru_maxrss has the parent's

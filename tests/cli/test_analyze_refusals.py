@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 from analyzing import Analyze, chat, lines, snapshot
+
+from sparkctl.manifest.store import Run
 
 
 def test_skip_bad_counts_and_shows_five(analyze: Analyze, tmp_path: Path) -> None:
@@ -92,6 +95,67 @@ def test_a_folder_that_was_there_keeps_its_files(analyze: Analyze, tmp_path: Pat
     data = lines(tmp_path / "d.jsonl", "{broken")
     assert analyze(data, "--run", folder).status == 1
     assert snapshot(folder) == {"notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
+@pytest.mark.parametrize("name", ["tokens/mine.txt", "chat_template.jinja"])
+def test_a_folder_with_files_of_those_names_is_refused(
+    analyze: Analyze, tmp_path: Path, name: str, dry_run: tuple[str, ...]
+) -> None:
+    """Such as the model's own folder."""
+    folder = tmp_path / "mine"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text("mine")
+    for data in (lines(tmp_path / "bad.jsonl", "{broken"), tiny.chats(tmp_path / "chats.jsonl")):
+        answer = analyze(data, "--run", folder, *dry_run)
+        assert answer.status == 2
+        assert f"`{Path(name).parts[0]}`" in answer.err
+        assert "hint:" in answer.err
+        assert snapshot(folder) == {name: b"mine"}
+
+
+def test_stages_of_others_stay(analyze: Analyze, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / ".notes.abc.tmp").write_text("mine")
+    (folder / ".tokens.abc.tmp").mkdir()  # of a killed analysis
+    assert analyze(tiny.chats(tmp_path / "chats.jsonl"), "--run", folder).status == 0
+    assert (folder / ".notes.abc.tmp").exists()
+    assert not (folder / ".tokens.abc.tmp").exists()
+
+
+def test_what_came_into_a_new_folder_meanwhile_stays(
+    analyze: Analyze, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, create = tmp_path / "r1", Run.create
+
+    def and_notes(*arguments: Any, **more: Any) -> Run:
+        run = create(*arguments, **more)
+        (folder / "notes.txt").write_text("mine")
+        return run
+
+    monkeypatch.setattr(Run, "create", and_notes)
+    assert analyze(lines(tmp_path / "d.jsonl", "{broken"), "--run", folder).status == 1
+    assert snapshot(folder) == {"notes.txt": b"mine"}
+
+
+def test_a_loser_leaves_the_winners_run(analyze: Analyze, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another analysis finds the new run, and has its lock before the one that made it."""
+    folder, create, winner = tmp_path / "r1", Run.create, ExitStack()
+
+    def lose(*arguments: Any, **more: Any) -> Run:
+        run = create(*arguments, **more)
+        winner.enter_context(Run.open(folder).step("analyze"))
+        (folder / "tokens").mkdir()
+        return run
+
+    monkeypatch.setattr(Run, "create", lose)
+    with winner:
+        answer = analyze(tiny.chats(tmp_path / "chats.jsonl"), "--run", folder)
+    assert answer.status == 1
+    assert "`analyze` is running" in answer.err
+    assert (folder / "tokens").is_dir()
+    assert Run.open(folder).manifest.run.name == "r1"
 
 
 def changed_model(folder: Path, source: Path, change: Callable[[Path], object]) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ready
 
-from sparkctl.bench import clock, workload
+from sparkctl.bench import clock, step, workload
 from sparkctl.bench.predict import predict
 from sparkctl.cli import app
 
@@ -43,7 +43,12 @@ def test_two_stacks_compute_the_same_on_a_tiny_shape(bench: Any) -> None:
 def test_a_stack_that_fails_is_a_row(bench: Any) -> None:
     status, said = bench("step", "--stacks", "unsloth", "--steps", 1, "--pack", 32, "--documents", 1)
     assert (status, said["ok"]) == (1, False)
-    assert "unsloth" in said["stacks"][0]["failed"]
+    assert said["stacks"][0]["failed"].startswith("stack `unsloth` failed: unsloth does not import: ")
+
+
+def test_what_is_not_installed_is_not_compared_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "COMPARED", {"stock": None, "unsloth": "no_such_package", "native": "torch"})
+    assert step.installed() == (["stock", "native"], ["unsloth"])
 
 
 def test_lengths_come_from_a_run(bench: Any, tmp_path: Path, llama_folder: Path) -> None:

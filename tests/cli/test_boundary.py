@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from sparkctl import __version__
 from sparkctl.cli import app
 from sparkctl.errors import Interrupted, SparkError
 from sparkctl.steps import show
@@ -52,6 +54,8 @@ def test_every_command_has_help_and_its_options_on_itself(words: list[str]) -> N
         (["recommend", "r", "--mode", "half"], "half"),
         (["recommend", "r", "--epochs", "0"], "epochs"),
         (["show", "nowhere"], "is not a run"),
+        (["show", "b[/z]"], "b[/z]` is not a run"),
+        (["show", __file__], "is a file; a run is a folder"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +80,11 @@ def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureF
         (Interrupted("stopped", "go on", signal.SIGTERM), 143, "error: stopped"),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 1, "error: no space left on device at `/x`"),
         (OSError(errno.EACCES, "Permission denied", "/x"), 1, "hint: check the permissions"),
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.EISDIR, "Is a directory", "/x"), 1, "hint: that is a folder"),
+        (OSError(errno.ENOTDIR, "Not a directory", "/x"), 1, "hint: a part of that path is a file"),
+        (OSError(errno.EIO, "Input/output error", "/x"), 1, "hint: mend what the system says there"),
+        (KeyboardInterrupt(), 130, "error: interrupted\nhint: run the same command again"),
+        (app.Terminated(), 143, "error: interrupted\nhint: run the same command again"),
         (OSError(errno.EPIPE, "Broken pipe"), 1, ""),
     ],
 )
@@ -89,6 +97,31 @@ def test_what_is_raised_becomes_a_message_and_a_status(
     monkeypatch.setattr(show, "show", fail)
     assert app.run(["show", "r"]) == status
     assert message in capsys.readouterr().err
+
+
+def test_bare_it_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run([]) == 0
+    said = capsys.readouterr()
+    assert "Usage: sparkctl" in said.out
+    assert said.err == ""
+
+
+def test_a_group_without_a_command_names_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["verify"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    names = "lossless, leaks, resume, model"
+    assert said.err == f"error: missing command: {names}\nhint: sparkctl verify --help\n"
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"sparkctl {__version__}\n"
+
+
+def test_help_names_the_parts_of_bench_that_there_are() -> None:
+    group = typer.main.get_command(app.register()).commands["bench"]  # type: ignore[attr-defined]  # a group
+    assert set(re.findall(r"`(\w+)`", group.help)) == set(group.commands)
 
 
 def test_a_bug_is_a_traceback_and_70(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,3 +41,12 @@ def test_an_interrupted_training_is_held_to_its_gate_when_resumed(
     assert (trained.status, trained.gate.passed) == ("done", False)
     assert app.run(["show", str(child.root), "--json"]) == 0
     assert "not let through by the gate" in json.loads(capsys.readouterr().out)["steps"]["train"]["detail"]
+
+
+def test_a_gate_without_a_parent_is_refused_before_training(
+    tmp_path: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = ready.run(tmp_path / "r1", llama_folder, count=24).root
+    assert app.run(["train", str(root), "--gate", "0.02"]) == 2
+    assert "has no parent" in capsys.readouterr().err
+    assert not (root / "metrics.jsonl").exists()

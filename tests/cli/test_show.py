@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import merging_run
 import pytest
@@ -71,6 +74,63 @@ def test_states_follow_the_run(trained: Run, say: Say) -> None:
         manifest.plan.made_from = "another analysis"
     shutil.rmtree(trained.root / "tokens")
     assert states(say, trained)["analyze"] == "stale"
+
+
+def test_what_runs_is_neither_interrupted_nor_stale(trained: Run, say: Say) -> None:
+    with trained.edit() as manifest:
+        assert manifest.train
+        manifest.train.status = "interrupted"
+    assert "interrupted" in say("show", trained.root)
+    with trained.step("resume"):
+        said = say("show", trained.root)
+    assert "running" in said
+    assert "interrupted" not in said
+
+
+def test_a_training_is_told_by_its_steps(trained: Run, say: Say) -> None:
+    assert "over the last 2\n" in say("train", trained.root)
+    with trained.edit() as manifest:
+        assert manifest.train
+        manifest.train.status = "interrupted"
+    said = say("resume", trained.root, "--dry-run").splitlines()
+    assert said[0] == "would go on from step-000002 (dry run: nothing written)"
+
+
+def test_checkpoints_that_are_gone_are_marked(tmp_path: Path, qwen35_folder: Path, say: Say) -> None:
+    run = merging_run.trained_run(tmp_path / "r1", qwen35_folder)
+    say("merge", run.root)
+    assert "(not there)" not in say("show", run.root)
+    shutil.rmtree(run.root / "checkpoints")
+    said = say("show", run.root).splitlines()
+    assert [line for line in said if "best" in line and line.endswith("best (not there)")]
+    assert [line for line in said if line.startswith("merge") and "(not there) → " in line]
+
+
+def test_paths_open_from_the_working_folder(
+    tmp_path: Path, qwen35_folder: Path, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = merging_run.trained_run(tmp_path / "runs" / "r1", qwen35_folder)
+    say("merge", run.root)
+    monkeypatch.chdir(tmp_path)
+    said = say("show", "runs/r1")
+    assert " runs/r1/checkpoints/step-000003" in said
+    assert "→ runs/r1/merged" in said
+    assert Path("runs/r1/checkpoints/step-000003").is_dir()
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_mount_that_cannot_be_written_is_shown(
+    trained: Run, say: Say, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    opened = os.open
+
+    def refuse(path: str | Path, flags: int, *rest: Any, **named: Any) -> int:
+        if flags & os.O_CREAT and str(path).startswith(str(trained.root)):
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert states(say, trained)["train"] == "done"
 
 
 def test_a_merge_is_looked_into(tmp_path: Path, qwen35_folder: Path, say: Say) -> None:

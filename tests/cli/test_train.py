@@ -352,13 +352,6 @@ def _rank(rank: int, root: str, folder: str) -> None:
         assert app.run(["train", root, "--json"]) == 0
 
 
-def test_a_gate_without_a_parent_is_refused_before_training(say: Say, run: Run) -> None:
-    status, _, err = say("train", run.root, "--gate", "0.02")
-    assert status == 2
-    assert "has no parent" in err
-    assert not (run.root / "metrics.jsonl").exists()
-
-
 @pytest.mark.parametrize("what", ["checkpoint", "metrics", "manifest"])
 def test_a_full_disk_while_training(
     say: Say, small_disk: Path, llama_folder: Path, straight: Run, monkeypatch: pytest.MonkeyPatch, what: str

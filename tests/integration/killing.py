@@ -1,8 +1,8 @@
 """Trainings killed with SIGKILL at chosen moments and resumed, in forks of one process that has everything imported.
 
-Run by test_killed.py: `python killing.py FOLDER MODEL MOMENTS SEED` prints a JSON report. A moment is a call, counted
-over the whole training, of something that computes, writes, syncs, renames or removes; the kill comes before it, after
-it, or (where bytes are written) in the middle of it.
+Run by test_killed.py: `python killing.py FOLDER MODEL MOMENTS SEED [MODE ENGINE]` prints a JSON report. A moment is a
+call, counted over the whole training, of something that computes, writes, syncs, renames or removes; the kill comes
+before it, after it, or (where bytes are written) in the middle of it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from sparkctl.manifest.store import Run
 from sparkctl.model.weights import ShardWriter
 from sparkctl.steps.resume import resume
 from sparkctl.steps.train import train
+from sparkctl.train.engines.native.engine import NativeEngine
 from sparkctl.train.engines.reference import ReferenceEngine
 from sparkctl.train.metrics import TIMING, read
 
 WATCHED: list[tuple[Any, str]] = [
     (os, "replace"), (os, "fsync"), (os, "write"), (shutil, "rmtree"), (ShardWriter, "write"),
-    (ReferenceEngine, "micro_step"),
+    (ReferenceEngine, "micro_step"), (NativeEngine, "micro_step"),
 ]  # fmt: skip
 WHEN = ("before", "amid", "after")
 
@@ -67,6 +68,7 @@ def forked(work: Callable[[], object]) -> int:
     if child == 0:
         status = 1
         try:
+            torch.set_num_threads(1)  # torch mends its thread pool for the fork here, not in several threads at once
             work()
             status = 0
         except BaseException:
@@ -108,9 +110,11 @@ def killed(work: Callable[[Path], object], root: Path, at: int, when: str) -> No
     work(root)
 
 
-def main(folder: Path, model: Path, count: int, seed: int) -> dict[str, Any]:
+def main(
+    folder: Path, model: Path, count: int, seed: int, mode: str = "lora", engine: str = "reference"
+) -> dict[str, Any]:
     torch.set_num_threads(1)
-    prepared = ready.run(folder / "ready", model, count=32, save_every=2, keep=1).root
+    prepared = ready.run(folder / "ready", model, count=32, save_every=2, keep=1, mode=mode, engine=engine).root
 
     def copy(name: str) -> Path:
         return Path(shutil.copytree(prepared, folder / name))
@@ -147,4 +151,4 @@ def main(folder: Path, model: Path, count: int, seed: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))))
+    print(json.dumps(main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])))

@@ -29,6 +29,7 @@ def test_demo_keeps_its_promises(tmp_path: Path) -> None:
     assert 0 < said["resumed_from"] < said["killed_at"] < said["steps"]
     assert elapsed <= LIMIT, said["seconds"]
     assert "Traceback" not in done.stderr
+    assert "Loading weights" not in done.stderr
     show = [command, "show", str(tmp_path / "demo" / "run"), "--get", "resumes"]
     assert subprocess.run(show, capture_output=True, env=os.environ).returncode == 0
     assert (tmp_path / "demo" / "run" / "merged" / "model.safetensors.index.json").exists()

@@ -7,18 +7,32 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-MOMENTS = 20
+MOMENTS, FEW = 20, 4
 SEED = 11
 
 
-def test_killed_at_twenty_moments_and_resumed(llama_folder: Path, tmp_path: Path) -> None:
+def killed(folder: Path, model: Path, moments: int, *options: str) -> dict[str, Any]:
+    """What `killing.py` reports."""
     script = Path(__file__).with_name("killing.py")
     paths = {"PYTHONPATH": f"{Path(__file__).parents[1]}:{':'.join(sys.path)}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(tmp_path), str(llama_folder), str(MOMENTS), str(SEED)]
+    command = [sys.executable, str(script), str(folder), str(model), str(moments), str(SEED), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=paths)
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_killed_in_full_mode_on_the_native_engine(llama_folder: Path, tmp_path: Path) -> None:
+    moments = killed(tmp_path, llama_folder, FEW, "full", "native")["moments"]
+    assert len(moments) == FEW
+    assert {m["killed"] for m in moments} == {-signal.SIGKILL}
+    assert {m["call"] for m in moments} >= {"NativeEngine.micro_step", "ShardWriter.write", "os.replace"}
+    assert [m for m in moments if m["resumed"] != 0 or m["different"]] == []
+
+
+def test_killed_at_twenty_moments_and_resumed(llama_folder: Path, tmp_path: Path) -> None:
+    report = killed(tmp_path, llama_folder, MOMENTS)
     moments = report["moments"]
     assert len(moments) == MOMENTS
     assert report["steps"] >= 5

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tiny
 
 from sparkctl.cli.app import run
@@ -56,6 +58,18 @@ def test_a_round_takes_model_and_plan_from_its_parent(tmp_path: Path) -> None:
     assert child.model.config_sha256 == parent.model.config_sha256
     assert (r2 / "merged" / "config.json").exists()
 
+    with Run.open(r2).edit() as manifest:  # as a training that was interrupted leaves it
+        assert manifest.train
+        manifest.train.status, manifest.train.gate = "interrupted", None
+    shutil.rmtree(r2 / "merged")
+    done = retrain(tmp_path, r1, r2, new, old)
+    assert done.returncode == 0, done.stderr
+    again = Run.open(r2).manifest
+    assert len(again.resumes) == 1
+    assert again.train
+    assert (again.train.status, again.train.gate) == ("done", child.train.gate)
+    assert (r2 / "merged" / "config.json").exists()
+
 
 def test_a_round_ends_where_the_gate_closes(tmp_path: Path) -> None:
     """Nothing is merged after a `train` that exits 1."""
@@ -65,8 +79,29 @@ def test_a_round_ends_where_the_gate_closes(tmp_path: Path) -> None:
     stand_in.chmod(0o755)
     assert retrain(tmp_path, "r3", "r4", "new.jsonl", "old.jsonl").returncode == 1
     assert log.read_text().splitlines() == [
-        "analyze new.jsonl old.jsonl --run r4 --parent r3", "recommend r4", "train r4 --gate 0.02",
+        "analyze new.jsonl old.jsonl --run r4 --parent r3", "recommend r4", "show r4 --get train.status",
+        "train r4 --gate 0.02",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("status", "command"),
+    [("interrupted", "resume r4"), ("running", "resume r4"), ("failed", "resume r4"), ("done", "train r4 --gate 0.02")],
+)
+def test_a_round_goes_on_where_it_stopped(tmp_path: Path, status: str, command: str) -> None:
+    log = tmp_path / "log"
+    stand_in = tmp_path / "sparkctl"
+    stand_in.write_text(f'#!/bin/sh\necho "$@" >>{log}\n[ "$1 $3" != "show --get" ] || echo {status}\n')
+    stand_in.chmod(0o755)
+    assert retrain(tmp_path, "r3", "r4", "new.jsonl").returncode == 0
+    assert log.read_text().splitlines()[3:] == [command, "merge r4", "show r4"]
+
+
+@pytest.mark.parametrize("arguments", [(), ("r3",), ("r3", "r4")])
+def test_the_script_says_how_it_is_called(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    done = retrain(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: ")
 
 
 def test_full_fine_tuning_ends_in_a_folder_that_transformers_loads(tmp_path: Path, qwen35_folder: Path) -> None:

@@ -78,6 +78,22 @@ def test_the_dense_families(family: str, tmp_path: Path) -> None:
         assert audit(folder) == ["config.json promises `lm_head.weight`, and it is missing"]
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_inverse_frequencies_of_old_checkpoints(family: str, tmp_path: Path) -> None:
+    """transformers passes over them on loading."""
+    folder = tiny.dense(tmp_path, family)
+    assert audit(rewritten(folder, "model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(8))) == []
+    assert len(audit(rewritten(folder, "model.layers.0.self_attn.rotary_emb.freq", torch.ones(8)))) == 1
+
+
+def test_an_mtp_head_that_config_json_does_not_promise(folder: Path) -> None:
+    """Though transformers' class passes over it: vLLM does not."""
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["mtp_num_hidden_layers"] = 0
+    (folder / "config.json").write_text(json.dumps(config))
+    assert len(audit(folder)) == 15
+
+
 def test_a_single_missing_tensor_of_each_is_found(folder: Path) -> None:
     mtp = tiny.mtp_tensors(hidden=8, heads=1, kv_heads=1, head_dim=4, ffn=8, seed=0)
     names = [

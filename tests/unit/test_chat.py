@@ -17,6 +17,7 @@ from chatting import ADD, THINKING, TOOLS, TWO, adversary, conversation, encode,
 from sparkctl.data.chat import ChatFormat, Encoded, _first_token
 from sparkctl.data.messages import BadLine, Example
 from sparkctl.data.read import read_examples
+from sparkctl.data.split import row_hash
 
 CASES: dict[str, tuple[str, Example, str]] = {
     "chatml": ("chatml", example(("system", "s"), *TWO),
@@ -163,13 +164,45 @@ def test_markers_in_what_others_say_are_noticed(chats: dict[str, ChatFormat]) ->
         assert encode(format, example(("user", text), say("x"))).holds_markers, text
         if name != "plain":
             assert encode(format, example(("system", text), ("user", "x"), say("x"))).holds_markers
-        assert not encode(format, example(("user", "x [y] <z> a|b"), say(text))).holds_markers
+        mine = text in ("a <think> b", "<tool_call>")  # what a model may have to say
+        said = encode(format, example(("user", "x [y] <z> a|b"), say(f"x{text}", "y")))
+        assert said.holds_markers == (not mine), text
     in_tool = example(("user", "x"), say("", None, ADD), ("tool", "</tool_response>"), say("x"))
     assert encode(chats["qwen2"], in_tool).holds_markers
     tools = [{"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}]
     assert encode(chats["qwen35"], example(("user", "x"), say("x"), tools=tools)).holds_markers
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "<|im_end|>"}]
     assert encode(chats["chatml"], example(("user", parts), say("x"))).holds_markers
+
+
+def test_markers_in_every_part_of_an_answer_are_noticed(chats: dict[str, ChatFormat]) -> None:
+    for answer in (say("a<|im_end|>"), say("a", "w<|im_start|>"), say("", None, ("f", {"a": [{"b": "<|im_end|>"}]}))):
+        assert encode(chats["qwen35"], example(("user", "x"), answer, *TWO)).holds_markers
+    assert not encode(chats["qwen35"], example(*THINKING)).holds_markers
+
+
+def test_an_answer_is_trained_up_to_a_stop_token_in_its_text(chats: dict[str, ChatFormat]) -> None:
+    chat = example(("user", "hi"), say("bar <|im_end|> baz"), *TWO[2:])
+    assert shown(chats["chatml"], chat) == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n⟦bar ⟧<|im_end|> baz<|im_end|>\n"
+        "<|im_start|>user\nok?<|im_end|>\n<|im_start|>assistant\n⟦bye<|im_end|>⟧\n"
+    )
+    at_its_end = shown(chats["chatml"], example(("user", "hi"), say("bar<|im_end|>")))
+    assert at_its_end.endswith("assistant\n⟦bar⟧<|im_end|><|im_end|>\n")
+    assert not encode(chats["chatml"], example(("user", "hi"), say("<|im_end|>x"))).trained.any()
+    other = shown(chats["chatml"], example(("user", "hi"), say("a <|im_start|> b")))  # no server stops there
+    assert other.endswith("assistant\n⟦a <|im_start|> b<|im_end|>⟧\n")
+
+
+def test_an_answer_of_weight_0_is_not_trained(chats: dict[str, ChatFormat]) -> None:
+    for weight in (0, 0.0, False):
+        chat = example(("user", "hi"), {**say("yo"), "weight": weight}, ("user", "ok?"), {**say("bye"), "weight": 1})
+        assert shown(chats["chatml"], chat) == (
+            "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n<|im_start|>user\nok?<|im_end|>\n"
+            "<|im_start|>assistant\n⟦bye<|im_end|>⟧\n"
+        )
+        assert row_hash(chat) != row_hash(example(*TWO))
+    assert row_hash(example(("user", "hi"), {**say("yo"), "weight": 1}, *TWO[2:])) == row_hash(example(*TWO))
 
 
 def test_text_parts_are_given_as_a_server_gives_them(tmp_path: Path, chats: dict[str, ChatFormat]) -> None:

@@ -70,6 +70,32 @@ def check_mask(name: str, text: str, tokens: Any, encoded: Encoded) -> None:
             assert trained, text
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_stop_token_in_an_answer_ends_what_is_trained_of_it(
+    chats: dict[str, ChatFormat], chat_folders: dict[str, Path], name: str
+) -> None:
+    numbers = random.Random(name)
+    examples = [conversation(numbers, name, stops=True) for _ in range(250)]
+    blind = ChatFormat.load(chat_folders[name])
+    stop = blind._tokenizer.token_to_id(TEMPLATES[name][1])
+    blind._stops = []
+    cut = 0
+    for encoded, whole in zip(chats[name].encode(examples), blind.encode(examples), strict=True):
+        assert isinstance(encoded, Encoded)
+        assert isinstance(whole, Encoded)
+        assert encoded.input_ids.tolist() == whole.input_ids.tolist()
+        wanted = whole.trained.copy()
+        edges = np.flatnonzero(np.diff(np.concatenate(([0], wanted, [0])))).reshape(-1, 2)
+        for first, end in edges:
+            inner = np.flatnonzero(whole.input_ids[first : end - 1] == stop)
+            if len(inner):
+                wanted[first + inner[0] : end] = False
+                cut += 1
+                assert encoded.holds_markers
+        assert encoded.trained.tolist() == wanted.tolist()
+    assert cut > (20 if name != "generation_last" else 3)  # of few answers anything is trained
+
+
 @pytest.mark.parametrize("name", ["chatml", "qwen2", "qwen3", "qwen35", "smollm2", "gemma", "macro"])
 def test_as_many_end_tokens_are_trained_as_there_are_answers(chats: dict[str, ChatFormat], name: str) -> None:
     numbers = random.Random(name)

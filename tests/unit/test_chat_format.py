@@ -74,6 +74,27 @@ def test_arguments_that_break_the_template_are_a_bad_line(tmp_path: Path) -> Non
     assert "renders no answer" in refused(load(tmp_path / "b", only_hi), example(*TWO, only=True)).message
 
 
+@pytest.mark.parametrize(
+    "taken", ["{%- set m = messages[i] %}", "{%- if true %}{%- set m = messages[i] %}{%- endif %}"]
+)
+def test_a_loop_over_numbers(tmp_path: Path, taken: str) -> None:
+    template = """{%- for i in range(messages|length) %}{{- '<|im_start|>' }}TAKEN
+{{- m.role + '\n' }}{%- if i > 0 %}{%- set before = messages[i - 1] %}{%- endif %}{{- m.content + '<|im_end|>\n' }}
+{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+    wanted = (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n⟦yo<|im_end|>⟧\n"
+        "<|im_start|>user\nok?<|im_end|>\n<|im_start|>assistant\n⟦bye<|im_end|>⟧\n"
+    )
+    named = template.replace("TAKEN", taken) if "if true" not in taken else template.replace("TAKEN", taken[14:-12])
+    assert shown(load(tmp_path / "a", named), example(*TWO)) == wanted
+    direct = template.replace("TAKEN", "").replace("m.", "messages[i].")
+    assert shown(load(tmp_path / "b", direct), example(*TWO)) == wanted
+    system = "{%- set rest = messages[1:] if messages[0].role == 'system' else messages %}" + direct.replace(
+        "messages", "rest"
+    )
+    assert shown(load(tmp_path / "c", system), example(("system", "s"), *TWO)) == wanted
+
+
 def test_what_transformers_gives_templates_is_there(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -136,7 +157,7 @@ def test_models_without_what_is_needed_are_refused(tmp_path: Path) -> None:
     says("has no chat template", "--chat-template FILE", folder, "")
     says("does not compile: line 3: .*endfor", "--chat-template FILE", folder, "a\nb\n{% endfor %}")
     says("does not compile: line 2", "--chat-template FILE", folder, "a\n{{ x | nofilter }}")
-    says("renders no answer", "--chat-template FILE", folder, "{{ messages[0].content }}")
+    says("renders no answer", "`for message in messages`", folder, "{{ messages[0].content }}")
     says("renders no answer", "--chat-template FILE", folder, "{{ raise_exception('no') }}")
     (folder / "tokenizer.json").write_text('{"model": 5}')
     says("the tokenizer in .* cannot be loaded", "publisher", folder, tiny.CHATML)
@@ -168,6 +189,15 @@ def test_digests_tell_what_ids_depend_on(tmp_path: Path) -> None:
     assert other.template_sha256 != one.template_sha256
     assert other.tokenizer_sha256 == one.tokenizer_sha256
     assert load(tmp_path / "d", tiny.CHATML, eos="</s>").tokenizer_sha256 != one.tokenizer_sha256
+    for number, (name, table) in enumerate({
+        "generation_config.json": {"eos_token_id": [3, 4]},  # where a server stops decides what is trained
+        "config.json": {"eos_token_id": 4},
+        "tokenizer_config.json": {"split_special_tokens": True},
+    }.items()):  # fmt: skip
+        folder = formats.byte_level(tmp_path / f"e{number}", tiny.CHATML)
+        path = folder / name
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | table))
+        assert ChatFormat.load(folder).tokenizer_sha256 != one.tokenizer_sha256, name
     path = tmp_path / "b" / "tokenizer.json"
     saved = json.loads(path.read_text())
     saved["normalizer"] = {"type": "NFD"}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparkctl.data.ingest import BATCH, Earlier, Ingest
+from sparkctl.data.ingest import BATCH, CHARACTERS, Earlier, Ingest
 from sparkctl.data.read import BadLine, Example
 from sparkctl.data.tokens import Row, TokenStore, TokenStoreWriter
 
@@ -27,8 +27,10 @@ class Format:
 
     def __init__(self) -> None:
         self.encoded: list[str] = []
+        self.batches: list[int] = []
 
     def encode(self, examples: Sequence[Example]) -> list[Any]:
+        self.batches.append(len(examples))
         if len(examples) == BATCH and not self.encoded:
             time.sleep(0.05)  # the first batch is the slowest
         return [self._one(example) for example in examples]
@@ -83,6 +85,15 @@ def test_what_the_template_refuses_is_named_or_counted(tmp_path: Path) -> None:
     assert [text(row) for row in rows] == ["fine", "fine again"]
     assert (tally.dropped.bad_lines, tally.dropped.no_trained_token) == (7, 1)
     assert len(tally.bad) == 5
+
+
+def test_long_examples_make_smaller_batches(tmp_path: Path) -> None:
+    texts = ["short"] * BATCH + ["long" * (CHARACTERS // 8)] * 6 + ["longest" * CHARACTERS, "short"]
+    rows: list[Row] = []
+    format = Format()
+    Ingest(format, rows.append).run([write(tmp_path / "a.jsonl", *texts)])
+    assert [text(row) for row in rows] == texts
+    assert sorted(format.batches) == sorted([BATCH, 2, 2, 2, 1, 1])
 
 
 def test_marker_examples_are_counted_and_the_first_named(tmp_path: Path) -> None:

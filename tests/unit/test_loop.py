@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import socket
 from collections.abc import Callable
@@ -178,6 +179,34 @@ def test_a_loss_that_is_no_number_never_reaches_the_optimiser(tmp_path: Path, po
     assert torch.equal(training.engine.table, seen[-1])
     assert max(training.lines("loss")) == 4
     assert state.newest_complete(tmp_path / "checkpoints")[0] == tmp_path / "checkpoints" / "step-000003"
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_held_out_loss_that_is_no_number_is_named_and_never_written(tmp_path: Path, poison: float, step: int) -> None:
+    training = Training(tmp_path, plan=ready.plan(pack_length=40))
+    assert len(training.held_out) > 1
+    bad, eval_sum = training.held_out[-1], training.engine.eval_sum
+    training.engine.eval_sum = lambda pack: (
+        torch.tensor(poison) if pack is bad and training.state.step == step else eval_sum(pack)
+    )
+    with pytest.raises(SparkError, match=rf"the held-out loss after step {step}, in one pack, is (nan|inf)") as caught:
+        training.run()
+    for document in bad.documents:
+        assert f" {document.id} (chats.jsonl:{document.id + 1})" in caught.value.message
+    assert f" {training.held_out[0].documents[0].id} (chats" not in caught.value.message
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert training.state.eval_loss is None
+    assert all(math.isfinite(x) for _, x, _ in training.saved if x is not None)
+
+
+def test_no_line_of_metrics_holds_what_is_no_number(tmp_path: Path) -> None:
+    lines = metrics.Metrics(tmp_path / "m.jsonl")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        lines.write(step=1, loss=float("nan"))
+    assert (tmp_path / "m.jsonl").read_bytes() == b""
 
 
 def test_a_gradient_norm_that_is_no_number_stops_too(tmp_path: Path) -> None:

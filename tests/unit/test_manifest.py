@@ -8,13 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import ready
+from filelock import FileLock
 
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.manifest import store
+from sparkctl.manifest.schema import Checkpoint, DataFile, MergeTable
 from sparkctl.manifest.store import NAME, Run, read_manifest
 
 
@@ -140,3 +144,81 @@ def test_paths_hold_after_a_move(run: Run, tmp_path: Path, llama_folder: Path) -
     with moved.edit():
         pass
     assert moved.manifest.run.folder == str(moved.root)
+
+
+def test_an_edit_after_a_move_writes_paths_as_they_are_now(run: Run, tmp_path: Path, llama_folder: Path) -> None:
+    """Twice: the second edit has nothing left to go by but what the first wrote."""
+    recipe, data = tmp_path / "mine.toml", tmp_path / "chats.jsonl"
+    recipe.write_text("epochs = 3\n")
+    data.write_text("{}\n")
+    parent = Run.create(tmp_path / "r0")
+    for name in ("out", "out-adapter"):
+        (tmp_path / name).mkdir()
+    merged = MergeTable(
+        checkpoint="c", folder="../out", tensors=1, changed_tensors=1, bytes=1, seconds=1, created="x", made_from="x"
+    )
+    with run.edit() as manifest:
+        assert manifest.data
+        assert manifest.plan
+        manifest.run.parent = "../r0"
+        manifest.data.files = [DataFile(path="../chats.jsonl", sha256="x", size=1, mtime_ns=1, examples=1)]
+        manifest.data.recipe = manifest.plan.recipe = "../mine.toml"
+        manifest.merge, manifest.adapter = merged, merged.model_copy(update={"folder": "../out-adapter"})
+        inside = Checkpoint(id="s", kind="step", path="checkpoints/s", created="x", digest="x")
+        manifest.checkpoints = [*manifest.checkpoints, inside]
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    moved = Run.open(Path(shutil.move(run.root, tmp_path / "deep" / "er" / "r1")))
+    for _ in range(2):
+        with moved.edit():
+            pass
+    manifest = read_manifest(moved.root)
+    assert manifest.run.folder == str(moved.root)
+    assert manifest.model and manifest.data and manifest.plan and manifest.merge and manifest.adapter  # noqa: PT018
+    where = {
+        manifest.model.source: llama_folder, str(manifest.run.parent): parent.root, manifest.data.files[0].path: data,
+        str(manifest.data.recipe): recipe, str(manifest.plan.recipe): recipe,
+        manifest.merge.folder: tmp_path / "out", manifest.adapter.folder: tmp_path / "out-adapter",
+        manifest.checkpoints[0].path: llama_folder,
+    }  # fmt: skip
+    for path, meant in where.items():
+        assert not Path(path).is_absolute()
+        assert Path(os.path.normpath(moved.root / path)) == meant
+    assert manifest.checkpoints[1].path == "checkpoints/s"
+
+
+def test_names_are_no_paths(run: Run, tmp_path: Path) -> None:
+    """A hub id and a shipped recipe stay what they are, also beside folders of those names."""
+    with run.edit() as manifest:
+        assert manifest.data
+        assert manifest.model
+        manifest.model.source, manifest.model.revision = "Org/Name", "c" * 40
+        manifest.data.recipe = "qwen3.5-0.8b-lora"
+    moved = Run.open(Path(shutil.move(run.root, tmp_path / "elsewhere")))
+    assert moved.manifest.model == run.manifest.model
+    assert moved.manifest.data == run.manifest.data
+
+
+def test_of_two_that_make_a_run_one_does(run: Run, tmp_path: Path) -> None:
+    """The second waits for the first's lock, and must not write over what it finds then."""
+    folder = tmp_path / "new"
+    folder.mkdir()
+    with ThreadPoolExecutor() as pool:
+        with FileLock(folder / ".manifest.lock"):
+            second = pool.submit(Run.create, folder)
+            time.sleep(0.2)
+            shutil.copy(run.root / NAME, folder / NAME)
+        with pytest.raises(UsageError, match="holds a run already"):
+            second.result(timeout=30)
+    assert read_manifest(folder).run.id == run.manifest.run.id
+
+
+def test_a_full_disk_is_named_and_leaves_no_folder(small_disk: Path) -> None:
+    (small_disk / "there").mkdir()
+    with suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    for folder in (small_disk / "new", small_disk / "there"):
+        with pytest.raises(OSError, match="No space") as caught:
+            Run.create(folder)
+        assert caught.value.filename == str(folder / NAME)
+    assert sorted(path.name for path in small_disk.rglob("*")) == ["filler", "there"]

@@ -11,7 +11,8 @@ from pathlib import Path
 import plans
 import pytest
 
-from sparkctl.hardware.memory import Load, peak, saved
+from sparkctl.hardware.load import Load
+from sparkctl.hardware.memory import peak, saved
 from sparkctl.hardware.shape import Shape
 
 GIB = 1 << 30
@@ -63,13 +64,51 @@ def test_checkpointing_saves_and_more_tokens_cost() -> None:
     assert saved(shape, replace(H200, fla=False)) > 1.5 * saved(shape, H200)
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("qwen3_5", "lora"), ("llama", "full")])
-def test_a_real_training_stays_below(kind: str, mode: str) -> None:
-    """20 to 30 M parameters, four rows of 512: peak resident memory of a process of its own."""
+NATIVE = replace(H200, labels=1900, engine="native")
+
+
+@pytest.mark.parametrize(
+    ("load", "gib"),
+    [
+        (NATIVE, 12.54),
+        (replace(NATIVE, checkpointing=True), 6.49),
+        (replace(NATIVE, mode="full", trainable=1_881_825_088, rank=0), 26.05),
+    ],
+)
+def test_the_native_engine_as_measured_on_an_h200(load: Load, gib: float) -> None:
+    """torch's peak over micro-steps of Qwen3.5-2B, 5,376 tokens: no moments yet, no libraries. Seen: 0.5 % off."""
+    terms = peak(plans.model("2b").shape, load)
+    total = (terms.total - terms.optimizer - terms.runtime) / GIB
+    assert 0.97 * gib <= total <= 1.1 * gib
+
+
+def test_the_native_engine_keeps_less_on_a_gpu_and_its_head_a_chunk() -> None:
+    shape = plans.model("2b").shape
+    assert saved(shape, NATIVE) < saved(shape, H200) / 2
+    assert peak(shape, replace(NATIVE, labels=5376)).logits == peak(shape, NATIVE).logits
+    assert saved(shape, replace(NATIVE, fla=False)) > 1.5 * saved(shape, NATIVE)  # the slow reference, by a tape
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "engine", "rows", "most"),
+    [
+        ("qwen3_5", "lora", "reference", 4, 1.4),
+        ("llama", "full", "reference", 4, 1.4),
+        ("qwen3_5", "lora", "native", 4, 1.4),
+        ("qwen3_5", "lora", "native", 1, 1.4),  # one long document
+        ("llama", "full", "native", 4, 1.4),
+    ],
+)
+def test_a_real_training_stays_below(kind: str, mode: str, engine: str, rows: int, most: float) -> None:
+    """20 to 30 M parameters, 2,048 tokens in so many documents: peak resident memory of a process of its own."""
     script = Path(__file__).parents[1] / "peak_memory.py"
-    command = [sys.executable, str(script), kind, mode]
+    command = [sys.executable, str(script), kind, mode, engine, str(rows)]
     measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     shape = Shape.from_config(measured["config"], measured["parameters"])
-    load = Load(mode, measured["trainable"], measured["rank"], 2048, 512, measured["labels"], False, "cpu")
+    load = Load(
+        mode, measured["trainable"], measured["rank"], 2048, measured["longest"], measured["labels"], False, "cpu",
+        engine=engine,
+    )  # fmt: skip
     total = peak(shape, load).total
-    assert 0.95 * measured["peak"] <= total <= 1.4 * measured["peak"]
+    least = 1.0 if engine == "native" else 0.95
+    assert least * measured["peak"] <= total <= most * measured["peak"]

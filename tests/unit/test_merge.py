@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from sparkctl.errors import SparkError
 from sparkctl.manifest.schema import Lora
 from sparkctl.merge import merge
-from sparkctl.merge.merge import merge_checkpoint
+from sparkctl.merge.merge import merge_checkpoint, prepare
+from sparkctl.merge.updates import updates
+from sparkctl.model.weights import INDEX, Checkpoint
 
 LORA = Lora(r=4, alpha=6)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -118,6 +120,35 @@ def test_a_stored_head_follows_the_embedding_where_they_are_tied(
     wanted = masters["model.embed_tokens.weight"].bfloat16() if tied else tensors["lm_head.weight"]
     assert torch.equal(after["lm_head.weight"], wanted)
     assert torch.equal(after["model.embed_tokens.weight"], masters["model.embed_tokens.weight"].bfloat16())
+
+
+@pytest.mark.parametrize("outer", [True, False, None])
+@pytest.mark.parametrize("text", [True, False])
+def test_which_key_ties_a_head_of_a_multimodal_model(
+    base: Path, tmp_path: Path, outer: bool | None, text: bool
+) -> None:
+    """That of the part that is trained; transformers' class for it says whether there is a head to train."""
+    from sparkctl.model.families import tied
+    from sparkctl.model.load import load_text_model
+
+    values = json.loads((base / "config.json").read_text())
+    values["text_config"]["tie_word_embeddings"] = text
+    values.pop("tie_word_embeddings", None)
+    (base / "config.json").write_text(json.dumps(values if outer is None else values | {"tie_word_embeddings": outer}))
+    shard = base / "model-mtp.safetensors"
+    head = merging.tensors(base)["model.language_model.embed_tokens.weight"].clone()
+    save_file(load_file(shard) | {"lm_head.weight": head}, shard, metadata={"format": "pt"})
+    index = json.loads((base / INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = shard.name
+    (base / INDEX).write_text(json.dumps(index))
+    live = load_text_model(base, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert (live.lm_head.weight is live.model.embed_tokens.weight) == text
+    assert tied(json.loads((base / "config.json").read_text())) == text
+    masters = merging.masters(base, tmp_path / "t.safetensors", leave_out=("lm_head.weight",))
+    after = updates(tmp_path / "t.safetensors", Checkpoint(base), None, tied=text)
+    assert ("lm_head.weight" in after) == text
+    changes = prepare(base, tmp_path / "t.safetensors", None)[1]
+    assert set(changes) == set(masters) | ({"lm_head.weight"} if text else set())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_files import ASK, CALL, CHAT, SAY, read, write
+from chat_files import ASK, CALL, CHAT, SAY, parquet, read, write
 
 from sparkctl.data.read import BadLine, Example
 
@@ -21,7 +21,7 @@ def refusal(tmp_path: Path, record: Any) -> BadLine:
     with pytest.raises(BadLine) as caught:
         read(write(tmp_path / "chats.jsonl", CHAT, record))
     assert caught.value.place == "chats.jsonl:2"
-    assert caught.value.message.startswith("chats.jsonl:2: ")
+    assert caught.value.message.startswith(f"{tmp_path}/chats.jsonl:2: ")
     assert caught.value.hint
     return caught.value
 
@@ -131,6 +131,57 @@ def test_tools_and_template_arguments(tmp_path: Path) -> None:
     assert one(tmp_path, {**CHAT, "chat_template_kwargs": kwargs}).template_kwargs == kwargs
 
 
+def test_lists_as_json_texts_as_parquet_files_keep_them(tmp_path: Path) -> None:
+    called = {"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])}
+    wanted = [ASK, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    assert one(tmp_path, {"messages": [ASK, called]}).messages == wanted
+    assert one(tmp_path, {"messages": [ASK, {**SAY, "tool_calls": ""}]}).messages == [ASK, SAY]
+    text = json.dumps([ASK, called])
+    assert one(tmp_path, {"messages": text}).messages == wanted
+    sharegpt = json.dumps([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}])
+    assert one(tmp_path, {"conversations": sharegpt}).messages == [ASK, SAY]
+    (row,) = read(parquet(tmp_path / "a.parquet", [{"messages": text, "chat_template_kwargs": '{"level": 3}'}]))
+    assert (row.messages, row.template_kwargs) == (wanted, {"level": 3})
+
+
+def test_sharegpt_by_other_names(tmp_path: Path) -> None:
+    turns = [("human", "2?"), ("bing", "a"), ("function", "3"), ("bard", "b")]
+    example = one(tmp_path, {"conversations": [{"from": role, "value": text} for role, text in turns]})
+    assert [(m["role"], m["content"]) for m in example.messages] == [
+        ("user", "2?"), ("assistant", "a"), ("tool", "3"), ("assistant", "b"),
+    ]  # fmt: skip
+    old = {"messages": [ASK, SAY, {"role": "function", "name": "add", "content": "3"}, SAY]}
+    assert one(tmp_path, old).messages[2] == {"role": "tool", "content": "3", "name": "add"}
+
+
+def test_parts_of_thinking_are_the_reasoning(tmp_path: Path) -> None:
+    think = {"type": "thinking", "thinking": "why", "signature": "x"}
+    parts = [think, {"type": "thinking", "thinking": [{"type": "text", "text": "so"}]}, {"type": "text", "text": "yo"}]
+    assert one(tmp_path, {"messages": [ASK, {**SAY, "content": parts}]}).messages[1] == {
+        "role": "assistant",
+        "content": [{"type": "text", "text": "yo"}],
+        "reasoning_content": "why\nso",
+    }
+    called = {"role": "assistant", "content": [think], "tool_calls": [CALL]}
+    assert one(tmp_path, {"messages": [ASK, called]}).messages[1] == {
+        "role": "assistant", "content": "", "reasoning_content": "why", "tool_calls": [CALL],
+    }  # fmt: skip
+
+
+def test_two_files_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, record in (("a", CHAT), ("b", {"text": "x"})):
+        Path(name).mkdir()
+        write(Path(name) / "c.jsonl", record)
+    with pytest.raises(BadLine, match=r"^b/c\.jsonl:1: no `messages`") as caught:
+        read(Path("a/c.jsonl"), Path("b/c.jsonl"))
+    assert caught.value.place == "c.jsonl:1"
+    (example,) = read(Path("a/c.jsonl"))
+    assert (example.place, example.named) == ("c.jsonl:1", "a/c.jsonl:1")
+    monkeypatch.chdir("a")
+    assert read(Path("c.jsonl"))[0].named == "c.jsonl:1"
+
+
 REFUSED = {
     "not JSON": (b'{"messages": [', "not JSON", "one JSON object a line"),
     "not JSON at the end": (json.dumps(CHAT).encode() + b" {}", "at column", ""),
@@ -173,6 +224,18 @@ REFUSED = {
     "a ShareGPT call that is no JSON": (
         {"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "add"}]},
         "message 2 has a tool call whose call is not JSON", ""),
+    "messages in a text that is no JSON": ({"messages": "[{"}, "`messages` is a string that is not JSON", "messages"),
+    "messages in a text that are no list": ({"messages": "{}"}, "`messages` is an object, not a list", ""),
+    "calls in a text that is no JSON": ({"messages": [ASK, {**SAY, "tool_calls": "f"}]}, "that is not JSON", ""),
+    "thinking of a user": ({"messages": [{**ASK, "content": [{"type": "thinking", "thinking": "x"}]}, SAY]},
+                           "message 1 has a part of thinking in a user's turn", "comes first"),
+    "thinking after text": ({"messages": [ASK, {**SAY, "content": ["a", {"type": "thinking", "thinking": "x"}]}]},
+                            "message 2 has a part of thinking after another", "comes first"),
+    "thinking twice": (
+        {"messages": [ASK, {**SAY, "content": [{"type": "thinking", "thinking": "x"}], "reasoning_content": "y"}]},
+        "message 2 has a `reasoning_content` and a part of thinking", "one of them"),
+    "a weight of a half": ({"messages": [ASK, {**SAY, "weight": 0.5}]}, "message 2 has the `weight` 0.5", "write 0"),
+    "a weight in words": ({"messages": [ASK, {**SAY, "weight": "low"}]}, 'has the `weight` "low"', "write 0"),
     "tools that are an object": ({**CHAT, "tools": {"name": "x"}}, "`tools` is not a list", ""),
     "tools that are no JSON": ({**CHAT, "tools": "add"}, "`tools` is a string that is not JSON", ""),
     "template arguments in a list": ({**CHAT, "chat_template_kwargs": []}, "is a list, not an object", ""),

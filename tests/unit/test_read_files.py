@@ -54,6 +54,18 @@ def test_a_name_that_lies(tmp_path: Path) -> None:
         assert caught.value.hint
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+def test_a_file_of_wide_characters_says_how_to_mend_it(tmp_path: Path, encoding: str) -> None:
+    wide = (json.dumps(CHAT) + "\n").encode(encoding) * 2
+    for name, data in (("a.jsonl", wide), ("a.jsonl.gz", gzip.compress(wide))):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(SparkError, match=f"a.jsonl.*` is {encoding[:6].upper()}, not UTF-8") as caught:
+            read(tmp_path / name, skip_bad=True)
+        command = (caught.value.hint or "").split("`")[1].split(" OLD")[0].split()
+    back = subprocess.run(command, input=wide, capture_output=True, check=True)
+    assert json.loads(back.stdout.splitlines()[0].decode("utf-8-sig")) == CHAT
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SparkError, match=r"no file .*none\.jsonl"):
         read(tmp_path / "none.jsonl")
@@ -113,7 +125,7 @@ def test_text_parts_and_maps_in_parquet(tmp_path: Path) -> None:
 
 def test_bad_rows_and_bad_parquet_files_are_named(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", [CHAT, {"messages": [ASK]}, {"messages": []}, {"messages": None}, CHAT])
-    with pytest.raises(BadLine, match=r"^a\.parquet:2: no assistant turn"):
+    with pytest.raises(BadLine, match=r"/a\.parquet:2: no assistant turn"):
         read(path)
     found: list[BadLine] = []
     assert [e.place for e in read(path, skip_bad=True, on_bad=found.append)] == ["a.parquet:1", "a.parquet:5"]
@@ -137,7 +149,7 @@ def test_a_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
     messages = pa.StructArray.from_arrays([roles, texts], ["role", "content"])
     column = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), messages)
     pq.write_table(pa.table({"messages": column}), tmp_path / "a.parquet")
-    with pytest.raises(BadLine, match=r"^a\.parquet:2: not UTF-8"):
+    with pytest.raises(BadLine, match=r"/a\.parquet:2: not UTF-8"):
         read(tmp_path / "a.parquet")
     assert len(read(tmp_path / "a.parquet", skip_bad=True)) == 2
 

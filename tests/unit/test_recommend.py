@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from sparkctl.data.batches import Schedule
 from sparkctl.errors import SparkError, UsageError
-from sparkctl.hardware.measurements import record
+from sparkctl.hardware.measurements import Kind, record
 from sparkctl.manifest.schema import Choices, PlanTable
 from sparkctl.plan.recommend import is_made_from, made_from, recommend
 from sparkctl.plan.request import Situation, Wishes
@@ -229,7 +229,7 @@ def test_disk(chats: Store) -> None:
 
 def test_a_measurement_here_changes_the_estimate(chats: Store) -> None:
     before = recommend(situation(chats), wishes()).estimates
-    record(SPARK, "config of 2b", "lora", "native", 100.0, 4096, "2026-11-24T10:00:00Z")
+    record(SPARK, Kind("config of 2b", "lora", 128, False), "native", 100.0, 4096, "2026-11-24T10:00:00Z")
     after = recommend(situation(chats), wishes()).estimates
     assert "published" in before.throughput_from
     assert "measured on this machine" in after.throughput_from

@@ -58,7 +58,13 @@ def test_it_tries_the_longest_pack(run: Run, llama_folder: Path, tmp_path: Path)
     opened.engine.micro_step = lambda pack, scale: (tried.append(pack), step(pack, scale))[1]
     opened.rehearse(tmp_path / "checkpoints")
     longest = opened.store.lengths[~opened.store.held_out].max()
-    assert [max(len(d.ids) for d in pack.documents) for pack in tried] == [longest]
+    # the second with the gradients of the first, where a step has several packs
+    assert [max(len(d.ids) for d in pack.documents) for pack in tried] == [longest, longest]
+    assert all(parameter.grad is None for parameter in opened.engine.parameters().values())
+    tried.clear()
+    opened.plan.gradient_accumulation = 1
+    opened.rehearse(tmp_path / "checkpoints")
+    assert len(tried) == 1
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])

@@ -12,7 +12,10 @@ from sparkctl.data.split import choose_held_out, prompt_key, row_hash
 
 def example(*messages: tuple[str, Any], **extra: Any) -> Any:
     turns = [{"role": role, "content": content} for role, content in messages]
-    return SimpleNamespace(messages=turns, tools=extra.get("tools"), template_kwargs={}, place=str(Path("x:1")))
+    return SimpleNamespace(
+        messages=turns, tools=extra.get("tools"), template_kwargs={}, place=str(Path("x:1")),
+        untrained=extra.get("untrained", ()),
+    )  # fmt: skip
 
 
 BASE = (("system", "Be brief."), ("user", "What is 2 + 2?"), ("assistant", "4"))

@@ -10,10 +10,11 @@ import plans
 import pytest
 
 from sparkctl.hardware import measurements, throughput
-from sparkctl.hardware.measurements import Probe, lookup, record
-from sparkctl.hardware.memory import Load
+from sparkctl.hardware.load import Load
+from sparkctl.hardware.measurements import Kind, Probe, lookup, record
 from sparkctl.hardware.throughput import Rate, expected, from_probe, from_table, operations
 
+KIND = Kind("2b", "lora", 128, False)
 LOAD = Load("lora", 125_000_000, 128, 1024, 1024, 358, checkpointing=False, device="cuda", fla=True)
 PUBLISHED = {"0.8b": 5650, "2b": 3568, "4b": 1712, "9b": 1095, "27b": 370}
 
@@ -85,8 +86,8 @@ def test_a_cpu_by_its_matrix_products() -> None:
 
 
 def test_a_measurement_wins_and_the_estimate_stays_below_it() -> None:
-    assert record(plans.SPARK, "2b", "lora", "reference", 1000.0, 1024, "2026-11-24T10:00:00Z")
-    assert record(plans.SPARK, "2b", "lora", "reference", 1500.0, 8192, "2026-11-24T11:00:00Z")
+    assert record(plans.SPARK, KIND, "reference", 1000.0, 1024, "2026-11-24T10:00:00Z")
+    assert record(plans.SPARK, KIND, "reference", 1500.0, 8192, "2026-11-24T11:00:00Z")
     assert ask(plans.SPARK).tokens_per_second == pytest.approx(900)
     assert ask(plans.SPARK, length=16384).tokens_per_second == pytest.approx(1350)
     assert "measured on this machine, 2026-11-24T10" in ask(plans.SPARK).source
@@ -96,22 +97,22 @@ def test_a_measurement_wins_and_the_estimate_stays_below_it() -> None:
 
 def test_a_later_measurement_takes_the_place_of_the_earlier() -> None:
     for rate in (1000.0, 800.0):
-        record(plans.SPARK, "2b", "lora", "reference", rate, 1024, "now")
-    assert [m.tokens_per_second for m in lookup(plans.SPARK, "2b", "lora")] == [800.0]
-    assert not lookup(plans.H200, "2b", "lora")
+        record(plans.SPARK, KIND, "reference", rate, 1024, "now")
+    assert [m.tokens_per_second for m in lookup(plans.SPARK, KIND)] == [800.0]
+    assert not lookup(plans.H200, KIND)
 
 
 def test_the_notebook_is_no_mans_trouble(home: Path) -> None:
     home.mkdir()
     (home / measurements.NAME).write_text("{ broken")
-    assert lookup(plans.SPARK, "2b", "lora") == []
-    assert record(plans.SPARK, "2b", "lora", "reference", 1.0, 1024, "now")
+    assert lookup(plans.SPARK, KIND) == []
+    assert record(plans.SPARK, KIND, "reference", 1.0, 1024, "now")
     assert json.loads((home / measurements.NAME).read_text())["schema"] == 1
 
 
 def test_a_folder_that_cannot_be_written_ends_no_training(home: Path) -> None:
     home.write_text("a file where the folder should be")
-    assert record(plans.SPARK, "2b", "lora", "reference", 1.0, 1024, "now") is False
+    assert record(plans.SPARK, KIND, "reference", 1.0, 1024, "now") is False
 
 
 def test_a_cpu_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,18 @@ def test_what_is_written_is_read(tmp_path: Path, count: int) -> None:
     assert sorted(p.name for p in (tmp_path / "tokens").iterdir()) == [tokens.ARROW, "dataset_info.json", "state.json"]
 
 
+def test_long_documents_make_smaller_batches(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    length = tokens.TOKENS_A_BATCH // 5
+    write(
+        tmp_path / "tokens", [Row(np.zeros(length, np.int32), np.ones(length, bool), 0, b"x", "x") for _ in range(20)]
+    )
+    with pa.OSFile(str(tmp_path / "tokens" / tokens.ARROW)) as source, pa.ipc.open_stream(source) as batches:
+        assert {batch.num_rows for batch in batches} <= {6, 2}
+    assert len(TokenStore.open(tmp_path / "tokens")) == 20
+
+
 def test_the_digest_is_the_contents(tmp_path: Path) -> None:
     assert write(tmp_path / "a", rows(10))[0] == write(tmp_path / "b", rows(10))[0]
     assert write(tmp_path / "c", rows(10, seed=1))[0] != write(tmp_path / "d", rows(10))[0]

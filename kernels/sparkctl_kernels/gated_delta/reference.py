@@ -52,8 +52,9 @@ def chunked(
     eye = torch.eye(chunk, dtype=q_BNLD.dtype, device=q_BNLD.device)
     future = torch.ones(chunk, chunk, dtype=torch.bool, device=q_BNLD.device).triu(1)
     outputs = []
+    scaled_BNLD = q_BNLD * dim**-0.5  # once: autograd would keep a whole one for every chunk
     for at in range(0, length, chunk):
-        q, k, v = (x[:, :, at : at + chunk] for x in (q_BNLD * dim**-0.5, k_BNLD, v_BNLE))
+        q, k, v = (x[:, :, at : at + chunk] for x in (scaled_BNLD, k_BNLD, v_BNLE))
         running = decay_BNL[:, :, at : at + chunk].cumsum(-1)
         beta = beta_BNL[:, :, at : at + chunk, None]
         between = (running[..., :, None] - running[..., None, :]).masked_fill(future, float("-inf")).exp()

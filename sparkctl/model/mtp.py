@@ -1,0 +1,50 @@
+"""The MTP head's tensors: their published names and the shapes that a Qwen3.5 config.json gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+PREFIX = "mtp."
+LAYER = f"{PREFIX}layers.0."
+Shapes = dict[str, tuple[int, ...]]
+
+
+def layers(text: Mapping[str, Any]) -> int:
+    """How many layers of MTP head config.json promises."""
+    return int(text.get("mtp_num_hidden_layers") or 0)
+
+
+def unknown(text: Mapping[str, Any]) -> str | None:
+    """What a promised head has that is not known here; None where it is Qwen3.5's."""
+    if layers(text) > 1:
+        return f"{layers(text)} layers of MTP head (mtp_num_hidden_layers), not 1"
+    if layers(text) and text.get("mtp_use_dedicated_embeddings"):
+        return "an MTP head with embeddings of its own (mtp_use_dedicated_embeddings)"
+    return None
+
+
+def shapes(text: Mapping[str, Any]) -> Shapes:
+    """The 15 tensors by name: a projection, three norms, and one full-attention layer like the model's own.
+
+    text: config.json's text_config, or config.json itself where that is the text model's.
+    """
+    hidden, ffn, head_dim = int(text["hidden_size"]), int(text["intermediate_size"]), int(text["head_dim"])
+    queries, keys = (int(text[name]) * head_dim for name in ("num_attention_heads", "num_key_value_heads"))
+    return {
+        f"{PREFIX}fc.weight": (hidden, 2 * hidden),
+        f"{PREFIX}pre_fc_norm_embedding.weight": (hidden,),
+        f"{PREFIX}pre_fc_norm_hidden.weight": (hidden,),
+        f"{PREFIX}norm.weight": (hidden,),
+        f"{LAYER}input_layernorm.weight": (hidden,),
+        f"{LAYER}post_attention_layernorm.weight": (hidden,),
+        f"{LAYER}self_attn.q_proj.weight": (2 * queries, hidden),  # a head's query, then its gate
+        f"{LAYER}self_attn.k_proj.weight": (keys, hidden),
+        f"{LAYER}self_attn.v_proj.weight": (keys, hidden),
+        f"{LAYER}self_attn.o_proj.weight": (hidden, queries),
+        f"{LAYER}self_attn.q_norm.weight": (head_dim,),
+        f"{LAYER}self_attn.k_norm.weight": (head_dim,),
+        f"{LAYER}mlp.gate_proj.weight": (ffn, hidden),
+        f"{LAYER}mlp.up_proj.weight": (ffn, hidden),
+        f"{LAYER}mlp.down_proj.weight": (hidden, ffn),
+    }

@@ -1,0 +1,54 @@
+"""The weights that a training began with: hashed once, when it begins, and looked at again by size and time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparkctl.errors import UsageError
+from sparkctl.files import sha256_file
+from sparkctl.manifest.schema import BaseFile, BaseTable, ModelTable, TrainTable
+from sparkctl.manifest.store import Run
+from sparkctl.progress import Progress
+
+
+def read_base(folder: Path, model: ModelTable, known: BaseTable | None, progress: Progress) -> BaseTable:
+    """The safetensors of `folder` with their digests. A file that `known` has with this size and time is not read."""
+    sure = {file.name: file for file in known.files} if known and known.source == model.source else {}
+    paths = sorted(folder.glob("*.safetensors"))
+    files, unread = [], []
+    for path in paths:
+        status, before = path.stat(), sure.get(path.name)
+        if before and (before.size, before.mtime_ns) == (status.st_size, status.st_mtime_ns):
+            files.append(before)
+        else:
+            unread.append((path, status))
+    with progress.task("hashing the base", sum(status.st_size for _, status in unread), "B") as task:
+        for path, status in unread:
+            digest = sha256_file(path)
+            files.append(BaseFile(name=path.name, size=status.st_size, mtime_ns=status.st_mtime_ns, sha256=digest))
+            task.advance(status.st_size)
+    return BaseTable(
+        source=model.source, config_sha256=model.config_sha256, files=sorted(files, key=lambda file: file.name)
+    )
+
+
+def same_base(run: Run, trained: TrainTable, folder: Path, model: ModelTable, progress: Progress) -> BaseTable | None:
+    """The base as it is now, where it is the one that was trained on; None where the training did not note it.
+
+    Raises UsageError naming what differs.
+    """
+    then = trained.base
+    if then is None:
+        return None
+    anew = f"`sparkctl train {run.root} --force` trains on it"
+    if then.config_sha256 != model.config_sha256:
+        raise UsageError(f"`{run.root}` was trained on {then.source}, and is now analysed for {model.source}", anew)
+    here = read_base(folder, model, then, progress)
+    were, are = ({file.name: file.sha256 for file in base.files} for base in (then, here))
+    changed = sorted(name for name in were.keys() | are.keys() if were.get(name) != are.get(name))
+    if changed:
+        raise UsageError(
+            f"the weights in `{folder}` are not those that `{run.root}` was trained on: {', '.join(changed)} changed",
+            f"put them back, or {anew}",
+        )
+    return here

@@ -1,0 +1,16 @@
+"""Small words of messages: counts with their noun, paths."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def counted(count: int, noun: str) -> str:
+    """1 example, 1,200 examples."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def here(path: Path) -> str:
+    """A path as it can be opened from the working folder, the short way."""
+    return min(os.path.relpath(path), os.path.abspath(path), key=len)

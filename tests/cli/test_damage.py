@@ -1,0 +1,148 @@
+"""What changed behind a finished training's back is named: its checkpoints, the base it began with, its analysis."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ready
+import tiny
+
+from sparkctl.cli import app
+from sparkctl.files import sha256_file
+from sparkctl.manifest.store import Run
+from sparkctl.steps.train import train
+from sparkctl.train import state
+
+Said = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _best_in_the_middle() -> Iterator[None]:
+    """The held-out loss is least at step 3 of 4, so that best and last are two."""
+
+    def loss(*arguments: object) -> float:
+        return {0: 3.0, 3: 1.0, 4: 2.0}[int(str(arguments[-1]).split()[-1])]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparkctl.train.loop.held_out_loss", loss)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Path:
+    """A folder with a base model and a run trained on it. Read only: copy it."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(llama_folder, folder / "base")
+    run = ready.run(folder / "run", folder / "base", count=24)
+    (run.root / "chat_template.jinja").write_text("template")
+    with run.edit() as manifest:
+        manifest.model.chat_template.sha256 = sha256_file(run.root / "chat_template.jinja")
+    train(run.root)
+    return folder
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    """A copy, times and all."""
+    return Path(shutil.copytree(finished, tmp_path / "copy", copy_function=shutil.copy2))
+
+
+def flip(path: Path) -> None:
+    """One bit, in place."""
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+
+
+def said(captured: Said, *arguments: object) -> tuple[int, str]:
+    """(exit status, all that was printed)."""
+    captured.readouterr()
+    status = app.run([str(argument) for argument in arguments])
+    out = captured.readouterr()
+    assert "Traceback" not in out.err
+    return status, out.out + out.err
+
+
+def trained_weights(folder: Path) -> dict[str, bytes]:
+    return {
+        f"{path.parent.name}/{path.name}": path.read_bytes()
+        for path in sorted((folder / "run" / "checkpoints").glob("*/*.safetensors"))
+    }
+
+
+@pytest.mark.parametrize("which", ["best_checkpoint", "last_checkpoint"])
+@pytest.mark.parametrize("file", [state.TRAINABLE, state.OPTIMIZER, state.STATE])
+def test_a_flipped_bit_in_a_finished_run(folder: Path, finished: Path, capsys: Said, which: str, file: str) -> None:
+    assert said(capsys, "train", folder / "run")[0] == 0
+    id = getattr(Run.open(folder / "run").manifest.train, which)
+    flip(folder / "run" / "checkpoints" / id / file)
+    status, text = said(capsys, "train", folder / "run")
+    assert status == 2
+    assert "damaged" in text
+    assert "sparkctl resume" in text
+    status, text = said(capsys, "show", folder / "run", "--json")
+    step = json.loads(text)["steps"]["train"]
+    assert step["status"] == "stopped"
+    assert "sparkctl resume" in step["hint"]
+    status, text = said(capsys, "resume", folder / "run")
+    assert status == 0, text
+    assert trained_weights(folder) == trained_weights(finished)
+    assert said(capsys, "train", folder / "run")[0] == 0
+
+
+def test_nothing_goes_on_from_behind_a_damaged_best_checkpoint(folder: Path) -> None:
+    """The last one is whole, but the training's result would be lost."""
+    checkpoints = folder / "run" / "checkpoints"
+    assert state.newest_complete(checkpoints)[0] == checkpoints / "step-000004"
+    flip(checkpoints / "step-000003" / state.TRAINABLE)
+    found, damaged = state.newest_complete(checkpoints)
+    assert found is None
+    assert "step-000003" in damaged[0].message
+
+
+@pytest.mark.parametrize("command", ["merge", "resume --from step-000003"])
+def test_a_base_changed_in_place(folder: Path, capsys: Said, command: str) -> None:
+    name, *options = command.split()
+    flip(folder / "base" / "model.safetensors")
+    status, text = said(capsys, name, folder / "run", *options)
+    assert status == 2
+    assert "model.safetensors changed" in text
+    assert f"sparkctl train {folder / 'run'} --force" in " ".join(text.split())
+
+
+def test_a_base_that_was_only_touched(folder: Path, capsys: Said) -> None:
+    (folder / "base" / "model.safetensors").touch()
+    assert said(capsys, "merge", folder / "run")[0] == 0
+    base = Run.open(folder / "run").manifest.train.base
+    assert [file.sha256 for file in base.files] == [sha256_file(folder / "base" / "model.safetensors")]
+
+
+def test_a_base_that_is_as_it_was_is_not_read_again(
+    folder: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparkctl.steps.bases.sha256_file", lambda path: pytest.fail(f"{path} was read"))
+    assert said(capsys, "merge", folder / "run")[0] == 0
+
+
+@pytest.mark.parametrize("config", ["same", "other"])
+def test_a_run_analysed_anew_for_another_model(folder: Path, capsys: Said, config: str) -> None:
+    """`analyze --force --model OTHER`, of the same shapes: adapters of the one never go onto the other."""
+    other = tiny.dense(folder / "other", seed=1)
+    if config == "other":
+        values = json.loads((other / "config.json").read_text()) | {"bos_token_id": 7}
+        (other / "config.json").write_text(json.dumps(values))
+    run = Run.open(folder / "run")
+    with run.edit() as manifest:
+        manifest.model.source = run.relative(other)
+        manifest.model.config_sha256 = sha256_file(other / "config.json")
+    status, text = said(capsys, "merge", folder / "run")
+    assert status == 2
+    assert "was trained on" in " ".join(text.split())
+    assert f"sparkctl train {folder / 'run'} --force" in " ".join(text.split())
+    assert not (folder / "run" / "merged").exists()
