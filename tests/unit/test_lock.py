@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import tomllib
 from importlib.metadata import distribution
-from pathlib import Path
 
 import pytest
 from check_lock import PLACES
 from environment import EXTRAS
-from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from pins import LOCKS, lines, read
+from pins import version as pinned
 from sources import ROOT, files, imports, tree
 
 from sparkctl import __version__
@@ -36,34 +35,8 @@ def names(*extras: str) -> set[str]:
 
 
 def pins(profile: str, python: str = "3.11", machine: str = "x86_64") -> dict[str, Requirement]:
-    """The lock of a profile as pip reads it there: nested files included, markers evaluated, no name twice."""
-    where = {**default_environment(), "python_version": python, "platform_machine": machine, "sys_platform": "linux"}
-    found: dict[str, Requirement] = {}
-    for line in lines(ROOT / "locks" / f"{profile}.txt"):
-        requirement = Requirement(line)
-        name = canonicalize_name(requirement.name)
-        if requirement.marker is None or requirement.marker.evaluate(where):
-            assert name not in found, f"{name} is pinned twice"
-            found[name] = requirement
-    return found
-
-
-def lines(file: Path) -> list[str]:
-    """The requirement lines of a constraints file and of those that it names."""
-    found: list[str] = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if line.startswith("-c "):
-            found += lines(file.parent / line.removeprefix("-c "))
-        elif line and not line.startswith("#"):
-            found.append(line)
-    return found
-
-
-def pinned(requirement: Requirement) -> str:
-    """The version that a pin names; of a range `==2.11.*` its first."""
-    (one,) = requirement.specifier
-    assert one.operator == "=="
-    return re.sub(r"\.\*$", ".0", one.version)
+    """The lock of a profile there."""
+    return read(profile, python, machine)
 
 
 every_place = pytest.mark.parametrize(
@@ -101,7 +74,7 @@ def test_the_lock_is_whole(profile: str, python: str, machine: str) -> None:
 
 
 def test_what_the_profiles_share_is_stated_once() -> None:
-    base = {canonicalize_name(Requirement(line).name) for line in lines(ROOT / "locks" / "base.txt")}
+    base = {canonicalize_name(Requirement(line).name) for line in lines(LOCKS / "base.txt")}
     cpu, cuda, unsloth = pins("cpu"), pins("cuda", "3.12"), pins("unsloth", "3.12")
     differ = {name for name in cpu.keys() & unsloth.keys() if str(cpu[name]) != str(unsloth[name])}
     assert differ == {"datasets", "fsspec", "numpy", "setuptools", "torch", "triton"}
@@ -124,18 +97,16 @@ def test_what_fits_together() -> None:
 
 def test_a_torch_that_an_image_brings_stays() -> None:
     """NVIDIA's builds are pre-releases with a local part: neither the range nor the pin may replace them."""
-    image = Version("2.11.0a0+eb65b36914.nv26.3")
+    image = Version("2.11.0a0+a6c236b9fd.nv26.3.46836102")
     (asked,) = (one for one in requirements() if one.name == "torch")
     assert asked.specifier.contains(image, prereleases=True)
     assert pins("cuda", "3.12")["torch"].specifier.contains(image, prereleases=True)
-    assert pins("cuda", "3.12")["triton"].specifier.contains(Version("3.6.0+git1234"))
+    assert pins("cuda", "3.12")["triton"].specifier.contains(Version("3.6.0+git5d72932fc5.nv26.3"))
 
 
 def third_party(*folders: str) -> set[str]:
     """Distributions that the sources in these folders import."""
-    own = (
-        OURS | {file.stem for file in files("tests")} | {file.stem for file in files("tools")} | sys.stdlib_module_names
-    )
+    own = OURS | {file.stem for file in files("tests", "tools", "docker")} | sys.stdlib_module_names
     read = [file for file in files(*folders) if file.parent.name != "real"]  # tests/real: each brings its own data
     found = {name.split(".")[0] for file in read for name in imports(tree(file))} - own
     return {canonicalize_name(DISTRIBUTION.get(name, name)) for name in found}
@@ -143,7 +114,7 @@ def third_party(*folders: str) -> set[str]:
 
 def test_what_is_imported_is_declared() -> None:
     assert third_party("sparkctl", "kernels") - names(*EXTRAS["unsloth"]) == set()
-    assert third_party("tools") - names() == set()
+    assert third_party("tools", "docker") - names("cuda", "conv") - {"vllm"} == set()  # vllm: an environment of its own
     assert third_party("tests") - names("dev") == set()
 
 
