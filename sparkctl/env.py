@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+PTXAS = ("ptxas", "ptxas-blackwell")  # the assemblers that Triton carries
+
 
 def hub_endpoint() -> str:
     """Where hub ids are looked up (HF_ENDPOINT)."""
@@ -25,6 +27,11 @@ def hub_cache() -> Path:
     return Path(os.path.expandvars(os.path.expanduser(hub)))
 
 
+def user_cache_folder() -> Path:
+    """Where parts of hub models are kept that the hub's own cache has no place for (XDG_CACHE_HOME/sparkctl)."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparkctl"
+
+
 def user_data_folder() -> Path:
     """Where measurements of this machine are kept across runs (SPARKCTL_HOME, else XDG_DATA_HOME/sparkctl)."""
     if home := os.environ.get("SPARKCTL_HOME"):
@@ -36,6 +43,32 @@ def visible_gpu() -> str | None:
     """Number or UUID of the first GPU that CUDA may use (CUDA_VISIBLE_DEVICES); None where it hides them all."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     return None if first in ("", "-1") else first
+
+
+def triton_ptxas() -> dict[str, Path]:
+    """What stands in for Triton's own assemblers, by name (TRITON_PTXAS_PATH, TRITON_PTXAS_BLACKWELL_PATH)."""
+    asked = {name: os.environ.get(f"TRITON_{name.upper().replace('-', '_')}_PATH") for name in PTXAS}
+    return {name: Path(path) for name, path in asked.items() if path}
+
+
+def triton_cache() -> Path:
+    """Where Triton keeps compiled kernels (TRITON_CACHE_DIR, else TRITON_HOME/.triton/cache)."""
+    if folder := os.environ.get("TRITON_CACHE_DIR"):
+        return Path(folder)
+    return Path(os.environ.get("TRITON_HOME", Path.home())) / ".triton" / "cache"
+
+
+def cuda_home() -> Path | None:
+    """The CUDA toolkit that was chosen (CUDA_HOME, else CUDA_PATH); None where none was."""
+    folder = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return Path(folder) if folder else None
+
+
+def settle_unsloth() -> None:
+    """Unsloth writes compiled code into the user's cache, not into the folder at hand, and reports to nobody
+    (UNSLOTH_COMPILE_LOCATION, UNSLOTH_DISABLE_STATISTICS; what the user has set stays)."""
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(user_cache_folder() / "unsloth"))
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 
 
 def world_size() -> int:

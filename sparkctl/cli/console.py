@@ -98,6 +98,12 @@ def failure(error: SparkError, *, json: bool) -> None:
         _line(err(), error.hint, "hint:", "bold cyan")
 
 
+def remark(text: str, hint: str, label: str, style: str) -> None:
+    """Something that was found, on stderr under a label of its own, and its hint."""
+    _line(err(), text, label, style)
+    _line(err(), hint, "hint:", "bold cyan")
+
+
 def _line(console: Console, text: str, label: str = "", style: str = "") -> None:
     """A message, on a terminal broken between words, never in one."""
     text = f"{label} {text}" if label else text

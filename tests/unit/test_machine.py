@@ -43,7 +43,7 @@ def test_a_limit_counts_with_what_is_used_and_what_can_be_dropped(root: Path) ->
         "box",
         memory__max=str(4096 * MIB),
         memory__current=str(3000 * MIB),
-        memory__stat=f"anon 5\ninactive_file {500 * MIB}\n",
+        memory__stat=f"anon 5\ninactive_file {400 * MIB}\nactive_file {100 * MIB}\n",
     )
     group(root, "box/job", memory__max="max", memory__current="1", cpu__max="max 100000")
     assert machine.available_memory(root) == (4096 - 3000 + 500) * MIB
@@ -53,6 +53,8 @@ def test_a_limit_of_version_1(root: Path) -> None:
     (root / "proc/self/cgroup").write_text("4:memory:/job\n3:cpuset:/\n0::/\n")
     group(root, "memory/job", memory__limit_in_bytes=str(1000 * MIB), memory__usage_in_bytes=str(900 * MIB))
     assert machine.available_memory(root) == 100 * MIB
+    group(root, "memory/job", memory__stat=f"inactive_file 1\ntotal_inactive_file {50 * MIB}\ntotal_active_file 0\n")
+    assert machine.available_memory(root) == 150 * MIB  # of the groups below too, as the usage is
 
 
 def test_a_group_that_cannot_be_seen_from_inside(root: Path) -> None:

@@ -1,0 +1,96 @@
+"""Work in a process of its own with a time limit: a crash, a hang or a trap there costs one answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+LINE = 300  # characters of an error that are passed on
+_running: set[subprocess.Popen[str]] = set()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a process said. problem: why it has no answer, None where it ended well."""
+
+    out: str = ""
+    err: str = ""
+    problem: str | None = None
+
+
+def module(name: str, *arguments: str, seconds: float, input: str = "") -> Ended:
+    """`python -m NAME ARGUMENTS` with this interpreter. The working folder is not on its path, as for `sparkctl`."""
+    return run([sys.executable, "-P", "-m", name, *arguments], seconds=seconds, input=input)
+
+
+def answer(name: str, *arguments: str, seconds: float, input: str = "") -> tuple[dict[str, Any], str | None]:
+    """(the JSON object on the last line that a module of ours prints, None) or ({}, why there is none)."""
+    ended = module(name, *arguments, seconds=seconds, input=input)
+    if ended.problem:
+        return {}, ended.problem
+    lines = ended.out.strip().splitlines()
+    try:
+        said = json.loads(lines[-1]) if lines else None
+    except ValueError:
+        said = None
+    return (said, None) if isinstance(said, dict) else ({}, "ended without an answer")
+
+
+def run(command: Sequence[str], *, seconds: float, input: str = "") -> Ended:
+    """The command in a session of its own, which ends as a whole when its time is over."""
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            errors="replace", start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        return Ended(problem=f"`{command[0]}` does not start: {(error.strerror or str(error)).lower()}")
+    _running.add(process)
+    try:
+        out, err = process.communicate(input, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        _kill(process)
+        return Ended(problem=f"did not end within {seconds:g} s")
+    except BaseException:  # Ctrl-C: leave nothing running
+        _kill(process)
+        raise
+    finally:
+        _running.discard(process)
+    return Ended(out, err, _problem(process.returncode, err))
+
+
+@contextmanager
+def at_once(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that each wait for a process; a signal in the block ends them all, and what they wait for."""
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in tuple(_running):
+                _kill(process)
+            raise
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):  # a process that waits for its driver may not even die
+        process.wait(timeout=2)
+
+
+def _problem(status: int, err: str) -> str | None:
+    if status < 0:
+        return f"died of {signal.Signals(-status).name}"
+    if status:
+        lines = err.strip().splitlines()
+        return lines[-1].strip()[:LINE] if lines else f"exit status {status}"
+    return None

@@ -1,0 +1,102 @@
+"""The machine: its GPU as NVML and CUDA tell it, memory, swap, disks."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparkctl import env
+from sparkctl.doctor import launch, nvml
+from sparkctl.doctor.launch import Claims
+from sparkctl.doctor.nvml import Gpu
+from sparkctl.hardware.machine import available_cores, available_memory, disk_free, processor_name
+
+SECONDS = launch.SECONDS
+NVIDIA, DISPLAYS = "0x10de", "0x03"  # of PCI: a vendor, the first digits of a class
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A folder that training writes to and the bytes free there. cache: it can be put elsewhere by `variable`."""
+
+    name: str
+    folder: Path
+    free: int
+    variable: str | None = None
+
+
+@dataclass(frozen=True)
+class Device:
+    """The machine. Bytes. gpu: None where NVML sees none, for `problem`; fitted: a GPU is on the bus nevertheless."""
+
+    processor: str
+    cores: int
+    memory: int | None
+    available: int
+    swap: int | None
+    swap_used: int | None
+    disks: tuple[Disk, ...]
+    gpu: Gpu | None
+    problem: str | None
+    fitted: bool
+    claims: Claims | None
+    toolkit: str | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether something can be computed on: the GPU where there is one, if CUDA starts on it."""
+        return not (self.claims and self.claims.problem)
+
+    @property
+    def unified(self) -> bool:
+        """Whether the GPU shares the host's memory."""
+        integrated = self.claims.integrated if self.claims else None
+        return self.gpu is not None and (integrated if integrated is not None else self.gpu.memory is None)
+
+
+def look(*, seconds: float = SECONDS, toolkit: str | None = None, root: Path = Path("/")) -> Device:
+    """All of it. seconds: that CUDA's driver may take for a context. toolkit: its release, from its ptxas."""
+    reading = nvml.read()
+    gpu = reading.gpu
+    meminfo = _meminfo(root)
+    swap, swap_free = meminfo.get("SwapTotal"), meminfo.get("SwapFree")
+    return Device(
+        processor=processor_name(root), cores=available_cores(root), memory=meminfo.get("MemTotal"),
+        available=available_memory(root), swap=swap,
+        swap_used=swap - swap_free if swap is not None and swap_free is not None else None, disks=_disks(), gpu=gpu,
+        problem=reading.problem, fitted=_fitted(root), claims=launch.claims(seconds) if gpu else None,
+        toolkit=toolkit,
+    )  # fmt: skip
+
+
+def _meminfo(root: Path) -> dict[str, int]:
+    """/proc/meminfo in bytes."""
+    try:
+        text = (root / "proc/meminfo").read_text()
+    except OSError:
+        return {}
+    return {name: int(kilobytes) * 1024 for name, kilobytes in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
+
+
+def _fitted(root: Path) -> bool:
+    """Whether a GPU of NVIDIA's is on the PCI bus, driver or not."""
+    for folder in (root / "sys/bus/pci/devices").glob("*"):
+        try:
+            vendor, kind = (folder / "vendor").read_text(), (folder / "class").read_text()
+        except OSError:
+            continue
+        if vendor.strip() == NVIDIA and kind.startswith(DISPLAYS):
+            return True
+    return (root / "proc/driver/nvidia/version").exists()
+
+
+def _disks() -> tuple[Disk, ...]:
+    places = (
+        ("runs here", Path.cwd(), None),
+        ("models' cache", env.hub_cache(), "HF_HUB_CACHE"),
+        ("kernels' cache", env.triton_cache(), "TRITON_CACHE_DIR"),
+        ("temporary files", Path(tempfile.gettempdir()), "TMPDIR"),
+    )
+    return tuple(Disk(name, folder, disk_free(folder.absolute()), variable) for name, folder, variable in places)

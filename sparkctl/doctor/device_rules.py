@@ -1,0 +1,120 @@
+"""What may be wrong with a machine itself: each rule looks at one thing and says how to mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from sparkctl.doctor.device import Device
+from sparkctl.doctor.findings import Finding, Weight
+from sparkctl.words import here
+
+GB, GIB = 10**9, 1 << 30
+BF16 = (8, 0)  # the compute capability from which tensor cores take bf16
+LEAST = {"runs here": 20 * GB, "models' cache": 20 * GB, "kernels' cache": GB, "temporary files": GB}  # bytes free
+NOTHING = GB // 10  # bytes: less, and the first file that is written fails
+HELD = GIB  # bytes that others may hold on the GPU unnoticed
+SCARCE = 0.25  # share of the host's memory that should be available
+CAPPED = 0.95  # share of its usual power below which a limit was set by someone
+SPARK = "https://github.com/parallelArchitect/spark-gpu-throttle-check"
+SUPPLY = "unplug the power supply from the wall and from the machine for a minute, and use the one it came with"
+COOL = "let air to the machine, then measure again"
+USUAL = "software power cap"  # of a large GPU at work: it says nothing by itself
+
+
+def judge(device: Device) -> list[Finding]:
+    """Everything that is wrong with the machine."""
+    return [finding for rule in RULES for finding in rule(device)]
+
+
+def _driver(device: Device) -> Iterator[Finding]:
+    problem = device.problem or ""
+    if device.gpu:
+        return
+    if not device.fitted:
+        what = f"no GPU ({problem}): training runs on the CPU, for models as small as the demo's"
+        yield Finding("GPU", Weight.NOTE, what, "`make demo` shows the whole job there")
+    elif "hides" in problem:
+        yield Finding("GPU", Weight.SLOW, problem, "`unset CUDA_VISIBLE_DEVICES`")
+    else:
+        mend = "install NVIDIA's driver 580 or newer; in a container, start it with `--gpus all`"
+        if "mismatch" in problem:
+            mend = "restart the machine: its driver was updated while it was loaded"
+        elif "permission" in problem:
+            mend = "join the group that owns `/dev/nvidia0`; in a container, start it with `--gpus all`"
+        yield Finding("driver", Weight.NEEDED, f"a GPU is fitted and cannot be used: {problem}", mend)
+
+
+def _cuda(device: Device) -> Iterator[Finding]:
+    problem = device.claims.problem if device.claims else None
+    if problem and "OUT_OF_MEMORY" in problem:
+        pids = " ".join(str(process.pid) for process in device.gpu.processes) if device.gpu else ""
+        what = "no memory is left on the GPU, not even for a start"
+        mend = f"end what holds it: `kill {pids}`" if pids else "`nvidia-smi` lists what holds it"
+        yield Finding("GPU", Weight.NEEDED, what, mend)
+    elif problem:
+        mend = "`nvidia-smi` has to work first; in a container, start it with `--gpus all`"
+        yield Finding("CUDA", Weight.NEEDED, f"CUDA does not start: {problem}", mend)
+
+
+def _capability(device: Device) -> Iterator[Finding]:
+    gpu = device.gpu
+    if gpu and tuple(int(part) for part in gpu.capability.split(".")) < BF16:
+        what = f"{gpu.name} has compute capability {gpu.capability} and no bf16 in its tensor cores"
+        yield Finding("GPU", Weight.NEEDED, what, "train on a GPU of compute capability 8.0 or higher")
+
+
+def _processes(device: Device) -> Iterator[Finding]:
+    held = [p for p in device.gpu.processes if p.bytes] if device.gpu else []
+    total = sum(process.bytes or 0 for process in held)
+    if total > HELD:
+        pids = ",".join(str(process.pid) for process in held)
+        who = f"{len(held)} other processes hold" if len(held) > 1 else "another process holds"
+        what = f"{who} {total / GIB:.1f} GiB of the GPU's memory"
+        yield Finding("GPU", Weight.SLOW, what, f"end what you can spare: `ps -o pid,user,cmd -p {pids}`")
+
+
+def _throttled(device: Device) -> Iterator[Finding]:
+    """One finding for heat and one for power: the reasons of each come together."""
+    reasons = device.gpu.throttled if device.gpu else ()
+    hot = [reason for reason in reasons if "thermal" in reason]
+    if hot:
+        yield Finding("clocks", Weight.SLOW, f"clocks are held down: {', '.join(hot)}", COOL)
+    capped = [reason for reason in reasons if reason not in hot]
+    if capped:
+        what = f"clocks are held down: {', '.join(capped)}"
+        weight = Weight.NOTE if capped == [USUAL] else Weight.SLOW
+        mend = SUPPLY if device.unified else "`nvidia-smi -q -d PERFORMANCE,POWER` says more"
+        yield Finding("clocks", weight, what, mend, SPARK if device.unified else None)
+
+
+def _power(device: Device) -> Iterator[Finding]:
+    gpu = device.gpu
+    if gpu and gpu.power_limit and gpu.default_limit and gpu.power_limit < CAPPED * gpu.default_limit:
+        what = f"power is capped at {gpu.power_limit:.0f} W, of {gpu.default_limit:.0f} W"
+        yield Finding("power", Weight.SLOW, what, f"`sudo nvidia-smi -pl {gpu.default_limit:.0f}`")
+
+
+def _memory(device: Device) -> Iterator[Finding]:
+    if device.memory and device.available < SCARCE * device.memory and (device.unified or not device.gpu):
+        what = f"{device.available / GIB:.1f} of {device.memory / GIB:.1f} GiB of memory are available"
+        yield Finding("memory", Weight.SLOW, what, "end what holds it: `ps aux --sort=-rss | head`")
+
+
+def _swap(device: Device) -> Iterator[Finding]:
+    if device.unified and device.swap:
+        used = (device.swap_used or 0) > GIB
+        what = "swap is on: memory that runs out then hangs the whole machine before anything is stopped"
+        yield Finding("swap", Weight.SLOW if used else Weight.NOTE, what, "`sudo swapoff -a` while training")
+
+
+def _disks(device: Device) -> Iterator[Finding]:
+    for disk in device.disks:
+        if disk.free < LEAST[disk.name]:
+            what = f"{disk.free / GB:.1f} GB are free for {disk.name.removesuffix(' here')} in `{here(disk.folder)}`"
+            mend = f"free some, or `export {disk.variable}=` a folder with room" if disk.variable else "free some"
+            yield Finding("disk", Weight.NEEDED if disk.free < NOTHING else Weight.SLOW, what, mend)
+
+
+RULES: tuple[Callable[[Device], Iterator[Finding]], ...] = (
+    _driver, _cuda, _capability, _processes, _throttled, _power, _memory, _swap, _disks,
+)  # fmt: skip

@@ -1,0 +1,159 @@
+"""Whether the fast path is taken, right, repeatable and fast here: three questions, a process each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from sparkctl.bench.predict import DEVICES, Ceiling
+from sparkctl.doctor import child
+from sparkctl.doctor.findings import Finding, Weight
+from sparkctl.progress import Progress, silent
+
+SECONDS = {"kernels": 120.0, "proof": 400.0, "speed": 60.0}  # a cold start compiles kernels for a minute
+RATIO = 2.0  # times the reference's distance from fp32, as in `verify lossless`
+SHARE = 0.7  # of what the device should reach, below which something holds it back
+RACE = "https://github.com/triton-lang/triton/issues/10590"
+SUPPLY = "https://github.com/parallelArchitect/spark-gpu-throttle-check"
+POWER = "`nvidia-smi -q -d PERFORMANCE,POWER` while it runs; on a Spark unplug the power supply for a minute"
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator of the kernels folder and what it runs on here."""
+
+    operator: str
+    kernel: str
+    reason: str
+    slow: bool = False
+    mend: str | None = None
+
+
+@dataclass(frozen=True)
+class Proof:
+    """ratio: the worst tensor's distance from fp32, in times the reference's. differing: repeats that did not equal."""
+
+    ratio: float
+    tensor: str
+    median: float
+    repeats: int
+    differing: list[int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Operations and bytes a second, measured; gpu: None on a CPU. The rest is the GPU's meanwhile: MHz, watts."""
+
+    gpu: str | None
+    operations: float
+    bytes: float
+    clock: float | None = None
+    most_clock: float | None = None
+    power: float | None = None
+    throttled: list[str] = field(default_factory=list)
+
+    @property
+    def load(self) -> str:
+        """Clock and power while products ran, in words; empty where nobody knows."""
+        clock = f"{self.clock:,.0f} of {self.most_clock:,.0f} MHz" if self.clock and self.most_clock else ""
+        power = f"{self.power:.0f} W" if self.power else ""
+        held = f"held down: {', '.join(self.throttled)}" if self.throttled else ""
+        return ", ".join(part for part in (clock, power, held) if part)
+
+    @property
+    def ceiling(self) -> Ceiling | None:
+        """What the device should reach; None where nobody said."""
+        words = (self.gpu or "").lower().split()
+        return next((ceiling for name, ceiling in DEVICES.items() if name in words), None)
+
+    @property
+    def operations_share(self) -> float | None:
+        """Of what large products should reach."""
+        return self.operations / (self.ceiling.operations * self.ceiling.share) if self.ceiling else None
+
+    @property
+    def bytes_share(self) -> float | None:
+        """Of the memory's rate."""
+        return self.bytes / self.ceiling.bytes if self.ceiling else None
+
+
+@dataclass(frozen=True)
+class FastPath:
+    """The answers that came. problems: why others did not, by part."""
+
+    operators: list[Operator] = field(default_factory=list)
+    proof: Proof | None = None
+    speed: Speed | None = None
+    problems: dict[str, str] = field(default_factory=dict)
+
+
+def look(progress: Progress = silent) -> FastPath:
+    """Ask all three."""
+    said, problems = {}, {}
+    with progress.task("trying the fast path", len(SECONDS)) as task:
+        for part, seconds in SECONDS.items():
+            task.note(part)
+            said[part], problem = child.answer("sparkctl.doctor.exercise", part, seconds=seconds)
+            if problem:
+                problems[part] = problem
+            task.advance()
+    return FastPath(
+        [Operator(**one) for one in said["kernels"].get("operators", [])],
+        Proof(**said["proof"]) if said["proof"] else None,
+        Speed(**said["speed"]) if said["speed"] else None,
+        problems,
+    )
+
+
+def judge(found: FastPath) -> list[Finding]:
+    """What is wrong with it."""
+    return [finding for rule in RULES for finding in rule(found)]
+
+
+def _failed(found: FastPath) -> Iterator[Finding]:
+    for part, problem in found.problems.items():
+        weight = Weight.SLOW if part == "speed" else Weight.NEEDED
+        mend = f"`python -m sparkctl.doctor.exercise {part}` shows all of it"
+        yield Finding("fast path", weight, f"{part} of the fast path: {problem}", mend)
+
+
+def _slow(found: FastPath) -> Iterator[Finding]:
+    for one in found.operators:
+        if one.slow:
+            what = f"{one.operator} would run on its slow {one.kernel}: {one.reason}"
+            yield Finding(one.operator, Weight.NEEDED, what, one.mend or "train with `--allow-slow`")
+
+
+def _wrong(found: FastPath) -> Iterator[Finding]:
+    proof = found.proof
+    if proof and not proof.ratio <= RATIO:
+        what = (
+            f"the native engine's gradient of `{proof.tensor}` is {proof.ratio:.1f} times as far from fp32 as eager's"
+        )
+        yield Finding("fast path", Weight.NEEDED, what, "sparkctl recommend RUN --engine reference")
+
+
+def _differing(found: FastPath) -> Iterator[Finding]:
+    proof = found.proof
+    if proof and proof.differing:
+        what = (
+            f"{len(proof.differing)} of {proof.repeats} repeats of a forward and backward differ in their bits: a race"
+        )
+        mend = "pip install 'triton>=3.8', or `sparkctl recommend RUN --engine reference`"
+        yield Finding("fast path", Weight.NEEDED, what, mend, RACE)
+
+
+def _held_back(found: FastPath) -> Iterator[Finding]:
+    speed = found.speed
+    if speed and speed.operations_share is not None and speed.operations_share < SHARE:
+        share = f"{speed.operations_share:.0%} of what they should"
+        at = f" (at {speed.load})" if speed.load else ""
+        what = f"bf16 products reach {speed.operations / 1e12:.1f} TFLOP/s, {share}{at}"
+        yield Finding("power", Weight.SLOW, what, POWER, SUPPLY)
+    if speed and speed.bytes_share is not None and speed.bytes_share < SHARE:
+        what = f"copies reach {speed.bytes / 1e9:.0f} GB/s, {speed.bytes_share:.0%} of what they should"
+        yield Finding("memory", Weight.SLOW, what, "end what else uses the GPU and its memory: `nvidia-smi`")
+
+
+RULES: tuple[Callable[[FastPath], Iterator[Finding]], ...] = (_failed, _slow, _wrong, _differing, _held_back)

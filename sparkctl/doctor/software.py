@@ -1,0 +1,106 @@
+"""The libraries that training stands on: version, and whether they can be imported, each tried by itself."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Literal
+
+from sparkctl.doctor import child
+from sparkctl.progress import Progress, silent
+
+SECONDS = 90.0  # an import over a slow disk takes a minute; unsloth's takes 40 s on a GPU
+AT_ONCE = 2  # imports: each keeps a core and a disk busy
+Need = Literal["always", "gpu", "choice"]
+
+
+@dataclass(frozen=True)
+class Library:
+    """A distribution and the module to import. need: of training, of training on a GPU, or of the user's choice."""
+
+    name: str
+    module: str
+    need: Need
+
+
+LIBRARIES = (
+    Library("torch", "torch", "always"),
+    Library("triton", "triton", "gpu"),
+    Library("flash-linear-attention", "fla", "gpu"),
+    Library("causal-conv1d", "causal_conv1d", "choice"),
+    Library("transformers", "transformers", "always"),
+    Library("peft", "peft", "always"),
+    Library("datasets", "datasets", "always"),
+    Library("safetensors", "safetensors", "always"),
+    Library("unsloth", "unsloth", "choice"),
+    Library("bitsandbytes", "bitsandbytes", "choice"),
+)
+BESIDE = ("numpy", "trl")  # of which rules ask, without a row
+
+
+@dataclass(frozen=True)
+class Torch:
+    """How torch was built. cuda: None for a CPU build; architectures: of its kernels, as sm_120 or compute_120."""
+
+    cuda: str | None
+    architectures: tuple[str, ...]
+    available: bool
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A library here. version: None where it is not installed. imports: None where that was not tried."""
+
+    library: Library
+    version: str | None
+    imports: bool | None = None
+    problem: str | None = None
+    torch: Torch | None = None
+
+
+def look(*, importing: bool, progress: Progress = silent) -> list[Installed]:
+    """Every library. importing: try each; without, its version comes from its metadata alone."""
+    found = [Installed(library, _version(library.name)) for library in LIBRARIES]
+    if not importing:
+        return found
+    with progress.task("importing libraries", len(found)) as task, child.at_once(AT_ONCE) as pool:
+
+        def tried(one: Installed) -> Installed:
+            result = _imported(one) if one.version else one
+            task.advance()
+            return result
+
+        return list(pool.map(tried, found))
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries and of those that rules ask of; what is not installed is not in it."""
+    names = [*(library.name for library in LIBRARIES), *BESIDE]
+    return {name: found for name in names if (found := _version(name))}
+
+
+def requirements() -> dict[str, list[str]]:
+    """What each of them asks of others, as its metadata says it."""
+    found: dict[str, list[str]] = {}
+    for library in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[library.name] = requires(library.name) or []
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _imported(one: Installed) -> Installed:
+    said, problem = child.answer("sparkctl.doctor.importing", one.library.module, seconds=SECONDS)
+    if problem:
+        return Installed(one.library, one.version, False, problem)
+    torch = None
+    if "architectures" in said:
+        torch = Torch(said["cuda"], tuple(said["architectures"]), said["available"])
+    return Installed(one.library, one.version, True, torch=torch)

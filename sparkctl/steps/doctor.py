@@ -1,0 +1,131 @@
+"""`sparkctl doctor`: will this machine train, fast, and if not, what to do. It reads no run and writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from sparkctl.doctor import chip, device, device_rules, fastpath, findings, nvml, ptx, rules, software, targets
+from sparkctl.doctor.chip import Row
+from sparkctl.doctor.device import Device
+from sparkctl.doctor.fastpath import FastPath
+from sparkctl.doctor.findings import Finding, Weight
+from sparkctl.doctor.ptx import Assembler
+from sparkctl.doctor.software import Installed
+from sparkctl.doctor.targets import Target
+from sparkctl.errors import SparkError
+from sparkctl.hardware.machine import torch_has_cuda
+from sparkctl.progress import Progress, silent
+
+QUICK_SECONDS = 1.0  # that CUDA may take for its claims where the whole has to take less than three
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was found. target: whose features they are, None where none was named and no GPU is here.
+
+    device, fast_path: None where they were not looked at.
+    """
+
+    target: Target | None
+    device: Device | None
+    assemblers: list[Assembler]
+    software: list[Installed]
+    features: list[Row] = field(default_factory=list)
+    fast_path: FastPath | None = None
+    findings: list[Finding] = field(default_factory=list)
+    quick: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether all that training needs is right."""
+        return findings.train(self.findings)
+
+    def about(self, subject: str) -> Finding | None:
+        """The heaviest finding about a row."""
+        return next((finding for finding in self.findings if finding.subject == subject), None)
+
+
+def doctor(target: str | None = None, *, quick: bool = False, progress: Progress = silent) -> Report:
+    """Look at this machine, or, with a target, at what can be said of any machine that has it.
+
+    quick: no imports, no launches, no fast path. Raises UsageError at an unknown target, SparkError where no
+    assembler here knows the one that was named.
+    """
+    named = targets.parse(target) if target else None
+    assemblers = ptx.find()
+    if named:
+        return _of_target(named, assemblers, quick, progress)
+    seen = device.look(seconds=QUICK_SECONDS if quick else device.SECONDS, toolkit=_toolkit(assemblers))
+    if quick and seen.claims and seen.claims.problem and "did not end" in seen.claims.problem:
+        seen = replace(seen, claims=None)
+    installed = software.look(importing=not quick, progress=progress)
+    here = targets.of_capability(seen.gpu.capability) if seen.gpu else None
+    report = Report(here, seen, assemblers, installed, quick=quick)
+    wrong = device_rules.judge(seen) + list(rules.missing(installed, seen.gpu is not None))
+    wrong += rules.judge(_facts(report))
+    if here:
+        features, problem = _features(here, report, progress)
+        report, wrong = replace(report, features=features), wrong + problem
+    if not quick and seen.usable and _usable_torch(installed):
+        path = fastpath.look(progress)
+        report, wrong = replace(report, fast_path=path), wrong + fastpath.judge(path)
+    return replace(report, findings=findings.by_weight(wrong))
+
+
+def _of_target(target: Target, assemblers: list[Assembler], quick: bool, progress: Progress) -> Report:
+    """What assembling alone says; launched too where its GPU is here."""
+    gpu, beside = nvml.read().gpu, () if quick else targets.BESIDE
+    here = targets.of_capability(gpu.capability) if gpu else None
+    launching = not quick and here is not None and here.number == target.number
+    rows = chip.rows(target, assemblers, launching=launching, beside=beside, progress=progress)
+    report = Report(target, None, assemblers, software.look(importing=False), rows, quick=quick)
+    wrong = chip.judge(rows, target) + rules.judge(_facts(report))
+    return replace(report, findings=findings.by_weight(wrong))
+
+
+def _features(target: Target, report: Report, progress: Progress) -> tuple[list[Row], list[Finding]]:
+    """The GPU's features; that no assembler knows it is a finding here."""
+    launching = report.device is not None and report.device.usable and not report.quick
+    try:
+        rows = chip.rows(target, report.assemblers, launching=launching, progress=progress)
+    except SparkError as error:
+        return [], [Finding("ptxas", Weight.NEEDED, error.message, error.hint or "")]
+    return rows, chip.judge(rows, target)
+
+
+def _facts(report: Report) -> rules.Facts:
+    """What the rules about versions look at: this machine, or one with the target's GPU and the same versions."""
+    gpu = report.device.gpu if report.device else None
+    capability = (report.target.number // 10, report.target.number % 10) if report.target else None
+    if gpu:
+        major, minor = gpu.capability.split(".")
+        capability = int(major), int(minor)
+    carried = list(_carried(report.assemblers, report.target))
+    return rules.Facts(
+        versions=software.versions(),
+        capability=capability,
+        requirements=software.requirements(),
+        driver=gpu.cuda if gpu else None,
+        torch=next((one.torch for one in report.software if one.torch), None) if gpu else None,
+        cuda_build=torch_has_cuda() if gpu else None,
+        target=report.target,
+        assembler=carried[0] if carried else None,
+        others=report.assemblers,
+    )
+
+
+def _carried(assemblers: list[Assembler], target: Target | None) -> Iterator[Assembler]:
+    """The one that Triton calls for the target."""
+    name = ptx.TRITON["ptxas-blackwell" if target and target.number >= ptx.BLACKWELL else "ptxas"]
+    return (one for one in assemblers if one.name == name)
+
+
+def _usable_torch(installed: list[Installed]) -> bool:
+    """Whether torch is there and can be imported: the fast path is on it."""
+    return any(one.library.name == "torch" and one.imports for one in installed)
+
+
+def _toolkit(assemblers: list[Assembler]) -> str | None:
+    """The release of the CUDA toolkit here: its ptxas's."""
+    return next((one.release for one in assemblers if one.name not in ptx.TRITON.values()), None)

@@ -1,0 +1,176 @@
+"""What NVML says, and what is wrong with a machine: each rule with a machine that has it and one that has not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fake_machine import drivers  # noqa: F401  # a fixture
+
+from sparkctl.doctor import device, device_rules, nvml
+from sparkctl.doctor.device import Device, Disk
+from sparkctl.doctor.findings import Finding, Weight, by_weight
+from sparkctl.doctor.launch import Claims
+from sparkctl.doctor.nvml import Gpu, Process, Reading
+
+GIB, GB = 1 << 30, 10**9
+GB10 = Gpu("NVIDIA GB10", "12.1", 1, driver="580.95.05", cuda=(13, 0))
+SPARK = Device(
+    processor="Cortex-X925", cores=20, memory=120 * GIB, available=110 * GIB, swap=0, swap_used=0,
+    disks=(Disk("runs here", Path("/work"), 500 * GB), Disk("temporary files", Path("/tmp"), 9 * GB, "TMPDIR")),
+    gpu=GB10, problem=None, fitted=True, claims=Claims("12.1", (13, 0), 3 * GIB, 120 * GIB, True, 101_376, 65_536),
+)  # fmt: skip
+NO_GPU = replace(SPARK, gpu=None, claims=None, problem=nvml.NO_LIBRARY)
+
+
+def gpu(**changes: object) -> Device:
+    return replace(SPARK, gpu=replace(GB10, **changes))
+
+
+def test_nothing_is_wrong_with_a_spark() -> None:
+    assert device_rules.judge(SPARK) == []
+
+
+CASES = [
+    (NO_GPU, "driver", Weight.NEEDED, "cannot be used", "driver 580"),
+    (replace(NO_GPU, fitted=False), "GPU", Weight.NOTE, "runs on the CPU", "make demo"),
+    (replace(NO_GPU, problem="NVML: driver/library version mismatch"), "driver", Weight.NEEDED, "mismatch", "restart"),
+    (replace(NO_GPU, problem="NVML: insufficient permissions"), "driver", Weight.NEEDED, "permissions", "/dev/nvidia0"),
+    (replace(NO_GPU, problem="CUDA_VISIBLE_DEVICES hides every GPU"), "GPU", Weight.SLOW, "hides", "unset CUDA_VIS"),
+    (replace(SPARK, claims=Claims(problem="CUDA_ERROR_NOT_PERMITTED")), "CUDA", Weight.NEEDED, "NOT_PERMITTED", "gpus"),
+    (gpu(capability="7.5"), "GPU", Weight.NEEDED, "no bf16", "8.0 or higher"),
+    (gpu(processes=(Process(4711, 2 * GIB),)), "GPU", Weight.SLOW, "another process holds 2.0 GiB", "-p 4711`"),
+    (gpu(processes=(Process(1, GIB), Process(2, GIB))), "GPU", Weight.SLOW, "2 other processes hold", "-p 1,2`"),
+    (gpu(throttled=("power brake",)), "clocks", Weight.SLOW, "power brake", "unplug the power supply"),
+    (gpu(throttled=("software power cap",)), "clocks", Weight.NOTE, "software power cap", "unplug the power supply"),
+    (
+        replace(gpu(throttled=("hardware slowdown",)), claims=Claims(integrated=False)), "clocks", Weight.SLOW,
+        "hardware slowdown", "nvidia-smi",
+    ),
+    (gpu(throttled=("hardware thermal slowdown",)), "clocks", Weight.SLOW, "thermal", "let air"),
+    (gpu(power_limit=300.0, default_limit=700.0), "power", Weight.SLOW, "capped at 300 W, of 700 W", "-pl 700"),
+    (replace(SPARK, available=20 * GIB), "memory", Weight.SLOW, "20.0 of 120.0 GiB", "ps aux"),
+    (replace(SPARK, swap=16 * GIB), "swap", Weight.NOTE, "hangs the whole machine", "swapoff"),
+    (replace(SPARK, swap=16 * GIB, swap_used=2 * GIB), "swap", Weight.SLOW, "hangs the whole machine", "swapoff"),
+    (replace(SPARK, disks=(Disk("runs here", Path("/work"), 5 * GB),)), "disk", Weight.SLOW, "5.0 GB", "free some"),
+    (
+        replace(SPARK, disks=(Disk("temporary files", Path("/tmp"), 0, "TMPDIR"),)), "disk", Weight.NEEDED,
+        "0.0 GB are free for temporary files in `/tmp`", "export TMPDIR=",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("seen", "subject", "weight", "what", "mend"), CASES)
+def test_a_rule(seen: Device, subject: str, weight: Weight, what: str, mend: str) -> None:
+    found = device_rules.judge(seen)
+    assert [(finding.subject, finding.weight) for finding in found] == [(subject, weight)]
+    assert what in found[0].what
+    assert mend in found[0].mend
+
+
+def test_every_rule_has_a_case() -> None:
+    assert all(any(list(rule(seen)) for seen, *_ in CASES) for rule in device_rules.RULES)
+
+
+def test_a_gpu_that_is_full_names_who_holds_it() -> None:
+    full = replace(
+        gpu(processes=(Process(11, None), Process(12, None))), claims=Claims(problem="CUDA_ERROR_OUT_OF_MEMORY")
+    )
+    (found,) = device_rules.judge(full)
+    assert (found.weight, found.mend) == (Weight.NEEDED, "end what holds it: `kill 11 12`")
+    (found,) = device_rules.judge(replace(SPARK, claims=Claims(problem="CUDA_ERROR_OUT_OF_MEMORY")))
+    assert "nvidia-smi" in found.mend
+
+
+def test_heat_and_power_are_told_apart() -> None:
+    both = gpu(throttled=("software power cap", "hardware slowdown", "software thermal slowdown"))
+    assert [finding.what for finding in device_rules.judge(both)] == [
+        "clocks are held down: software thermal slowdown",
+        "clocks are held down: software power cap, hardware slowdown",
+    ]
+
+
+def test_small_things_are_not_told() -> None:
+    quiet = gpu(processes=(Process(1, GIB // 2), Process(2, None)), power_limit=690.0, default_limit=700.0)
+    assert device_rules.judge(quiet) == []
+    own = replace(SPARK, claims=replace(SPARK.claims or Claims(), integrated=False), swap=GIB, available=9 * GIB)
+    assert device_rules.judge(own) == []  # its GPU has a memory of its own
+
+
+def test_the_heaviest_come_first_and_each_once() -> None:
+    light, heavy = (Finding("a", weight, "what", "mend") for weight in (Weight.NOTE, Weight.NEEDED))
+    middle = Finding("b", Weight.SLOW, "what", "mend")
+    assert by_weight([light, middle, heavy, middle]) == [heavy, middle, light]
+
+
+@pytest.fixture
+def management(drivers: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:  # noqa: F811
+    """NVML is the one of tests/drivers."""
+    monkeypatch.setattr(nvml, "LIBRARY", str(drivers / "libnvidia-ml.so.1"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return monkeypatch
+
+
+def test_a_gb10_has_no_memory_of_its_own(management: pytest.MonkeyPatch) -> None:
+    assert nvml.read() == Reading(
+        Gpu(
+            "NVIDIA GB10", "12.1", 1, driver="580.95.05", cuda=(13, 0), clock=2418, most_clock=3003, memory_clock=8533,
+            power=12.5, temperature=48,
+        )
+    )  # fmt: skip
+
+
+def test_a_gpu_with_all_of_it(management: pytest.MonkeyPatch) -> None:
+    settings = dict(
+        FAKE_GPU="NVIDIA H200", FAKE_MAJOR=9, FAKE_MINOR=0, FAKE_MEMORY=150 * GB, FAKE_USED=GB, FAKE_LIMIT=350_000,
+        FAKE_THROTTLE=0x4 | 0x40 | 0x1, FAKE_HELD=3 * GIB,
+    )  # fmt: skip
+    for name, value in settings.items():
+        management.setenv(name, str(value))
+    found = nvml.read().gpu
+    assert found
+    assert (found.name, found.capability, found.memory, found.used) == ("NVIDIA H200", "9.0", 150 * GB, GB)
+    assert (found.power_limit, found.default_limit) == (350.0, 700.0)
+    assert found.throttled == ("software power cap", "hardware thermal slowdown")
+    assert found.processes == (Process(4711, 3 * GIB),)
+
+
+@pytest.mark.parametrize(
+    ("status", "problem"),
+    [(4, "insufficient permissions"), (9, "driver not loaded"), (18, "driver/library version mismatch")],
+)
+def test_a_driver_that_refuses(management: pytest.MonkeyPatch, status: int, problem: str) -> None:
+    management.setenv("FAKE_NVML", str(status))
+    assert nvml.read() == Reading(problem=f"NVML: {problem}")
+
+
+def test_gpus_that_are_not_visible(management: pytest.MonkeyPatch) -> None:
+    management.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert nvml.read() == Reading(problem="CUDA_VISIBLE_DEVICES hides every GPU")
+    management.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert nvml.read().problem == "NVML: unknown error"
+
+
+def test_no_management_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvml, "LIBRARY", "libnvidia-ml.so.not-here")
+    assert nvml.read().problem == nvml.NO_LIBRARY
+
+
+def test_the_machine_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvml, "LIBRARY", "libnvidia-ml.so.not-here")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text(
+        "MemTotal: 1000 kB\nMemAvailable: 700 kB\nSwapTotal: 300 kB\nSwapFree: 200 kB\n"
+    )
+    seen = device.look(root=tmp_path)
+    assert (seen.memory, seen.available, seen.swap, seen.swap_used) == (1_024_000, 716_800, 307_200, 102_400)
+    assert (seen.gpu, seen.claims, seen.fitted, seen.unified) == (None, None, False, False)
+    assert [disk.name for disk in seen.disks] == list(device_rules.LEAST)
+    card = tmp_path / "sys/bus/pci/devices/000f:01:00.0"
+    card.mkdir(parents=True)
+    (card / "vendor").write_text("0x10de\n")
+    (card / "class").write_text("0x020000\n")  # a network card of theirs
+    assert not device.look(root=tmp_path).fitted
+    (card / "class").write_text("0x030000\n")
+    assert device.look(root=tmp_path).fitted

@@ -1,0 +1,138 @@
+"""The fast path as it was exercised: what its answers mean, and that a race or a wrong gradient is seen."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from sparkctl.doctor import child, exercise, fastpath, nvml
+from sparkctl.doctor.fastpath import FastPath, Operator, Proof, Speed
+from sparkctl.doctor.findings import Weight
+from sparkctl.doctor.nvml import Gpu, Reading
+
+CPU = torch.device("cpu")
+PROOF = Proof(1.1, "layers.0.q_proj", 0.9, 30, [], 12.0)
+GOOD = FastPath(
+    [Operator("attention", "triton", "fused kernel of this project")], PROOF, Speed("NVIDIA GB10", 88e12, 240e9)
+)
+
+CASES = [
+    (replace(GOOD, problems={"proof": "died of SIGSEGV"}), Weight.NEEDED, "the fast path: died", "exercise proof"),
+    (replace(GOOD, problems={"speed": "did not end within 60 s"}), Weight.SLOW, "speed of the fast path", "speed"),
+    (
+        replace(GOOD, operators=[Operator("gated_delta", "reference", "fla is not installed", True, "pip install it")]),
+        Weight.NEEDED, "gated_delta would run on its slow reference", "pip install it",
+    ),
+    (replace(GOOD, proof=replace(PROOF, ratio=2.1)), Weight.NEEDED, "2.1 times as far", "--engine reference"),
+    (replace(GOOD, proof=replace(PROOF, ratio=float("nan"))), Weight.NEEDED, "nan times", "--engine reference"),
+    (replace(GOOD, proof=replace(PROOF, differing=[3, 9])), Weight.NEEDED, "2 of 30 repeats", "triton>=3.8"),
+    (replace(GOOD, speed=Speed("NVIDIA GB10", 30e12, 240e9)), Weight.SLOW, "30.0 TFLOP/s, 33% of", "power supply"),
+    (replace(GOOD, speed=Speed("NVIDIA H200", 780e12, 2e12)), Weight.SLOW, "2000 GB/s, 48% of", "nvidia-smi"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("found", "weight", "what", "mend"), CASES)
+def test_a_rule(found: FastPath, weight: Weight, what: str, mend: str) -> None:
+    (finding,) = fastpath.judge(found)
+    assert finding.weight == weight
+    assert what in finding.what
+    assert mend in finding.mend
+
+
+def test_every_rule_has_a_case() -> None:
+    assert all(any(list(rule(found)) for found, *_ in CASES) for rule in fastpath.RULES)
+
+
+def test_nothing_is_wrong_with_a_good_one() -> None:
+    assert fastpath.judge(GOOD) == []
+    assert fastpath.judge(replace(GOOD, speed=Speed(None, 1e9, 1e9))) == []  # nobody said what a CPU should reach
+    assert Speed("NVIDIA GB10", 90e12, 273e9).operations_share == pytest.approx(1.0)
+    assert Speed("NVIDIA GeForce RTX 5090", 1.0, 1.0).bytes_share is None
+
+
+def test_answers_that_do_not_come_are_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(name: str, part: str, seconds: float) -> tuple[dict[str, Any], str | None]:
+        assert seconds == fastpath.SECONDS[part]
+        said = {"operators": [{"operator": "rms_norm", "kernel": "triton", "reason": "fused"}]}
+        return (said, None) if part == "kernels" else ({}, f"{part} died")
+
+    monkeypatch.setattr(child, "answer", answer)
+    found = fastpath.look()
+    assert found == FastPath(
+        [Operator("rms_norm", "triton", "fused")], problems={"proof": "proof died", "speed": "speed died"}
+    )
+
+
+def test_every_operator_of_a_hybrid_is_told() -> None:
+    names = {part["operator"] for part in exercise.kernels(CPU)["operators"]}
+    assert {"attention", "gated_delta", "causal_conv", "rms_norm", "linear_cross_entropy"} <= names
+
+
+def test_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exercise, "SIZES", {"cpu": (128, 1 << 20)})
+    monkeypatch.setattr(exercise, "SECONDS", 0.05)
+    found = exercise.speed(CPU)
+    assert found["gpu"] is None
+    assert found["operations"] > 1e8
+    assert found["bytes"] > 1e8
+    assert fastpath.Speed(**found).operations == found["operations"]
+
+
+def test_clocks_are_watched_while_products_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [
+        Gpu("NVIDIA GB10", "12.1", 1, clock=clock, most_clock=3003, power=power, throttled=held)
+        for clock, power, held in ((650, 18.0, ("power brake",)), (None, None, ()), (640, 15.0, ()), (660, 17.0, ()))
+    ]
+    answers = iter(Reading(gpu) for gpu in gpus)
+    monkeypatch.setattr(nvml, "read", lambda: next(answers, Reading(problem="gone")))
+    monkeypatch.setattr(exercise, "TICK", 0.001)
+    with exercise.watched() as seen:
+        time.sleep(0.2)
+    found = exercise.under_load(seen)
+    assert found == {"clock": 650, "most_clock": 3003, "power": 17.0, "throttled": ["power brake"]}
+    slow = replace(GOOD, speed=Speed("NVIDIA GB10", 25e12, 240e9, **found))
+    assert "(at 650 of 3,003 MHz, 17 W, held down: power brake)" in fastpath.judge(slow)[0].what
+    assert exercise.under_load([]) == {"clock": None, "most_clock": None, "power": None, "throttled": []}
+
+
+class Racing:
+    """An engine whose gradient differs in one bit of one repeat."""
+
+    name = "racing"
+
+    def __init__(self, when: int | None) -> None:
+        self.device, self._when, self._calls = CPU, when, 0
+        self._parameter = torch.nn.Parameter(torch.zeros(64))
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {"layers.0.q_proj.lora_A.weight": self._parameter}
+
+    def micro_step(self, pack: Any, scale: float) -> torch.Tensor:
+        gradient = torch.full((64,), 0.1)
+        if self._calls == self._when:
+            gradient[17] = torch.nextafter(gradient[17], torch.tensor(1.0))
+        self._calls += 1
+        self._parameter.grad = gradient
+        return torch.tensor(3.0)
+
+
+@pytest.mark.parametrize(("when", "differing"), [(None, []), (1, [1]), (30, [30])])
+def test_one_bit_of_one_repeat_is_seen(when: int | None, differing: list[int]) -> None:
+    assert exercise.repeated(Racing(when)) == differing  # type: ignore[arg-type]
+
+
+def test_the_engine_is_held_beside_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, where it is right: 1.00 at worst seen. A gradient that is 10 % too large is not: 6.9; 2.2 at 3 %."""
+    from sparkctl.train.engines.native import engine
+
+    monkeypatch.setattr(exercise, "PACKS", 2)
+    monkeypatch.setattr(exercise, "REPEATS", 2)
+    found = exercise.proof(CPU)
+    assert (found["ratio"] < 1.9, found["differing"]) == (True, [])
+    right = engine.NativeEngine.micro_step
+    monkeypatch.setattr(engine.NativeEngine, "micro_step", lambda self, pack, scale: right(self, pack, 1.1 * scale))
+    assert exercise.proof(CPU)["ratio"] > 3
