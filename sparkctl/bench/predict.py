@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparkctl.bench.setting import require_room
 from sparkctl.bench.workload import Workload, synthetic
 from sparkctl.errors import UsageError
 from sparkctl.hardware.shape import Shape
-from sparkctl.manifest.schema import Mode
+from sparkctl.manifest.table import Mode
 from sparkctl.model import catalog
 from sparkctl.model.families import count
 
@@ -68,8 +69,7 @@ class Prediction:
 def predict(name: str, shape: str, mode: Mode, pack: int, documents: int, checkpointing: bool = False) -> Prediction:
     """The step of a published shape with LoRA r = 128 or whole. Raises UsageError at an unknown device or shape."""
     ceiling, config = device(name), catalog.config(shape)
-    if not 0 < documents <= pack // 2:
-        raise UsageError(f"{documents} documents do not fill a pack of {pack}", "give `--documents` or `--pack`")
+    require_room(documents, pack)
     work = synthetic(config, mode, pack, documents, checkpointing=checkpointing)
     size = count(config["model_type"], config, Path("config.json"))
     trainable = work.rank * size.adapter_width if work.lora else 0

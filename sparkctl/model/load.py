@@ -42,7 +42,7 @@ def load_text_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -
         )  # fmt: skip
     model, info = loaded
     _require_complete(folder, info)
-    _restore_f32(model, checkpoint)
+    restore_f32(model, checkpoint)
     if device.type == "cpu":
         plain_layers(model)
     return model.requires_grad_(False).eval()
@@ -99,8 +99,8 @@ def _listed(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names[:NAMED]) + more
 
 
-def _restore_f32(model: Any, checkpoint: Checkpoint) -> None:
-    """Put back what loading rounded: a tensor at a time, from the file."""
+def restore_f32(model: Any, checkpoint: Checkpoint) -> None:
+    """Put back what loading rounded in a text-only model: a tensor at a time, from the file."""
     import torch
 
     live = dict(model.named_parameters())

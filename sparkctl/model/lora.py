@@ -37,12 +37,19 @@ def add_adapters(model: Any, r: int, alpha: int, seed: int, targets: Sequence[st
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         adapted: Any = get_peft_model(model, config)  # draws first weights of its own; ours replace them
-    with torch.no_grad():
-        for path, layer in _layers(adapted):
-            a_RI, b_OR = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-            a_RI.copy_(initial_a(path, r, a_RI.shape[1], seed))
-            b_OR.zero_()
+    begin_adapters(adapted, seed)
     return adapted
+
+
+def begin_adapters(model: Any, seed: int) -> None:
+    """Give the adapters of a peft model the values that they begin with in every engine."""
+    import torch
+
+    with torch.no_grad():
+        for path, layer in _layers(model):
+            a_RI, b_OR = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            a_RI.copy_(initial_a(path, a_RI.shape[0], a_RI.shape[1], seed))
+            b_OR.zero_()
 
 
 def initial_a(path: str, r: int, width: int, seed: int) -> torch.Tensor:

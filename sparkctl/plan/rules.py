@@ -7,11 +7,14 @@ A rule sees the analysis and what was chosen before it, nothing else. What depen
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from sparkctl.manifest.schema import AnalysisTable, EngineName, Mode, Schedule
+from sparkctl.manifest.schema import AnalysisTable
+from sparkctl.manifest.table import EngineName, Mode, Schedule
 
-AVAILABLE_ENGINES: tuple[EngineName, ...] = ("native", "reference")  # what this version can run, the preferred first
+AVAILABLE_ENGINES: tuple[EngineName, ...] = ("native", "reference")  # what runs everywhere, the preferred first
+EXTRA_ENGINES: tuple[EngineName, ...] = ("unsloth",)  # where the package of that name is installed, on a GPU
 
 LORA_EXAMPLES = 50_000  # up to here LoRA learns what full fine-tuning does
 FULL_EXAMPLES, FULL_TOKENS = 100_000, 200_000_000  # from here on it lacks the room
@@ -33,6 +36,11 @@ class Chosen(NamedTuple):
     reason: str
 
 
+def engines() -> tuple[EngineName, ...]:
+    """The engines that can be had here."""
+    return (*AVAILABLE_ENGINES, *(name for name in EXTRA_ENGINES if find_spec(name)))
+
+
 def mode(analysis: AnalysisTable) -> Chosen:
     """LoRA or full fine-tuning, by how much there is to learn; whether full fits is not asked here."""
     examples, tokens = analysis.examples, analysis.tokens
@@ -52,7 +60,7 @@ def engine(rates: dict[EngineName, float], lacking: str | None = None) -> Chosen
     """
     if lacking:
         return Chosen("reference", f"the native engine has nothing for {lacking}")
-    known = {name: rate for name, rate in rates.items() if name in AVAILABLE_ENGINES}
+    known = {name: rate for name, rate in rates.items() if name in engines()}
     if len(known) > 1:
         best = max(known, key=lambda name: known[name])
         listed = ", ".join(f"{name} {rate:,.0f} tok/s" for name, rate in sorted(known.items()))

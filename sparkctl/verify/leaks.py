@@ -17,7 +17,8 @@ import numpy as np
 from sparkctl.data.batches import Document, Pack
 from sparkctl.data.tokens import label_count
 from sparkctl.errors import SparkError
-from sparkctl.manifest.schema import EngineName, Machine, Mode
+from sparkctl.manifest.schema import Machine
+from sparkctl.manifest.table import EngineName, Mode
 from sparkctl.progress import Progress
 from sparkctl.train.engines import make_engine
 from sparkctl.verify.gradients import fill_adapters

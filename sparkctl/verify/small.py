@@ -13,7 +13,8 @@ from typing import Any
 
 from sparkctl.errors import UsageError
 from sparkctl.hardware.machine import this_machine
-from sparkctl.manifest.schema import EngineName, Estimates, Lora, Machine, MemoryTerms, Mode, PlanTable
+from sparkctl.manifest.schema import Estimates, Lora, Machine, MemoryTerms, PlanTable
+from sparkctl.manifest.table import EngineName, Mode
 from sparkctl.model.load import silence
 
 PARTS = ("attention", "convolution", "recurrence", "whole model")
@@ -56,7 +57,17 @@ def write_model(folder: Path, config: dict[str, Any], part: str) -> Path:
             _fill(name.split(".")[-2:], parameter, part)
     with silence():
         model.to(torch.bfloat16).save_pretrained(folder)
+        _write_tokenizer(folder)
     return folder
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """A word for each id: Unsloth loads no model without a tokenizer."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({str(id): id for id in range(SIZES["vocab_size"])}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0", eos_token="1", pad_token="2").save_pretrained(folder)
 
 
 def _fill(name: list[str], parameter: Any, part: str) -> None:

@@ -146,6 +146,7 @@ def test_rows_of_like_length_fill_the_area() -> None:
 
 
 def test_an_engine_that_is_not_there_is_named() -> None:
-    with pytest.raises(UsageError, match="`unsloth` is not in this version") as caught:
-        make_engine(ready.plan(engine="unsloth"), Path("nowhere"), name="runs/r1")
+    plan = ready.plan().model_copy(update={"engine": "megatron"})
+    with pytest.raises(UsageError, match="`megatron` is not in this version") as caught:
+        make_engine(plan, Path("nowhere"), name="runs/r1")
     assert caught.value.hint == "sparkctl recommend runs/r1 --engine reference"

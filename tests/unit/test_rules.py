@@ -110,7 +110,16 @@ def test_saves_cost_a_tenth_at_most_where_half_an_hour_allows() -> None:
 
 
 def test_only_engines_that_exist_are_offered() -> None:
-    assert set(rules.AVAILABLE_ENGINES) == set(ENGINES)
+    assert {*rules.AVAILABLE_ENGINES, *rules.EXTRA_ENGINES} == set(ENGINES)
+
+
+def test_extras_are_offered_where_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "find_spec", lambda name: None)
+    assert rules.engines() == ("native", "reference")
+    assert rules.engine({"reference": 500.0, "native": 400.0, "unsloth": 900.0}).value == "reference"
+    monkeypatch.setattr(rules, "find_spec", lambda name: name)
+    assert rules.engines() == ("native", "reference", "unsloth")
+    assert rules.engine({"reference": 500.0, "native": 400.0, "unsloth": 900.0}).value == "unsloth"
 
 
 def test_engine_by_measurement() -> None:

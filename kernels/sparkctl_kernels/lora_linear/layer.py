@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from sparkctl_kernels.dispatch import Choice, fused
-from sparkctl_kernels.gemm import add_product
+from sparkctl_kernels.gemm import add_product, add_to, product
 
 ALIGNED = 8  # ranks together: rows of the buffer then begin at 16 bytes, which the fastest GEMMs want
 
@@ -88,24 +88,24 @@ class SharedInputLinear:
         u = None
         if self.ranks:
             inside = wide[:, self.width :]
-            torch.mm(wide[:, : self.width], self.adapters.T, out=inside)
+            product(wide[:, : self.width], self.adapters.T, inside)
             u = inside.contiguous()
         if self.bias is not None:
             return torch.addmm(self.bias, wide, self.weight.T), u
-        return wide @ self.weight.T, u
+        return product(wide, self.weight.T), u
 
     def input_gradient(self, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(dx in the first K columns of a buffer like that of forward, du)."""
-        wide = dy @ self.weight
+        wide = product(dy, self.weight)
         if not self.ranks:
             return wide, None
         du = wide[:, self.width :]
-        wide[:, : self.width].addmm_(du, self.adapters)
+        add_to(wide[:, : self.width], du, self.adapters)
         return wide, du
 
     def adapter_gradient(self, dy: torch.Tensor) -> torch.Tensor | None:
         """du alone, where nobody asks for dx."""
-        return dy @ self.weight[:, self.width :] if self.ranks else None
+        return product(dy, self.weight[:, self.width :]) if self.ranks else None
 
     def add_weight_gradients(
         self, dy: torch.Tensor, x: torch.Tensor, u: torch.Tensor | None, du: torch.Tensor | None

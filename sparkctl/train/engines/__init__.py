@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from sparkctl.train.engines.base import Engine
 
 # an engine's module holds `load(plan, folder, choices) -> Engine`
-ENGINES = {"native": "sparkctl.train.engines.native.engine", "reference": "sparkctl.train.engines.reference"}
+ENGINES = {
+    "native": "sparkctl.train.engines.native.engine",
+    "reference": "sparkctl.train.engines.reference",
+    "unsloth": "sparkctl.train.engines.unsloth",
+}
 
 
 def make_engine(

@@ -63,6 +63,7 @@ def from_model(
         cpu.settle(base.config.hidden_size, choices or {})
     else:
         gated_delta.pin(choices or {})
+        take_ways(choices or {}, base.config, lora)
     parts = kernels(base, device)
     if not allow_slow:
         refuse_slow(parts)
@@ -73,6 +74,16 @@ def from_model(
         dtype=dtype or torch.bfloat16,
     )  # fmt: skip
     return NativeEngine(model, trained, parts)
+
+
+def take_ways(choices: dict[str, str], config: Any, lora: Lora | None) -> None:
+    """Compute matrix products as an earlier start did, at a first start as `bench products` found fastest here."""
+    from sparkctl_kernels import ways
+
+    from sparkctl.hardware.machine import this_machine
+    from sparkctl.hardware.measurements import Layers, ways_here
+
+    ways.pin(choices or ways_here(this_machine(), Layers.of(config, lora.r if lora else 0)))
 
 
 class Names(Protocol):
@@ -180,7 +191,10 @@ class NativeEngine:
 
     def micro_step(self, pack: Pack, scale: float) -> torch.Tensor:
         """Loss of the pack, its gradient times `scale` added to each `.grad`."""
-        return self._model.loss_and_gradients(pack, scale) if has_labels(pack) else self._nothing()
+        if has_labels(pack):
+            return self._model.loss_and_gradients(pack, scale)
+        self._model.stale = True  # the other ranks' gradients move this one's masters too
+        return self._nothing()
 
     def eval_sum(self, pack: Pack) -> torch.Tensor:
         """Loss of the pack."""
@@ -188,28 +202,38 @@ class NativeEngine:
 
     def describe(self) -> list[tuple[str, str]]:
         """Which operator runs on which kernel."""
+        from sparkctl_kernels import ways
+
+        others = len(ways.pinned())
         return [
             ("engine", "native: packed documents, every operator forward and backward by hand"),
             *((part.operator, f"{part.kernel} ({part.reason})") for part in self._parts),
+            *([("products", f"{others} shapes not by {ways.TORCH}, as measured here")] if others else []),
             ("lm_head", "on label tokens"),
             ("checkpointing", "every layer" if self._model.checkpointing else "off"),
         ]
 
     def choices(self) -> dict[str, str]:
-        """The device, the kernel of each operator, the tiles its tuner found; on a CPU the threads, which decide how
-        sums are split."""
-        import torch
-        from sparkctl_kernels.gated_delta import op as gated_delta
-
-        found = {part.operator: part.kernel for part in self._parts}
-        if self.device.type == "cpu":
-            return {"device": os.uname().machine, "threads": str(torch.get_num_threads()), **found}
-        return {"device": torch.cuda.get_device_name(self.device), **found, **gated_delta.tiles()}
+        """The device, the kernel of each operator, the tiles its tuner found, the products that are not torch's; on a
+        CPU the threads, which decide how sums are split."""
+        return pinned(self.device, self._parts)
 
     def _nothing(self) -> torch.Tensor:
         import torch
 
         return torch.zeros((), dtype=torch.float32, device=self.device)
+
+
+def pinned(device: torch.device, parts: list[Choice]) -> dict[str, str]:
+    """What decides the bits of a training whose operators run on `parts`."""
+    import torch
+    from sparkctl_kernels import ways
+    from sparkctl_kernels.gated_delta import op as gated_delta
+
+    found = {part.operator: part.kernel for part in parts}
+    if device.type == "cpu":
+        return {"device": os.uname().machine, "threads": str(torch.get_num_threads()), **found}
+    return {"device": torch.cuda.get_device_name(device), **found, **gated_delta.tiles(), **ways.pinned()}
 
 
 def has_labels(pack: Pack) -> bool:

@@ -54,7 +54,7 @@ class NativeModel:
         self.master: nn.Parameter = model.lm_head.weight
         self.head = self.projections.copied(self.master) if self.master.dtype != dtype else self.master.detach()
         self.rotary = text.rotary_emb
-        self._stale = True  # an optimiser may have written to the masters since their copies were made
+        self.stale = True  # an optimiser may have written to the masters since their copies were made
         self.device = self.embedding.device
 
     @torch.inference_mode()
@@ -70,11 +70,24 @@ class NativeModel:
         return linear_cross_entropy.forward(hidden, self.head, inputs.labels, 1.0)
 
     @torch.no_grad()
+    def hidden(self, pack: Pack) -> torch.Tensor:
+        """The states of all tokens after the final norm: [T, D] in the compute dtype."""
+        self._refresh()
+        inputs = self.inputs(pack)
+        last, residual = self._embedded(inputs), None
+        for layer in self.layers:
+            for half in layer:
+                last, residual, _ = half.forward(last, residual, inputs.place)
+        out = torch.empty_like(last, dtype=self.dtype)
+        self.final.forward(last, residual, out)
+        return out
+
+    @torch.no_grad()
     def loss_and_gradients(self, pack: Pack, scale: float) -> torch.Tensor:
         """The same; adds scale times its gradient to the fp32 `.grad` of everything trained."""
         if not self.projections.accumulating:
             self._refresh()
-        self._stale = True
+        self.stale = True
         inputs = self.inputs(pack)
         last, residual = self._embedded(inputs), None
         kept: list[list[Kept] | torch.Tensor] = []
@@ -99,20 +112,24 @@ class NativeModel:
         return loss
 
     def _refresh(self) -> None:
-        self.projections.refresh(self._stale)
-        self._stale = False
+        self.projections.refresh(self.stale)
+        self.stale = False
 
     def inputs(self, pack: Pack) -> Inputs:
         """The pack on the device, its boundaries, positions and rotations."""
         packed = documents([len(document.ids) for document in pack.documents], self.device)
         ids, rows, labels = (x.long() for x in upload([pack_ids(pack), *label_rows(pack)], self.device))
-        at = packed.positions[None]
+        return Inputs(ids, rows, labels, Place(packed, *self.rotation(packed.positions)))
+
+    def rotation(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of the rotary embedding at these positions, fp32 [T, R/2]; R dims of a head are rotated."""
+        at = positions_T[None]
         if hasattr(self.rotary, "mrope_section"):
             at = at[None].expand(3, -1, -1)
         cos, sin = self.rotary(torch.empty(0, dtype=torch.float32, device=self.device), at)
         half = cos.shape[-1] // 2
         cos, sin = (x[0, :, :half].float().contiguous() for x in (cos, sin))
-        return Inputs(ids, rows, labels, Place(packed, cos, sin))
+        return cos, sin
 
     def _embedded(self, inputs: Inputs) -> torch.Tensor:
         return F.embedding(inputs.ids, self.embedding)

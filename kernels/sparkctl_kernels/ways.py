@@ -1,0 +1,152 @@
+"""The ways to compute a matrix product on a GPU, measured and pinned: what `gemm` takes instead of torch's.
+
+A training keeps the ways that it was begun with, so that it can be repeated to the bit: a run's choices hold the names
+of the products and of their ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from sparkctl_kernels import gemm
+from sparkctl_kernels.gemm import Product, Way, by_torch
+from sparkctl_kernels.matmul import op as matmul
+
+# M rows · N columns · K summed over
+
+TORCH = "torch"
+SLACK = 1e-6  # relative: fp32 sums in another order
+FASTER = 0.97  # of torch's time: what is nearer is noise
+ENDLESS = 1e9
+WARMUP, TIMED = 3, 15
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of each way; `wrong`: those that are no option, by how many times torch's own error they are off, or
+    ENDLESS where torch refused them."""
+
+    seconds: dict[str, float]
+    wrong: dict[str, float]
+
+    @property
+    def best(self) -> str:
+        """torch, unless another is clearly faster."""
+        way = min(self.seconds, key=lambda name: self.seconds[name])
+        return way if self.seconds[way] < FASTER * self.seconds[TORCH] else TORCH
+
+
+def by_cublaslt(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, scale: float = 1.0, add: bool = False) -> None:
+    """cuBLASLt, whose heuristics are not cuBLAS's."""
+    usual = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    try:
+        by_torch(a, b, c, scale, add)
+    finally:
+        torch.backends.cuda.preferred_blas_library(usual)
+
+
+def by_halves(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, scale: float = 1.0, add: bool = False) -> None:
+    """The columns in two products, the rows of an fp32 total: other tiles, another count of them in the last wave."""
+    by_rows = c.dtype != a.dtype  # torch wants such a c in one piece
+    middle = -(-c.shape[0 if by_rows else 1] // 256) * 128
+    for part in (slice(None, middle), slice(middle, None)):
+        some = c[part] if by_rows else c[:, part]
+        if some.numel():
+            by_torch(a[part] if by_rows else a, b if by_rows else b[:, part], some, scale, add)
+
+
+def by_matmul(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, scale: float = 1.0, add: bool = False) -> None:
+    """This project's kernel."""
+    matmul.forward(a, b, c, scale, add=add)
+
+
+WAYS: dict[str, Way] = {TORCH: by_torch, "cublaslt": by_cublaslt, "halves": by_halves, "matmul": by_matmul}
+
+
+def pin(choices: dict[str, str]) -> None:
+    """Take these ways and no others; what is not about a product here is passed over."""
+    gemm.pinned.clear()
+    for name, way in choices.items():
+        if name.startswith(f"{gemm.PREFIX} ") and way in WAYS and way != TORCH:
+            gemm.pinned[Product.parse(name)] = WAYS[way]
+
+
+def pinned() -> dict[str, str]:
+    """The products that are not torch's: "gemm nt 6144x8192x2432" → "halves"."""
+    names = {way: name for name, way in WAYS.items()}
+    return {str(key): names[way] for key, way in gemm.pinned.items()}
+
+
+@contextmanager
+def measuring(clock: Callable[[Callable[[], None]], float] | None = None) -> Iterator[dict[Product, Timed]]:
+    """Every product in this block is measured when its shape is first met; gives what was found.
+
+    Its result is torch's meanwhile, whatever is pinned. clock: gives the seconds of a call.
+    """
+    found: dict[Product, Timed] = {}
+
+    def watch(
+        key: Product, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None, scale: float, add: bool
+    ) -> None:  # fmt: skip
+        if key not in found:
+            out = a.new_empty(a.shape[0], b.shape[1]) if c is None else c
+            found[key] = time_ways(a, b, out, scale, add, clock or seconds_of)
+
+    gemm.watch = watch
+    try:
+        yield found
+    finally:
+        gemm.watch = None
+
+
+def time_ways(
+    a_MK: torch.Tensor, b_KN: torch.Tensor, c_MN: torch.Tensor, scale: float, add: bool,
+    clock: Callable[[Callable[[], None]], float],
+) -> Timed:  # fmt: skip
+    """Each way on this product; one that is more than twice as far from fp32 as torch is left out. c stays as it is."""
+    begun = c_MN.new_empty_strided(c_MN.shape, c_MN.stride())
+    begun.copy_(c_MN if add else torch.zeros_like(c_MN))
+    truth = torch.addmm(begun.float(), a_MK.float(), b_KN.float(), alpha=scale)
+    scratch, errors, seconds = torch.empty_like(begun), dict[str, float](), dict[str, float]()
+    for name, way in WAYS.items():
+        scratch.copy_(begun)
+        try:
+            way(a_MK, b_KN, scratch, scale, add)
+        except refusals():  # layouts that a library does not take, tiles that a GPU has no room for
+            errors[name] = ENDLESS
+            continue
+        errors[name] = float((scratch.float() - truth).norm() / truth.norm().clamp_min(1e-30))
+        if errors[name] <= 2 * errors[TORCH] + SLACK:
+            seconds[name] = clock(lambda way=way: way(a_MK, b_KN, scratch, scale, add))  # type: ignore[misc]
+    wrong = {name: error / max(errors[TORCH], SLACK) for name, error in errors.items() if name not in seconds}
+    wrong = {name: min(times, ENDLESS) for name, times in wrong.items()}
+    return Timed(seconds, wrong)
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """What torch and Triton raise where they cannot compute something, memory that ended included."""
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return (RuntimeError,)
+    return RuntimeError, TritonError
+
+
+def seconds_of(work: Callable[[], None]) -> float:
+    """The median of some calls on a GPU, by CUDA events."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED + 1)]
+    for _ in range(WARMUP):
+        work()
+    events[0].record()
+    for event in events[1:]:
+        work()
+        event.record()
+    torch.cuda.synchronize()
+    times = sorted(first.elapsed_time(second) for first, second in pairwise(events))
+    return times[len(times) // 2] / 1e3

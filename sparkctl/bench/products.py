@@ -1,0 +1,75 @@
+"""`bench products`: each matrix product of a training step by every way to compute it, the fastest right one kept.
+
+A training that starts on this machine later takes what is kept, and pins it; without this command it takes torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from sparkctl.bench.setting import Setting
+from sparkctl.bench.workload import Workload, random_model
+from sparkctl.hardware.measurements import Layers, keep_ways
+from sparkctl.manifest.store import now
+from sparkctl.progress import Progress, silent
+
+if TYPE_CHECKING:
+    import torch
+    from sparkctl_kernels.ways import Timed
+
+
+@dataclass(frozen=True)
+class Row:
+    """One product of the step. operations: multiplications and additions."""
+
+    name: str
+    operations: float
+    timed: Timed
+
+    @property
+    def speedup(self) -> float:
+        """Of the best way over torch's."""
+        return self.timed.seconds["torch"] / self.timed.seconds[self.timed.best]
+
+
+def bench_products(at: Setting, *, keep: bool = True, progress: Progress = silent) -> tuple[list[Row], bool]:
+    """(the products of a step, whether the choice was kept). A CPU has torch's way alone: no rows."""
+    import torch
+
+    if at.machine.device == "cpu":
+        return [], False
+    progress.say(f"measuring the products of {at.name} at {at.work.tokens:,} tokens")
+    rows, layers = measure(one_of_each(at.work), torch.device(at.machine.device))
+    chosen = {row.name: row.timed.best for row in rows}
+    return rows, keep and keep_ways(at.machine, layers, chosen, now())
+
+
+def measure(
+    work: Workload, device: torch.device, seconds: Callable[[Callable[[], None]], float] | None = None
+) -> tuple[list[Row], Layers]:
+    """The products of a micro-step as the native engine computes it. seconds: a clock other than the GPU's own."""
+    import torch
+    from sparkctl_kernels import ways
+
+    from sparkctl.train.engines.native.engine import from_model
+
+    base = random_model(work, device, torch.bfloat16 if work.lora else torch.float32)
+    engine = from_model(base, lora=work.lora, checkpointing=False, seed=work.seed)
+    pack = work.pack()
+    with ways.measuring(seconds) as found:
+        engine.micro_step(pack, 1 / pack.labels)
+    rows = [Row(str(key), 2.0 * key.rows * key.columns * key.depth, timed) for key, timed in found.items()]
+    return rows, Layers.of(base.config, work.rank if work.lora else 0)
+
+
+def one_of_each(work: Workload) -> Workload:
+    """The workload with as few layers as show every kind: three GatedDeltaNet and one of attention, or one."""
+    text: dict[str, Any] = dict(work.text)
+    kinds = text.get("layer_types")
+    count = max(kinds.index(kind) for kind in set(kinds)) + 1 if kinds else text.get("full_attention_interval", 1)
+    text["num_hidden_layers"] = count
+    if kinds:
+        text["layer_types"] = kinds[:count]
+    return replace(work, config={**work.config, "text_config": text} if "text_config" in work.config else text)

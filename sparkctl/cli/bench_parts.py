@@ -1,0 +1,90 @@
+"""`sparkctl bench kernels`, `products` and `synthetic`: single operators, single products, a dense model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparkctl.cli import console, measured
+from sparkctl.cli.options import JsonOpt
+from sparkctl.manifest.table import Mode
+
+ShapeOpt = Annotated[str, typer.Option("--shape", help="A published shape, random weights made on the device.")]
+ModelOpt = Annotated[Path | None, typer.Option("--model", help="The shape of this model folder instead.")]
+ModeOpt = Annotated[Mode, typer.Option("--mode", help="lora or full fine-tuning.")]
+TokensOpt = Annotated[int, typer.Option("--tokens", min=16, help="Tokens of the pack.")]
+DocumentsOpt = Annotated[int, typer.Option("--documents", min=1, help="Documents in the pack.")]
+RankOpt = Annotated[int, typer.Option("--rank", min=1, help="LoRA rank.")]
+
+
+def add(group: typer.Typer) -> None:
+    """Add the three to `bench`."""
+    for command in (kernels, products, synthetic):
+        group.command()(command)
+
+
+def kernels(
+    shape: ShapeOpt = "qwen3.5-2b",
+    model: ModelOpt = None,
+    tokens: TokensOpt = 5376,
+    documents: DocumentsOpt = 12,
+    operators: Annotated[str | None, typer.Option("--operators", help="Names, with commas; else all.")] = None,
+    calls: Annotated[int, typer.Option("--calls", min=1, help="Calls to time.")] = 20,
+    json: JsonOpt = False,
+) -> None:
+    """Each operator, checked first, beside plain torch, a library's version and what the machine can do at best."""
+    from sparkctl.bench.kernels import bench_kernels
+    from sparkctl.bench.setting import setting
+
+    at = setting(shape=shape, mode="lora", pack=tokens, documents=documents, model=model)
+    names = [name.strip() for name in (operators or "").split(",") if name.strip()]
+    rows = bench_kernels(at, names, calls=calls, progress=console.progress())
+    console.answer(measured.kernels_json(at, rows), measured.kernels_table(at, rows), json=json)
+    if not all(row.right for row in rows):
+        raise typer.Exit(1)
+
+
+def products(
+    shape: ShapeOpt = "qwen3.5-2b",
+    model: ModelOpt = None,
+    mode: ModeOpt = "lora",
+    tokens: TokensOpt = 5376,
+    rank: RankOpt = 128,
+    keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Trainings on this machine take the best.")] = True,
+    json: JsonOpt = False,
+) -> None:
+    """Each matrix product of a step by every way to compute it; trainings that start here later take the fastest."""
+    from sparkctl.bench.products import bench_products
+    from sparkctl.bench.setting import setting
+
+    at = setting(shape=shape, mode=mode, pack=tokens, model=model, rank=rank)
+    rows, kept = bench_products(at, keep=keep, progress=console.progress())
+    console.answer(measured.products_json(at, rows, kept), measured.products_table(at, rows, kept), json=json)
+
+
+def synthetic(
+    mode: ModeOpt = "lora",
+    pack: Annotated[int, typer.Option("--pack", min=16, help="Tokens of a pack.")] = 5376,
+    documents: DocumentsOpt = 12,
+    stacks: Annotated[
+        str | None, typer.Option("--stacks", help="Names, with commas; ratios are to the first. Else all installed.")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Micro-steps to time.")] = 20,
+    json: JsonOpt = False,
+) -> None:
+    """28 dense layers without GatedDeltaNet by several stacks: the published recipe's upper bound."""
+    from sparkctl.bench.step import bench_step, installed
+    from sparkctl.bench.synthetic import synthetic_setting
+
+    progress, at = console.progress(), synthetic_setting(mode, pack, documents)
+    names, absent = installed()
+    if stacks is not None:
+        names = [name.strip() for name in stacks.split(",") if name.strip()]
+    elif absent:
+        progress.say(f"left out, not installed: {', '.join(absent)}")
+    rows = bench_step(at, names, steps=steps, progress=progress)
+    console.answer(measured.synthetic_json(at, rows), measured.synthetic_table(at, rows), json=json)
+    if all(row.failed for row in rows):
+        raise typer.Exit(1)

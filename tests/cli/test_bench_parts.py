@@ -1,0 +1,207 @@
+"""`bench kernels`, `products`, `synthetic`: what is checked before it is timed, what is kept, what is said."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sparkctl_kernels import gemm, ways
+
+from sparkctl.bench import kernels, products, synthetic, workload
+from sparkctl.bench.setting import setting
+from sparkctl.bench.subjects import Sizes, Subject
+from sparkctl.cli import app
+from sparkctl.demo.model import config as tiny
+from sparkctl.hardware import measurements
+from sparkctl.hardware.machine import this_machine
+from sparkctl.hardware.measurements import Layers
+from sparkctl.train.engines.native import engine as native
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def bench(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a part of the command with --json: (status, the object)."""
+
+    def run(*arguments: object) -> tuple[int, dict[str, Any]]:
+        status = app.run(["bench", *map(str, arguments), "--json"])
+        return status, json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def sizes() -> Sizes:
+    return Sizes.of(workload.synthetic(tiny(), "lora", 60, 3, rank=16), CPU)
+
+
+def test_every_operator_is_right_and_timed(bench: Any) -> None:
+    status, said = bench("kernels", "--tokens", 60, "--documents", 3, "--calls", 2)
+    assert status == 0
+    assert "tiny shape" in said["note"]
+    assert [row["operator"] for row in said["operators"]] == list(kernels.WHERE)
+    for row in said["operators"]:
+        assert row["right"]
+        assert 0 < row["ours"]["p20"] <= row["ours"]["p50"] <= row["ours"]["p80"]
+        assert row["eager"]["p50"] > 0
+        assert row["ceiling"] > 0
+        assert row["library"] is None  # of a GPU
+
+
+def test_a_wrong_operator_fails_and_is_not_timed(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparkctl_kernels.silu_mul import op
+
+    real = op.forward
+
+    def wrong(gate_up: torch.Tensor, y: torch.Tensor) -> None:
+        real(gate_up, y)
+        y.mul_(1.01)
+
+    monkeypatch.setattr(op, "forward", wrong)
+    status, said = bench("kernels", "--tokens", 60, "--documents", 3, "--operators", "silu_mul,rms_norm", "--calls", 1)
+    assert (status, said["ok"]) == (1, False)
+    silu_mul, rms_norm = said["operators"]
+    assert (silu_mul["right"], silu_mul["ours"], rms_norm["right"]) == (False, None, True)
+    assert [name for name, error in silu_mul["errors"].items() if error > 1] == ["y"]
+
+
+@pytest.mark.parametrize("name", kernels.WHERE)
+def test_one_percent_in_any_result_is_seen(name: str, sizes: Sizes) -> None:
+    """Each output and each gradient, as the check sees it; nothing planted, nothing seen."""
+    torch.manual_seed(0)
+    subject = made(name, sizes)
+    half = {n: t if n in subject.fixed else t.bfloat16() for n, t in subject.inputs().items()}
+    plain = kernels.compare(subject, half)
+    assert max(plain.values()) <= 1
+    for result in plain:
+        errors = kernels.compare(replace(subject, ours=planted(subject, result)), half)
+        assert [n for n, error in errors.items() if error > 1] == [result]
+
+
+def made(name: str, sizes: Sizes) -> Subject:
+    from importlib import import_module
+
+    return getattr(import_module(f"sparkctl.bench.{kernels.WHERE[name]}"), name)(sizes)
+
+
+def planted(subject: Subject, result: str) -> Any:
+    """Our form of the operator with this result off by 1 %."""
+
+    def form(inputs: dict[str, torch.Tensor]) -> Any:
+        run = subject.ours(inputs)
+        return lambda: {n: 1.01 * t.float() if n == result else t for n, t in run().items()}
+
+    return form
+
+
+def test_what_gives_no_number_or_raises_is_a_row(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.distance(torch.tensor([float("nan")]), torch.ones(1)) == kernels.ENDLESS
+    monkeypatch.setattr(kernels, "measure", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory\nat x")))
+    status, said = bench("kernels", "--operators", "rms_norm", "--tokens", 60, "--documents", 3)
+    assert (status, said["operators"][0]["failed"], said["operators"][0]["right"]) == (1, "out of memory", False)
+
+
+def test_a_dense_model_has_fewer_operators(bench: Any, llama_folder: Path) -> None:
+    arguments = ("--model", llama_folder, "--tokens", 40, "--documents", 2, "--calls", 1)
+    status, said = bench("kernels", *arguments)
+    assert status == 0
+    assert {row["operator"] for row in said["operators"]} == set(kernels.WHERE) - set(kernels.HYBRID)
+    assert bench("kernels", *arguments, "--operators", "gated_norm")[0] == 2
+
+
+def test_a_cpu_has_nothing_to_choose_among_products(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = bench("products", "--tokens", 64)
+    assert (status, said["products"], said["kept"]) == (0, [], False)
+    assert app.run(["bench", "products", "--tokens", "64"]) == 0
+    assert "nothing to choose from" in capsys.readouterr().out
+
+
+def test_products_of_a_step_are_measured_kept_and_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a GPU, with a clock of the test, to which halves take half of torch's time."""
+    monkeypatch.setattr(gemm, "fused", lambda _: True)
+    monkeypatch.setattr(ways, "WAYS", {name: ways.WAYS[name] for name in ("torch", "halves")})
+    at = setting(shape="qwen3.5-2b", mode="lora", pack=64, documents=2)
+    seconds = cycle([1.0, 0.5])
+    rows, layers = products.measure(products.one_of_each(at.work), CPU, lambda _: next(seconds))
+    kinds = {row.name.split(" ")[1] for row in rows}
+    assert kinds == {"nt", "nn", "nn+", "tn"}
+    assert all(row.timed.best == "halves" and row.speedup == 2 for row in rows)
+    assert layers == Layers("qwen3_5", at.work.text["hidden_size"], at.work.text["intermediate_size"], at.work.rank)
+    monkeypatch.setattr(products, "measure", lambda *_: (rows, layers))
+    gpu = replace(at, machine=at.machine.model_copy(update={"device": "cuda"}))
+    assert products.bench_products(gpu) == (rows, True)
+    found = measurements.ways_here(gpu.machine, layers)
+    assert found == {row.name: "halves" for row in rows}
+    from sparkctl.cli import console, measured
+
+    console.answer({}, measured.products_table(at, rows, True), json=False)
+    assert "trainings that start on this machine take the best of each" in capsys.readouterr().out
+
+
+def test_ways_are_those_of_the_machine_the_layers_and_the_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, layers = this_machine(), Layers("qwen3_5", 8, 16, 4)
+    assert measurements.keep_ways(machine, layers, {"gemm nt 1x2x3": "halves", "gemm nn 1x2x3": "matmul"}, "now")
+    assert measurements.keep_ways(machine, layers, {"gemm nn 1x2x3": "torch"}, "now")
+    kept = {"gemm nt 1x2x3": "halves", "gemm nn 1x2x3": "torch"}
+    assert measurements.ways_here(machine, layers) == kept
+    assert measurements.ways_here(machine, layers._replace(rank=8)) == {}
+    assert measurements.ways_here(machine.model_copy(update={"name": "another"}), layers) == {}
+    monkeypatch.setattr(measurements, "versions", lambda: {"torch": "9"})
+    assert measurements.ways_here(machine, layers) == {}
+    config = type("Config", (), dict(model_type="qwen3_5_text", hidden_size=8, intermediate_size=16))
+    monkeypatch.undo()
+    assert Layers.of(config, 4) == layers
+
+
+def test_a_training_takes_what_was_kept_and_a_resumed_one_what_it_began_with() -> None:
+    config = type("Config", (), dict(model_type="qwen3", hidden_size=8, intermediate_size=16))
+    measurements.keep_ways(this_machine(), Layers("qwen3", 8, 16, 0), {"gemm nt 1x2x3": "halves"}, "now")
+    native.take_ways({}, config, None)
+    assert ways.pinned() == {"gemm nt 1x2x3": "halves"}
+    native.take_ways({"device": "a GPU", "gemm nn 1x2x3": "halves"}, config, None)
+    assert ways.pinned() == {"gemm nn 1x2x3": "halves"}
+    native.take_ways({"device": "a GPU"}, config, None)
+    assert ways.pinned() == {}
+
+
+def test_the_dense_model_has_28_layers_and_says_what_was_published(bench: Any) -> None:
+    status, said = bench("synthetic", "--stacks", "native", "--steps", 1, "--pack", 32, "--documents", 2)
+    assert status == 0
+    assert said["published"] == 4.8
+    assert said["stacks"][0]["tokens_per_second"] > 0
+    assert "tiny shape" in said["note"]
+    at = synthetic.synthetic_setting("full", 5376)
+    assert (at.work.text["num_hidden_layers"], at.work.mode) == (28, "full")
+    assert bench("synthetic", "--pack", 16, "--documents", 9)[0] == 2
+
+
+def test_the_dense_model_is_as_large_as_the_2b_without_a_vocabulary() -> None:
+    from sparkctl.bench.setting import text_parameters
+
+    config = {**synthetic.CONFIG, "num_hidden_layers": synthetic.LAYERS}
+    embedding = config["vocab_size"] * config["hidden_size"]
+    assert text_parameters(config) - embedding == pytest.approx(1.41e9, rel=0.01)
+    assert workload.synthetic(config, "lora", 5376, 12).tokens == 5376
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.timeout(600)  # libraries tune and compile
+def test_on_a_gpu_every_operator_is_right_and_every_product_has_its_ways(bench: Any) -> None:
+    status, said = bench("kernels", "--shape", "qwen3.5-0.8b", "--tokens", 1283, "--documents", 5, "--calls", 3)
+    wrong = {row["operator"]: row["failed"] or row["errors"] for row in said["operators"] if not row["right"]}
+    assert (status, wrong) == (0, {})
+    assert all(row["ours"]["busy"] > 0 and row["share"] > 0 for row in said["operators"])
+    for mode in ("lora", "full"):
+        status, said = bench("products", "--shape", "qwen3.5-0.8b", "--tokens", 640, "--mode", mode, "--no-keep")
+        assert status == 0
+        assert {way for row in said["products"] for way in row["timed"]["seconds"]} == set(ways.WAYS)
+        assert [row["name"] for row in said["products"] if row["timed"]["wrong"]] == []
