@@ -25,8 +25,13 @@ class UsageError(SparkError):
 
 
 class Interrupted(SparkError):
-    """A signal arrived and the work was saved at a step's boundary: exit status 128 + signal (130 or 143)."""
+    """The work stopped before its end, where it can go on: at a step's boundary, saved.
 
-    def __init__(self, message: str, hint: str | None, signal: int) -> None:
+    For a signal the exit status is 128 + signal (130 or 143), else 1. `reason` says in a few words why.
+    """
+
+    def __init__(self, message: str, hint: str | None, signal: int | None = None, reason: str = "interrupted") -> None:
         super().__init__(message, hint)
-        self.exit_status = 128 + signal
+        self.reason = reason
+        if signal is not None:
+            self.exit_status = 128 + signal

@@ -49,23 +49,28 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` under `path` whole or not at all: temporary file beside it, synced, renamed.
+    """Write `data` under `path` whole or not at all. Raises OSError naming the place."""
+    with staged_file(path) as stage:
+        stage.write_bytes(data)
 
-    Raises OSError naming the place.
-    """
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+
+@contextmanager
+def staged_file(final: Path) -> Iterator[Path]:
+    """A temporary file beside `final`, synced and renamed to it where the block ends well. Raises OSError naming it."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
+    os.close(handle)
     try:
-        with naming(path), os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with naming(final):
+            yield Path(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
+        os.replace(temporary, final)
     except BaseException:
         with suppress(OSError):
             os.unlink(temporary)
         raise
-    sync_folder(path.parent)
+    sync_folder(final.parent)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 
@@ -14,3 +15,8 @@ def counted(count: int, noun: str) -> str:
 def here(path: Path) -> str:
     """A path as it can be opened from the working folder, the short way."""
     return min(os.path.relpath(path), os.path.abspath(path), key=len)
+
+
+def quoted(path: Path | str) -> str:
+    """A path as a command line takes it, blanks and all."""
+    return shlex.quote(str(path))

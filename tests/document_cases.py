@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from draft_cases import distillation_case, draft_attention_case
 from kernel_cases import Case, Plant, Tensors, Wide, autograd, blank, output_gradient, randn
 from row_cases import (
     cross_entropy_case,
     gated_norm_case,
+    matmul_case,
     rms_norm_case,
     rope_case,
     sigmoid_gate_case,
@@ -182,7 +184,12 @@ def small() -> list[Case]:
         causal_conv_case([5, 63, 2, 1, 30], 2, 64, 200), causal_conv_case([40, 3], 1, 16, 48, group=3),
         gated_delta_case([3, 66], 1, 1, 64, 64), gated_delta_case([1], 1, 1, 64, 64),
         gated_delta_case([5, 75, 64, 1], 1, 2, 64, 64), gated_delta_case([70, 33], 1, 1, 128, 128),
+        matmul_case(5, 33, 7), matmul_case(75, 200, 130), matmul_case(1, 64, 64), matmul_case(1400, 16, 1300),
         cross_entropy_case(3, 32, 100, 1024), cross_entropy_case(75, 32, 5003, 32),
+        draft_attention_case([5, 9], 2, 1, 64, 2), draft_attention_case([33, 1, 70], 4, 2, 64, 3),
+        draft_attention_case([20], 2, 2, 256, 3), draft_attention_case([33, 1, 70], 4, 2, 64, 3, every=3),
+        draft_attention_case([5, 9], 2, 1, 64, 1, every=2),
+        distillation_case(3, 32, 100, 1024), distillation_case(40, 32, 5003, 16),
     ]  # fmt: skip
 
 
@@ -196,11 +203,14 @@ def full_size(shape: Shape, lengths: list[int]) -> list[Case]:
             tokens, heads, kv_heads, dim, shape.rotated, offset=offset, gated=shape.gated, normed=shape.normed
         ),
         attention_case(lengths, heads, kv_heads, dim, 100 if shape.window else None),
-        cross_entropy_case(67, shape.hidden, VOCABULARY, 50),
+        matmul_case(tokens, shape.hidden, shape.ffn), cross_entropy_case(67, shape.hidden, VOCABULARY, 50),
     ]  # fmt: skip
     if shape.key_heads:
         values = shape.value_heads * shape.delta_dim
         cases += [
+            draft_attention_case(lengths, heads, kv_heads, dim, 3),
+            draft_attention_case(lengths, heads, kv_heads, dim, 3, every=3),
+            distillation_case(67, shape.hidden, VOCABULARY, 50),
             sigmoid_gate_case(tokens, heads, dim), gated_norm_case(tokens, shape.value_heads, shape.delta_dim),
             causal_conv_case(
                 lengths, shape.key_heads, shape.delta_dim, values, group=shape.value_heads // shape.key_heads

@@ -32,6 +32,14 @@ def spilling(x_ptr, y_ptr, T, N: tl.constexpr):  # noqa: ANN001, ANN201
     tl.store(y_ptr + cols, total + other)
 
 
+@triton.jit
+def scalar(x_ptr, y_ptr, N: tl.constexpr):  # noqa: ANN001, ANN201
+    rows = tl.arange(0, N)
+    at = rows[:, None] * N + rows[None, :]
+    x = tl.load(x_ptr + at)
+    tl.store(y_ptr + at, tl.dot(x, x, input_precision="ieee"))
+
+
 def main(target: str) -> None:
     """Compile them for `target`."""
     x, y = (torch.empty(1 << 20, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.float32))
@@ -39,6 +47,7 @@ def main(target: str) -> None:
         "greedy": [
             lambda: shared[(1,)](x, y, 256, 256, num_warps=8, num_stages=3),
             lambda: spilling[(1,)](y, y, 8, 16384, num_warps=4),
+            lambda: scalar[(1,)](y, y, 32, num_warps=4),
         ]
     }
     print(json.dumps([fault for report in compiled.check(target, calls) for fault in report.faults(target)]))

@@ -48,7 +48,8 @@ class Fault:
     """What happens to requests whose line ("GET /org/name/…") holds `where`, `times` times.
 
     status: the answer, with the hub's `code` (X-Error-Code). cut: bytes of the body after which the connection breaks.
-    page: a web page in place of the answer.
+    page: a web page in place of the answer. whole: the file, whatever Range was asked for. said: a Content-Range of
+    other numbers. surplus: bytes of the body beyond what it should be (fewer where negative), and a length to match.
     """
 
     where: str
@@ -56,17 +57,25 @@ class Fault:
     code: str = ""
     cut: int | None = None
     page: bool = False
+    whole: bool = False
+    said: str = ""
+    surplus: int = 0
     times: int = 10**9
 
 
 @dataclass
 class HubServer:
-    """`url` is what HF_ENDPOINT has to say; `token`, where set, what a client has to show; `requests` were made."""
+    """`url` is what HF_ENDPOINT has to say; `token`, where set, what a client has to show; `requests` were made.
+
+    weights_at: the host that a request for weights is sent on to.
+    """
 
     url: str = ""
     token: str | None = None
+    weights_at: str | None = None
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    sent: int = 0  # bytes of bodies
     tokens: set[str | None] = field(default_factory=set)  # what clients showed
     commits: dict[str, dict[str, Path]] = field(default_factory=dict)  # model: commit: folder, the newest last
 
@@ -147,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[:2] == ["api", "models"]:
             return self._api("/".join(parts[2:4]), parts[4:])
         if parts[2:3] == ["resolve"]:
-            return self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]), fault.cut if fault else None)
+            return self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]), fault or Fault(""))
         return self._refuse(404, "")
 
     def _api(self, model: str, rest: list[str]) -> None:
@@ -165,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = files if rest[:1] == ["tree"] else {"id": model, "sha": commit, "siblings": siblings}
         self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
-    def _file(self, model: str, revision: str, name: str, cut: int | None) -> None:
+    def _file(self, model: str, revision: str, name: str, fault: Fault) -> None:
         """/ORG/NAME/resolve/REV/FILE, a part of it where the client asks for a Range."""
         found = self._commit(model, revision)
         if found is None:
@@ -175,11 +184,19 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(404, "EntryNotFound", {"X-Repo-Commit": commit})
         body, status = (folder / name).read_bytes(), 200
         headers = {"ETag": f'"{_etag(folder / name)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        if wanted := self.headers.get("Range"):
-            start = int(wanted.removeprefix("bytes=").partition("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-            body, status = body[start:], 206
-        self._send(status, body, headers, cut)
+        if self.hub.weights_at and name.endswith(".safetensors"):
+            linked = {"Location": self.hub.weights_at + self.path, "X-Linked-ETag": headers["ETag"]}
+            return self._send(302, b"", linked | {"X-Repo-Commit": commit})
+        wanted = self.headers.get("Range")
+        if wanted and not fault.whole:
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            start, stop = int(first), min(int(last or len(body) - 1) + 1, len(body))
+            if start >= len(body):
+                return self._refuse(416, "")
+            headers["Content-Range"] = f"bytes {fault.said or f'{start}-{stop - 1}/{len(body)}'}"
+            body, status = body[start:stop], 206
+        body = body[: fault.surplus] if fault.surplus < 0 else body + bytes(fault.surplus)
+        self._send(status, body, headers, fault.cut)
 
     def _commit(self, model: str, revision: str) -> tuple[str, Path] | None:
         """(commit, folder), or None after a refusal."""
@@ -199,7 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body if cut is None else body[:cut])
+            self.hub.sent += self.wfile.write(body if cut is None else body[:cut])
         if cut is not None:
             self.close_connection = True
 

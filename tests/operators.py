@@ -19,6 +19,8 @@ from sparkctl_kernels.gated_norm import gated_norm
 from sparkctl_kernels.gated_norm.reference import gated_norm as gated_norm_reference
 from sparkctl_kernels.linear_cross_entropy import linear_cross_entropy
 from sparkctl_kernels.linear_cross_entropy.reference import linear_cross_entropy as linear_cross_entropy_reference
+from sparkctl_kernels.matmul import matmul
+from sparkctl_kernels.matmul.reference import matmul as matmul_reference
 from sparkctl_kernels.qk_norm_rope import qk_norm_rope
 from sparkctl_kernels.qk_norm_rope.reference import qk_norm_rope as qk_norm_rope_reference
 from sparkctl_kernels.rms_norm import add_rms_norm, rms_norm
@@ -78,6 +80,7 @@ OPERATORS: dict[str, tuple[Callable[[], list[torch.Tensor]], Callable[..., Any],
         lambda *tensors: gated_delta(*tensors, PACKED),
         lambda *tensors: gated_delta_reference(*tensors, LENGTHS),
     ),
+    "matmul": (lambda: [randn(T, 33), randn(33, 21)], matmul, matmul_reference),
     "linear_cross_entropy": (
         lambda: [randn(T, 32), randn(50, 32)],
         lambda h, w: linear_cross_entropy(h, w, LABELS, 1 / T, 20),
@@ -117,5 +120,6 @@ def schemas() -> list[tuple[str, tuple[Any, ...]]]:
         ("attention", (q, k, v, LENGTHS, None)),
         ("causal_conv", (leaf(T, 96), leaf(96, 4), PACKED.positions, 2, 16)),
         ("gated_delta", (leaf(T, 1, 64), leaf(T, 1, 64), leaf(T, 1, 64), *gates_of, LENGTHS)),
+        ("matmul", (leaf(T, 33), leaf(21, 33).T)),
         ("linear_cross_entropy", (leaf(T, 32), leaf(50, 32), LABELS, 0.1, 20, True)),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Every kernel compiled for a GPU that need not be there: shared memory, registers, spills, warps.
+"""Every kernel compiled for a GPU that need not be there: shared memory, registers, spills, warps, instructions.
 
     python -m sparkctl_kernels.compiled sm_121a [--json]
 
@@ -24,12 +24,12 @@ from typing import Any
 import torch
 
 from sparkctl_kernels.documents import documents
+from sparkctl_kernels.instructions import counted, on_tensor_cores
+from sparkctl_kernels.limits import DOT_WARPS, SHARED
 from sparkctl_kernels.shapes import DENSE, QWEN35, VOCABULARY, Shape
 
 TOKENS = 1283  # odd: row counts are never a multiple of anything
 RANK = 128
-SHARED = {"sm_121a": 101_376, "sm_90a": 232_448}  # bytes a block may have
-DOT_WARPS = {"sm_121a": 4}  # more race there in kernels with tl.dot (triton#10590)
 OUTSIDE = 8  # bytes of stack that may be what a kernel keeps across its loop: attention.forward at H = 256 does
 NOWHERE = torch.device("meta")
 
@@ -39,7 +39,7 @@ class Report:
     """One kernel in one configuration. shared: bytes a block; dot: it has tl.dot.
 
     stack: bytes a thread keeps in memory for want of registers; in_loops: instructions in loops that go there, None
-    where Triton's disassembler does not know the target.
+    where Triton's disassembler does not know the target. instructions: those that matter, and how many.
     """
 
     kernel: str
@@ -52,6 +52,7 @@ class Report:
     stack: int
     in_loops: int | None
     dot: bool
+    instructions: dict[str, int]
 
     def faults(self, target: str) -> list[str]:
         """What keeps it from running well on the target."""
@@ -62,6 +63,8 @@ class Report:
             found.append(f"{self.stack:,} bytes spilled in its loop")
         if self.dot and self.warps > DOT_WARPS.get(target, 8):
             found.append(f"tl.dot on {self.warps} warps, {DOT_WARPS[target]} at most")
+        if self.dot and not on_tensor_cores(self.instructions):
+            found.append("tl.dot without tensor cores")
         return [f"{self.kernel} of {self.shape} ({self.constants}): {fault}" for fault in found]
 
 
@@ -128,6 +131,7 @@ def _report(name: str, shape: str, function: Any, kernel: Any) -> Report:
         kernel=name, shape=shape, constants=" ".join(f"{k}={v}" for k, v in constants.items() if v is not None),
         warps=kernel.metadata.num_warps, stages=kernel.metadata.num_stages, shared=kernel.metadata.shared,
         registers=registers, stack=stack, in_loops=in_loops, dot="tt.dot" in kernel.asm["ttir"],
+        instructions=counted(kernel.asm["ptx"]),
     )  # fmt: skip
 
 
@@ -182,6 +186,7 @@ def _calls(shape: Shape) -> Iterator[Callable[[], Any]]:
             yield from _delta(shape, weight, full)
     yield from _feed_forward(shape)
     yield from _copies()
+    yield from _products(shape)
 
 
 def _norms(shape: Shape, dtype: torch.dtype, full: bool) -> Iterator[Callable[[], Any]]:
@@ -200,15 +205,18 @@ def _norms(shape: Shape, dtype: torch.dtype, full: bool) -> Iterator[Callable[[]
 
 
 def _feed_forward(shape: Shape) -> Iterator[Callable[[], Any]]:
+    from sparkctl_kernels.distillation import kernel as divergence
     from sparkctl_kernels.linear_cross_entropy import kernel as loss
     from sparkctl_kernels.silu_mul import kernel
 
     y, gate_up = _empty(TOKENS, shape.ffn + RANK)[:, : shape.ffn], _empty(TOKENS, 2 * shape.ffn)
     yield partial(kernel.forward, gate_up, y)
     yield partial(kernel.backward_, y, gate_up)
-    logits, labels = _empty(7, VOCABULARY), _empty(7, dtype=torch.int64)
+    logits, labels, losses = _empty(7, VOCABULARY), _empty(7, dtype=torch.int64), _empty(7, dtype=torch.float32)
     for gradient in (True, False):
-        yield partial(loss.cross_entropy_, logits, labels, _empty(7, dtype=torch.float32), 0.5, gradient)
+        yield partial(loss.cross_entropy_, logits, labels, losses, 0.5, gradient)
+        yield partial(divergence.divergence_, logits, logits, losses, losses, losses, 0.5, gradient)
+    yield partial(divergence.log_sums, logits)
 
 
 def _copies() -> Iterator[Callable[[], Any]]:
@@ -218,6 +226,20 @@ def _copies() -> Iterator[Callable[[], Any]]:
     factors = _empty(3, dtype=torch.float32)
     for aligned in (kernel.ALIGNED, 1):
         yield partial(kernel._round[(9,)], table, factors, blocks, _empty(8), kernel.BLOCK, aligned)
+
+
+def _products(shape: Shape) -> Iterator[Callable[[], Any]]:
+    """A layer's products: of all tokens and of few, of wide layers and of adapters, with tokens whole tiles or not."""
+    from sparkctl_kernels.matmul import kernel
+
+    for tokens in (TOKENS, 5376):
+        for width, out in ((shape.hidden + RANK, 2 * shape.ffn), (shape.hidden, RANK)):
+            x, w, y = _empty(tokens, width), _empty(out, width), _empty(tokens, out)
+            yield partial(kernel.matmul, x, w.T, y)
+            yield partial(kernel.matmul, y, w, x)
+            yield partial(kernel.matmul, y, w, x, 1.0, True)
+            yield partial(kernel.matmul, y.T, x, _empty(out, width, dtype=torch.float32), 1.0, True)
+            yield partial(kernel.matmul, y.T, x, _empty(out, width, dtype=torch.float32))
 
 
 def _attention(shape: Shape, dtype: torch.dtype, full: bool) -> Iterator[Callable[[], Any]]:
@@ -248,6 +270,10 @@ def _attention(shape: Shape, dtype: torch.dtype, full: bool) -> Iterator[Callabl
     for window in {None, shape.window}:
         yield partial(attention.forward, heads, kv_heads, v, packed, window)
         yield partial(attention.backward, do, saved, packed, window, v)
+    if shape.gated:
+        pairs = _empty(2, *k.shape)
+        yield partial(attention.own, heads, pairs, pairs, heads, saved[4], 1.0)
+        yield partial(attention.own_backward_, heads, do, heads, pairs, pairs, heads, saved[4], 1.0)
 
 
 def _delta(shape: Shape, dtype: torch.dtype, full: bool) -> Iterator[Callable[[], Any]]:

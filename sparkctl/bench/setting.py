@@ -11,13 +11,14 @@ import numpy as np
 from sparkctl.bench.workload import Workload, synthetic
 from sparkctl.errors import UsageError
 from sparkctl.hardware.machine import find_gpu, this_machine, torch_has_cuda
-from sparkctl.manifest.schema import Machine, Mode
+from sparkctl.manifest.schema import Machine
 from sparkctl.manifest.store import Run
+from sparkctl.manifest.table import Mode
 from sparkctl.model import catalog
 from sparkctl.model.families import count
 from sparkctl.model.inspect import read_config
 
-TINY_PACK = 256  # tokens on a machine without a GPU
+TINY_PACK, TINY_RANK = 256, 16  # tokens and LoRA rank on a machine without a GPU
 DOCUMENTS = 12
 
 
@@ -42,17 +43,27 @@ def setting(
     if machine.device == "cpu" and model is None:
         from sparkctl.demo.model import config as tiny
 
-        config, name, pack, rank = tiny(), "the demo's tiny shape", min(pack, TINY_PACK), min(rank, 16)
-        note = "there is no GPU that torch can use here: a tiny shape on the CPU, whose figures say nothing of a GPU"
-        if find_gpu() and not torch_has_cuda():
-            note = "this torch was built without CUDA, so the GPU here stays unused: a tiny shape on the CPU"
+        config, name, pack, rank = tiny(), "the demo's tiny shape", min(pack, TINY_PACK), min(rank, TINY_RANK)
+        note = without_gpu()
     if run:
         work = _from_run(run, config, mode, pack, rank=rank, checkpointing=checkpointing)
     else:
-        if not 0 < documents <= pack // 2:
-            raise UsageError(f"{documents} documents do not fill a pack of {pack}", "give `--documents` or `--pack`")
+        require_room(documents, pack)
         work = synthetic(config, mode, pack, documents, rank=rank, checkpointing=checkpointing)
     return Setting(name, work, text_parameters(config), machine, note)
+
+
+def require_room(documents: int, pack: int) -> None:
+    """Raise UsageError unless so many documents of two tokens and more fit."""
+    if not 0 < documents <= pack // 2:
+        raise UsageError(f"{documents} documents do not fill a pack of {pack}", "give `--documents` or `--pack`")
+
+
+def without_gpu() -> str:
+    """What a reader must know of figures taken on a CPU."""
+    if find_gpu() and not torch_has_cuda():
+        return "this torch was built without CUDA, so the GPU here stays unused: a tiny shape on the CPU"
+    return "there is no GPU that torch can use here: a tiny shape on the CPU, whose figures say nothing of a GPU"
 
 
 def text_parameters(config: dict[str, Any]) -> int:

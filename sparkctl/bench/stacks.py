@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkctl.bench.workload import Workload, checkpoint_folder, random_model
-from sparkctl.errors import UsageError
 from sparkctl.model.plain import plain_layers
+from sparkctl.train.engines.hopper import allow_on_hopper
 
 if TYPE_CHECKING:
     import torch
@@ -40,12 +40,11 @@ class Stack:
 def stock(work: Workload, device: torch.device) -> Stack:
     """transformers and peft without fla, gradient checkpointing."""
     hide("fla", "causal_conv1d")
-    return _transformers(work, device, checkpointing=True)
+    return _transformers(work, device, checkpointing=True, fla=False)
 
 
 def peft_fla(work: Workload, device: torch.device) -> Stack:
     """transformers and peft with fla's kernels; checkpointing where the workload says so."""
-    clear_for_hopper(device)
     return _transformers(work, device, checkpointing=work.checkpointing)
 
 
@@ -56,7 +55,7 @@ def unsloth(work: Workload, device: torch.device) -> Stack:
 
 def unsloth_default(work: Workload, device: torch.device) -> Stack:
     """Unsloth as it comes: its own checkpointing with offload."""
-    return _unsloth(work, device, "unsloth")
+    return _unsloth(work, device, True)
 
 
 def native(work: Workload, device: torch.device) -> Stack:
@@ -91,16 +90,6 @@ def hide(*packages: str) -> None:
     sys.meta_path.insert(0, Hidden())
 
 
-def clear_for_hopper(device: torch.device) -> None:
-    """fla 0.6.0 refuses its backward on Hopper with Triton 3.4.0 to 3.7.0; with a key dim of 128 it is right."""
-    import torch
-
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
-        from fla.ops.common import chunk_o
-
-        chunk_o.TRITON_ABOVE_3_7_1 = True
-
-
 def _base_dtype(work: Workload) -> torch.dtype:
     import torch
 
@@ -118,17 +107,19 @@ def _engine(work: Workload, engine: Any, checkpointing: bool) -> Stack:
     )
 
 
-def _transformers(work: Workload, device: torch.device, *, checkpointing: bool) -> Stack:
+def _transformers(work: Workload, device: torch.device, *, checkpointing: bool, fla: bool = True) -> Stack:
     import torch
 
     model = random_model(work, device, torch.bfloat16)
     if device.type == "cpu":
         plain_layers(model)
+    elif fla:
+        allow_on_hopper(model.config)
     if work.mode == "lora":
         from peft import LoraConfig, get_peft_model
 
-        targets = sorted({name.rpartition(".")[2] for name, _ in model.named_modules()} & set(PROJECTIONS))
-        model = get_peft_model(model, LoraConfig(r=work.rank, lora_alpha=work.rank, target_modules=targets))
+        config = LoraConfig(r=work.rank, lora_alpha=work.rank, target_modules=_targets(model))
+        model = get_peft_model(model, config)
     else:
         model.requires_grad_(True)
     if checkpointing:
@@ -137,31 +128,25 @@ def _transformers(work: Workload, device: torch.device, *, checkpointing: bool) 
     return _row(work, model.train(), device, checkpointing)
 
 
-def _unsloth(work: Workload, device: torch.device, checkpointing: bool | str) -> Stack:
-    try:
-        from unsloth import FastLanguageModel
-    except Exception as error:  # its import checks its pins, in its own ways
-        raise UsageError(f"unsloth does not import: {error}", "pip install 'dgx-sparkctl[unsloth]'") from error
+def _unsloth(work: Workload, device: torch.device, checkpointing: bool) -> Stack:
+    from sparkctl.train.engines import unsloth as rival
 
-    clear_for_hopper(device)
-    full = work.mode == "full"
+    rival.language_model()  # its import wants to come before that of transformers
     with tempfile.TemporaryDirectory() as folder:
-        model, _ = FastLanguageModel.from_pretrained(
-            str(checkpoint_folder(work, Path(folder) / "model", device)), max_seq_length=work.tokens,
-            dtype=_half(), load_in_4bit=False, full_finetuning=full, use_gradient_checkpointing=checkpointing,
-        )  # fmt: skip
-    if not full:
-        model = FastLanguageModel.get_peft_model(
-            model, r=work.rank, lora_alpha=work.rank, lora_dropout=0, bias="none", target_modules=list(PROJECTIONS),
-            use_gradient_checkpointing=checkpointing, random_state=work.seed,
-        )  # fmt: skip
-    return _row(work, model.train(), device, bool(checkpointing))
+        checkpoint = checkpoint_folder(work, Path(folder) / "model", device)
+        model = rival.load_base(
+            checkpoint, work.tokens, full=work.mode == "full", checkpointing=checkpointing, seed=work.seed
+        )
+    allow_on_hopper(model.config)
+    if work.lora:
+        targets = _targets(model)
+        model = rival.add_adapters(model, work.rank, work.rank, targets, checkpointing=checkpointing, seed=work.seed)
+    return _row(work, model.train(), device, checkpointing)
 
 
-def _half() -> torch.dtype:
-    import torch
-
-    return torch.bfloat16
+def _targets(model: Any) -> list[str]:
+    """The projections that this model has."""
+    return sorted({name.rpartition(".")[2] for name, _ in model.named_modules()} & set(PROJECTIONS))
 
 
 def _row(work: Workload, model: Any, device: torch.device, checkpointing: bool) -> Stack:

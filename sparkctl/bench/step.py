@@ -13,11 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sparkctl import env
+from sparkctl.bench.heads import stacks_of
 from sparkctl.bench.setting import Setting
-from sparkctl.bench.stacks import STACKS
 from sparkctl.bench.worker import Measured
 from sparkctl.bench.workload import Workload
 from sparkctl.errors import SparkError, UsageError
+from sparkctl.hardware import heads
 from sparkctl.hardware.load import Load
 from sparkctl.hardware.shape import Shape
 from sparkctl.hardware.throughput import operations
@@ -66,9 +67,11 @@ def bench_step(
     at: Setting, stacks: Sequence[str], *, steps: int = 20, cold: bool = False, progress: Progress = silent
 ) -> list[Row]:
     """Measure each stack. Raises UsageError at a name that is no stack; one that fails is a row that says why."""
-    unknown = [name for name in stacks if name not in STACKS]
+    known = stacks_of(at.work)
+    unknown = [name for name in stacks if name not in known]
     if unknown:
-        raise UsageError(f"no stack `{unknown[0]}`; there are {', '.join(STACKS)}", "sparkctl bench step --help")
+        command = f"sparkctl bench {'mtp' if at.work.draft_steps else 'step'} --help"
+        raise UsageError(f"no stack `{unknown[0]}`; there are {', '.join(known)}", command)
     rows = []
     for name in stacks:
         progress.say(f"measuring {name}")
@@ -91,6 +94,12 @@ def _row(name: str, at: Setting, steps: int, cold: bool) -> Row:
 def operations_of(measured: Measured, work: Workload, parameters: int) -> float:
     """What the stack computes in a micro-step, without the quadratic part of attention and the delta rule."""
     shape = Shape.from_config(work.config, parameters)
+    if work.draft_steps:
+        each = heads.operations(
+            shape, measured.head_rows / work.tokens, work.draft_steps, everywhere=measured.stack != "native",
+            checkpointing=measured.checkpointing,
+        )  # fmt: skip
+        return each * work.tokens
     load = Load(
         mode=work.mode, trainable=measured.trainable, rank=work.rank, area=work.tokens, longest=max(work.lengths),
         labels=measured.head_rows, checkpointing=measured.checkpointing, device="cuda",

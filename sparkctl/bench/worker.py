@@ -42,10 +42,10 @@ def measure(name: str, work: Workload, device_type: str, steps: int) -> Measured
     """Build the stack, warm it up, time it, then profile it."""
     import torch
 
-    from sparkctl.bench.stacks import STACKS
+    from sparkctl.bench.heads import stacks_of
 
     device = torch.device(device_type)
-    stack = STACKS[name](work, device)
+    stack = stacks_of(work)[name](work, device)
     loss = float(stack.step())
     clock.wait(device)
     result = Measured(

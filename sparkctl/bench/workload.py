@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparkctl.data.batches import Document, Pack
-from sparkctl.manifest.schema import Lora, Mode
+from sparkctl.manifest.schema import Lora
+from sparkctl.manifest.table import Mode
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,10 @@ LABEL_SHARE = 0.35  # of each document, at its end: the answer
 
 @dataclass(frozen=True)
 class Workload:
-    """One micro-step. lengths: tokens of the pack's documents; config: config.json of the model."""
+    """One micro-step. lengths: tokens of the pack's documents; config: config.json of the model.
+
+    draft_steps: of the MTP head, which is trained in place of the model; 0: the model is, in `mode`.
+    """
 
     config: dict[str, Any]
     mode: Mode
@@ -29,6 +33,7 @@ class Workload:
     rank: int = 128
     checkpointing: bool = False
     seed: int = 0
+    draft_steps: int = 0
 
     @classmethod
     def loads(cls, text: str) -> Workload:

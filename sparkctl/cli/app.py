@@ -18,7 +18,7 @@ from sparkctl.cli import console
 from sparkctl.errors import Interrupted, SparkError, UsageError
 
 # a command's file in sparkctl/cli, in the order that --help shows: groups of commands come last there
-COMMANDS = ("analyze", "recommend", "train", "resume", "merge", "show", "demo", "verify", "bench")
+COMMANDS = ("analyze", "recommend", "train", "resume", "merge", "show", "demo", "doctor", "mtp", "verify", "bench")
 
 BUG = 70
 INTERRUPTED = 130

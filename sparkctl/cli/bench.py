@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from sparkctl.cli import console, timings
+from sparkctl.cli import bench_mtp, bench_parts, console, timings
 from sparkctl.cli.options import JsonOpt
-from sparkctl.manifest.schema import Mode
+from sparkctl.manifest.table import Mode
 
 group = typer.Typer(
-    help="Measure this machine: `step`, a training step by several stacks; `predict`, another machine's."
+    help="Measure this machine: `step`, a training step by several stacks; `kernels`, its operators; `products`, its "
+    "matrix products; `synthetic`, a dense model; `mtp`, the training of an MTP head; `predict`, another machine's."
 )
 
 ShapeOpt = Annotated[str, typer.Option("--shape", help="A published shape, random weights made on the device.")]
@@ -22,6 +23,8 @@ PackOpt = Annotated[int, typer.Option("--pack", min=16, help="Tokens of a pack."
 
 def register(app: typer.Typer) -> None:
     """Add the command and its parts."""
+    bench_parts.add(group)
+    bench_mtp.add(group)
     app.add_typer(group, name="bench")
 
 

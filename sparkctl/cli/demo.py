@@ -10,9 +10,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from sparkctl.cli import console
+from sparkctl.cli import acceptance, console
 from sparkctl.cli.options import JsonOpt
 from sparkctl.errors import SparkError
+from sparkctl.words import quoted
 
 if TYPE_CHECKING:
     from sparkctl.steps.demo import Demo
@@ -38,7 +39,7 @@ def demo(
     ] = Path("demo"),
     json: JsonOpt = False,
 ) -> None:
-    """Play the whole job on a tiny model: analyze, recommend, train, kill, resume, merge, ask.
+    """Play the whole job on a tiny model: analyze, recommend, train, kill, resume, merge, the MTP head, ask.
 
     A minute or two on a CPU.
     """
@@ -67,6 +68,8 @@ def as_json(result: Demo) -> dict[str, Any]:
         "questions": len(result.answers),
         "exact_before": result.before,
         "exact_after": result.after,
+        "drafts": [acceptance.row_json(row) for row in result.drafts],
+        "serve": result.serve,
         "seconds": result.seconds,
         "answers": [vars(answer) for answer in result.answers],
     }
@@ -91,7 +94,7 @@ def as_text(result: Demo) -> Group:
         ("final loss", f"{result.final_loss:.4f}"),
         ("training", f"killed at step {result.killed_at}, resumed from {result.resumed_from}, {result.steps} steps"),
         ("seconds", f"{seconds} · together {sum(result.seconds.values()):.0f}"),
-        ("run", f"{result.folder / 'run'} (sparkctl show {result.folder / 'run'})"),
+        ("run", f"{result.folder / 'run'} (sparkctl show {quoted(result.folder / 'run')})"),
     )
     tiny = TINY.format(
         parameters=result.parameters / 1e6,
@@ -99,4 +102,5 @@ def as_text(result: Demo) -> Group:
         vocabulary=VOCABULARY,
         examples=result.examples,
     )
-    return Group(console.titled("Held-out questions", table), "", figures, "", tiny)
+    drafts = console.titled("Accepted drafts of the MTP head", acceptance.table(result.drafts))
+    return Group(console.titled("Held-out questions", table), "", drafts, "", figures, "", tiny)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sparkctl.errors import UsageError
-from sparkctl.manifest.schema import Table
+from sparkctl.manifest.table import Table
 
 
 def about(table: type[Table], field: str) -> str:

@@ -15,8 +15,10 @@ from rich.text import Text
 from sparkctl.cli import console
 from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, RunArg
 from sparkctl.errors import UsageError
-from sparkctl.manifest.schema import Choices, EngineName, Mode, PlanTable
+from sparkctl.manifest.schema import Choices, PlanTable
 from sparkctl.manifest.store import describe
+from sparkctl.manifest.table import EngineName, Mode
+from sparkctl.words import quoted
 
 if TYPE_CHECKING:
     from sparkctl.steps.recommend import Result
@@ -94,10 +96,15 @@ def _human(result: Result, dry_run: bool) -> Group:
         f"on {plan.machine.name}, {console.size(plan.machine.memory)}",
         ("steps", f"{costs.steps:,}, packs a step: {plan.gradient_accumulation}, warm-up: {plan.warmup_steps}"),
         ("time", f"{console.duration(costs.seconds)} at {costs.tokens_per_second:,.0f} tok/s: {costs.throughput_from}"),
+        *(
+            [("MTP head", f"{console.duration(costs.head_seconds)} more, for `mtp train`")]
+            if costs.head_seconds
+            else []
+        ),
         ("memory", f"{console.size(costs.peak_memory)} at its peak: {memory}"),
         ("disk", f"{console.size(costs.disk)}: tokens, checkpoints and the merged model"),
         ("trained", f"{costs.trainable_parameters:,} parameters"),
-        ("next", f"sparkctl train {result.run}"),
+        ("next", f"sparkctl train {quoted(result.run)}"),
     )
     return Group(console.titled(title, table), "", estimates)
 

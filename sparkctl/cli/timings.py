@@ -29,13 +29,17 @@ def step_json(at: Setting, rows: list[Row]) -> dict[str, Any]:
         for row in rows
     ]
     setting = {"machine": at.machine.model_dump(), "shape": at.name, "note": at.note, "parameters": at.parameters}
-    work = {"mode": at.work.mode, "lengths": at.work.lengths, "labels": sum(at.work.labels), "rank": at.work.rank}
+    trained = (
+        {"draft_steps": at.work.draft_steps} if at.work.draft_steps else {"mode": at.work.mode, "rank": at.work.rank}
+    )
+    work = {"lengths": at.work.lengths, "labels": sum(at.work.labels), **trained}
     return {"ok": not all(row.failed for row in rows), **setting, **work, "versions": versions(), "stacks": table}
 
 
 def step_table(at: Setting, rows: list[Row]) -> Group:
+    head = f"MTP head over {counted(at.work.draft_steps, 'draft step')}"
     title = (
-        f"{at.name}, {at.work.mode}, one pack of {at.work.tokens:,} tokens in "
+        f"{at.name}, {head if at.work.draft_steps else at.work.mode}, one pack of {at.work.tokens:,} tokens in "
         f"{counted(len(at.work.lengths), 'document')} "
         f"on {at.machine.name}"
     )

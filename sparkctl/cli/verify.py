@@ -13,7 +13,7 @@ from rich.console import RenderableType
 from sparkctl.cli import console, verdicts
 from sparkctl.cli.options import JsonOpt, RunArg, SlowOpt
 from sparkctl.errors import SparkError
-from sparkctl.manifest.schema import EngineName
+from sparkctl.manifest.table import EngineName
 
 HELP = "Prove on this machine: an engine is lossless, documents never meet, trainings resume, a model is complete."
 group = typer.Typer(help=HELP)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparkctl.manifest.schema import EngineName, Mode
+from sparkctl.manifest.table import EngineName, Mode
 
 BF16, FP32 = 2, 4
 

@@ -161,11 +161,13 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _reclaimable(folder: Path) -> int:
-    """File pages that the kernel drops when memory is wanted."""
-    for line in _lines(folder / "memory.stat"):
-        if line.startswith(("inactive_file ", "total_inactive_file ")):
-            return int(line.split()[1])
-    return 0
+    """File pages that the kernel drops when memory is wanted, read lately or not: MemAvailable counts both too.
+
+    Version 1 counts the groups below, as its usage does, in lines of their own.
+    """
+    pages = dict(line.split() for line in _lines(folder / "memory.stat") if "active_file " in line)
+    with_below = "total_" if "total_inactive_file" in pages else ""
+    return sum(int(pages.get(f"{with_below}{kind}_file", 0)) for kind in ("active", "inactive"))
 
 
 def _words(path: Path, count: int) -> list[str] | None:

@@ -1,6 +1,7 @@
 """What was measured on this machine, kept over all runs in the user's data folder.
 
-    measurements.json   {"schema": 1, "training": [...], "probes": [...]}, one entry a machine and what was measured
+    measurements.json   {"schema": 1, "training": [...], "probes": [...], "products": [...]}, one entry a machine and
+                        what was measured
 
 It is a notebook, not data of a run: where it cannot be read it counts as empty, where it cannot be written training
 ends as well as ever.
@@ -10,26 +11,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from sparkctl import env
 from sparkctl.files import write_atomic
 from sparkctl.hardware.machine import identity
+from sparkctl.hardware.software import versions
 from sparkctl.manifest.fingerprint import fingerprint
-from sparkctl.manifest.schema import EngineName, Machine, Mode
+from sparkctl.manifest.schema import Machine
+from sparkctl.manifest.table import EngineName, Mode
 
 NAME = "measurements.json"
 
 
 class Kind(NamedTuple):
     """What has to be alike for a rate to tell of another training. model: [model] config_sha256; rank: 0 without LoRA;
-    processes: that it was spread over.
+    processes: that it was spread over. An MTP head's training has the mode "mtp" and its draft steps for a rank.
     """
 
     model: str
-    mode: Mode
+    mode: Mode | Literal["mtp"]
     rank: int
     checkpointing: bool
     processes: int = 1
@@ -84,6 +87,40 @@ def probe(machine: Machine) -> Probe:
     return measured
 
 
+class Layers(NamedTuple):
+    """What decides which matrix products a training computes. rank: 0 without LoRA."""
+
+    model_type: str
+    hidden: int
+    ffn: int
+    rank: int
+
+    @classmethod
+    def of(cls, config: Any, rank: int) -> Layers:
+        """Of a config of transformers, the text model's."""
+        return cls(str(config.model_type).removesuffix("_text"), config.hidden_size, config.intermediate_size, rank)
+
+
+def keep_ways(machine: Machine, layers: Layers, ways: dict[str, str], when: str) -> bool:
+    """Keep how these products are computed fastest here, beside other lengths' that were measured with these versions.
+
+    False where that could not be written.
+    """
+    kind = _products_of(machine, layers)
+    return _put("products", kind, dict(ways={**ways_here(machine, layers), **ways}, when=when, name=machine.name))
+
+
+def ways_here(machine: Machine, layers: Layers) -> dict[str, str]:
+    """What `keep_ways` kept; nothing where torch or Triton was another."""
+    kind = _products_of(machine, layers)
+    return next((dict(entry["ways"]) for entry in _read()["products"] if _is(entry, **kind)), {})
+
+
+def _products_of(machine: Machine, layers: Layers) -> dict[str, Any]:
+    here = versions()
+    return dict(machine=_key(machine), **layers._asdict(), torch=here.get("torch"), triton=here.get("triton"))
+
+
 def measure(device: str) -> Probe:
     """The best of a few short products of bf16 matrices and a few copies."""
     import torch
@@ -130,7 +167,7 @@ def _read() -> dict[str, Any]:
     except (OSError, ValueError):
         values = {}
     good = isinstance(values, dict) and values.get("schema") == 1
-    return values if good else {"schema": 1, "training": [], "probes": []}
+    return {"schema": 1, "training": [], "probes": [], "products": [], **(values if good else {})}
 
 
 def _put(table: str, kind: dict[str, Any], values: dict[str, Any]) -> bool:

@@ -27,6 +27,7 @@ class Shape:
     head_norms: bool
     gated: bool
     tied: bool
+    heads: int  # of queries
     rule_layers: int = 0
     rule_heads: int = 0
     rule_keys: int = 0
@@ -74,6 +75,7 @@ class Shape:
             head_norms=not kind.startswith(("llama", "mistral", "qwen2")),
             gated=bool(rules) or bool(text.get("attn_output_gate")),
             tied=bool(text.get("tie_word_embeddings", False)),
+            heads=heads,
             rule_layers=rules,
             rule_heads=value_heads,
             rule_keys=value_heads * key_dim,

@@ -12,7 +12,8 @@ from sparkctl.hardware.load import Load
 from sparkctl.hardware.measurements import Kind, Probe, lookup, probe
 from sparkctl.hardware.memory import saved
 from sparkctl.hardware.shape import Shape
-from sparkctl.manifest.schema import EngineName, Machine
+from sparkctl.manifest.schema import Machine
+from sparkctl.manifest.table import EngineName
 
 # README of DGX_Spark_Unsloth_Lossless_Speedup: LoRA on a GB10, packs up to 1,024; parameters: tokens a second
 SPARK_TABLE = {0.853e9: 5650.0, 2.213e9: 3568.0, 4.539e9: 1712.0, 9.410e9: 1095.0, 27.357e9: 370.0}

@@ -9,20 +9,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+
+from sparkctl.manifest.evidence import Acceptance, Lossless
+from sparkctl.manifest.table import CheckpointKind, EngineName, HeadLoss, Mode, Schedule, Table
 
 SCHEMA = 1
-
-Mode = Literal["lora", "full"]
-EngineName = Literal["native", "reference", "unsloth"]
-Schedule = Literal["cosine", "linear"]
-CheckpointKind = Literal["base", "step", "merged", "mtp-head", "served"]
-
-
-class Table(BaseModel):
-    """An unknown key is an error; assignments are checked like a file's values."""
-
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
 
 class RunTable(Table):
@@ -175,12 +167,18 @@ class Estimates(Table):
     memory: MemoryTerms
     disk: int = Field(description="checkpoints, store and merged model")
     trainable_parameters: int
+    head_seconds: float | None = Field(None, description="of `mtp train`, where the model has an MTP head")
 
 
-class PlanTable(Table):
+class Method(Table):
     mode: Mode
     engine: EngineName
     lora: Lora | None = Field(None, description="absent in full fine-tuning")
+
+
+class Course(Table):
+    """Packs, steps, learning and saving: what the training loop needs of a plan, whatever is trained."""
+
     tokens_per_step: int
     pack_length: int
     gradient_accumulation: int = Field(description="packs an optimiser step")
@@ -196,15 +194,18 @@ class PlanTable(Table):
     beta2: float = 0.999
     epsilon: float = 1e-8
     max_grad_norm: float
-    checkpointing: bool
     save_every: int
     keep: int
     seed: int
+    machine: Machine
+
+
+class PlanTable(Course, Method):
+    checkpointing: bool
     recipe: str | None = None
     reasons: dict[str, str] = Field(default_factory=dict, description="why each choice is as it is")
     origin: dict[str, str] = Field(default_factory=dict, description="flag, recipe, parent or rule: which won")
     estimates: Estimates
-    machine: Machine
     made_from: str
 
 
@@ -232,6 +233,7 @@ class BaseTable(Table):
 
 class TrainTable(Table):
     status: Literal["running", "interrupted", "failed", "done"]
+    stopped: str | None = Field(None, description="why it was interrupted")
     started: str
     engine: EngineName
     versions: dict[str, str]
@@ -276,39 +278,46 @@ class MergeTable(Table):
     made_from: str
 
 
-class Lossless(Table):
-    """The certificate of `verify lossless`. Distances are relative, from the reference computed in fp32."""
+class HeadPlan(Course):
+    """How the MTP head is trained."""
 
-    passed: bool
-    problems: list[str] = Field(default_factory=list, description="what was over a limit")
-    engine: EngineName
-    mode: Mode
-    device: str
-    dtype: str = Field(description="of the engine's products")
-    packs: str = Field(description="the data of step 0")
-    tensors: int = Field(description="trained tensors; small ones of all layers count as one")
-    worst_gradient_ratio: float = Field(description="of distances, the engine's over the reference's in that dtype")
-    worst_tensor: str
-    median_gradient_ratio: float
-    worst_fp32_distance: float | None = Field(None, description="of a gradient, the engine computed in fp32")
-    worst_fp32_tensor: str | None = None
-    fp32_skipped: str | None = Field(None, description="why the engine was not computed in fp32")
-    document_loss_ratio: float = Field(description="of distances, of the losses of single documents")
-    steps: int = Field(description="optimiser steps side by side")
-    course_loss: float = Field(description="distance of the loss over those steps")
-    course_loss_reference: float
-    course_norm: float = Field(description="distance of the gradient norm over those steps")
-    course_norm_reference: float
-    versions: dict[str, str]
-    seconds: float
-    created: str
-    made_from: str
+    draft_steps: int = Field(3, ge=1, le=8, description="tokens drafted one after the other in training")
+    decay: float = Field(0.6, gt=0, le=1, description="weight of a draft step's loss beside the step before")
+    loss: HeadLoss = Field("kl", description="kl: to the model's own distribution; ce: to the text")
+    fresh: bool = Field(False, description="begin with random weights, not with the base's head")
+    estimated_seconds: float
+    estimated_peak_memory: int
 
 
 class MtpTable(Table):
-    mode: Literal["trained", "default", "skipped"]
-    source: str | None = None
+    mode: Literal["training", "trained", "shipped", "skipped"] = Field(
+        description="shipped: training did not help, and the base's head was kept; skipped: there is none"
+    )
     skipped: str | None = Field(None, description="why there is no head")
+    plan: HeadPlan | None = None
+    train: TrainTable | None = None
+    resumes: list[Resume] = Field(default_factory=list)
+    head: str | None = Field(None, description="file of the 15 tensors that `mtp inject --mode trained` takes")
+    digest: str | None = Field(None, description="sha256 of that file")
+    merged: str | None = Field(None, description="digest of the merged model that it was trained for")
+    acceptance: list[Acceptance] = Field(default_factory=list)
+    made_from: str
+
+
+class ServedTable(Table):
+    """The model with an MTP head in it, as vLLM serves it."""
+
+    mode: Literal["trained", "default"]
+    source: str = Field(description="where the head is from: a file, a folder, or a hub id")
+    model: str = Field(description="the folder that got it")
+    folder: str
+    head_digest: str
+    tensors: int
+    bytes: int
+    draft_length: int = Field(description="tokens that a server should draft; 0: drafting does not pay")
+    draft_reason: str
+    seconds: float
+    created: str
     made_from: str
 
 
@@ -336,6 +345,7 @@ class Manifest(Table):
     merge: MergeTable | None = None
     adapter: MergeTable | None = None
     mtp: MtpTable | None = None
+    served: ServedTable | None = None
     checkpoints: list[Checkpoint] = Field(default_factory=list)
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, populate_by_name=True)

@@ -25,6 +25,7 @@ from sparkctl import __version__
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.files import write_atomic
 from sparkctl.manifest.schema import SCHEMA, Manifest, RunTable
+from sparkctl.words import quoted
 
 NAME = "run.toml"
 
@@ -49,7 +50,7 @@ class Run:
         """
         root = Path(root).absolute()
         if root.exists() and not root.is_dir():
-            raise UsageError(f"`{root}` is a file; a run is a folder")
+            raise UsageError(f"`{root}` is a file; a run is a folder", "name a folder with `--run`")
         made = not root.exists()
         root.mkdir(parents=True, exist_ok=True)
         link = os.path.relpath(parent.root, root) if parent else None
@@ -131,7 +132,7 @@ class Run:
     def _write_first(self) -> None:
         with self._manifest_lock():
             if (self.root / NAME).exists():  # looked at under the lock: of two that make the run, one does
-                raise UsageError(f"`{self.root}` holds a run already", f"sparkctl show {self.root}")
+                raise UsageError(f"`{self.root}` holds a run already", f"sparkctl show {quoted(self.root)}")
             try:
                 self._write(self.manifest)
             except BaseException:
@@ -167,10 +168,12 @@ def read_manifest(root: Path) -> Manifest:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UsageError(
-            f"`{root}` is not a run: it has no {NAME}", f"sparkctl analyze DATA --run {root} --model MODEL"
+            f"`{root}` is not a run: it has no {NAME}", f"sparkctl analyze DATA --run {quoted(root)} --model MODEL"
         ) from None
     except UnicodeDecodeError as error:
-        raise UsageError(f"`{path}` is not UTF-8: {error.reason} at byte {error.start}") from None
+        raise UsageError(
+            f"`{path}` is not UTF-8: {error.reason} at byte {error.start}", "mend it by hand or restore the file"
+        ) from None
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -209,9 +212,12 @@ def _follow_move(manifest: Manifest, root: Path) -> None:
             table.recipe = moved(table.recipe)
     for file in manifest.data.files if manifest.data else []:
         file.path = moved(file.path) or ""
-    for merged in (manifest.merge, manifest.adapter):
+    for merged in (manifest.merge, manifest.adapter, manifest.served):
         if merged:
             merged.folder = moved(merged.folder) or ""
+    if manifest.served:
+        manifest.served.model = moved(manifest.served.model) or ""
+        manifest.served.source = moved(manifest.served.source) or ""
     for checkpoint in manifest.checkpoints:
         checkpoint.path = moved(checkpoint.path) or ""
 

@@ -9,6 +9,8 @@ from pathlib import PurePath
 from sparkctl import __version__
 from sparkctl.manifest.schema import Checkpoint, DataTable, Lora, Manifest, ModelTable, PlanTable, TrainTable
 
+SERVE = "## Serve\n\n```sh\n"
+
 
 @dataclass(frozen=True)
 class Made:
@@ -33,12 +35,22 @@ def card(made: Made, rounds: Sequence[Manifest]) -> str:
         f"{_model(run.model)}, fine-tuned with sparkctl {__version__}. "
         f"Made from checkpoint `{made.checkpoint.id}` of run `{run.run.id}` (digest `{made.checkpoint.digest[:16]}`).",
         f"## What changed\n\n{_changed(made)}",
-        f"## Serve\n\n```sh\n{made.serve}\n```",
+        f"{SERVE}{made.serve}\n```",
         f"## Training\n\n{_training(run, made.checkpoint)}",
         f"## Lineage\n\nFrom this round back to the first.\n\n{_lineage(rounds)}",
         f"## Data\n\n{_data(rounds)}",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def with_head(card: str, serve: str, head: str) -> str:
+    """The card of a model that got an MTP head: served by another command, and a section that says which head it is."""
+    section = f"## MTP head\n\n{head}"
+    before, found, rest = card.partition(SERVE)
+    if not found:  # another tool's
+        return f"{card.rstrip()}\n\n{section}\n\n{SERVE}{serve}\n```\n"
+    _, _, after = rest.partition("\n```")
+    return f"{before}{SERVE}{serve}\n```\n\n{section}{after}"
 
 
 def base_name(model: ModelTable) -> str:

@@ -6,12 +6,14 @@ its size is taken as unchanged, any other is hashed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import Field, ValidationError
 
 from sparkctl.files import sha256_bytes, sha256_file
-from sparkctl.manifest.schema import Table
+from sparkctl.manifest.table import Table
 
 SEAL = "sparkctl.json"
 
@@ -41,16 +43,28 @@ class Seal(Table):
         return sha256_bytes("".join(f"{name} {file.sha256}\n" for name, file in sorted(self.files.items())).encode())
 
 
-def sealed_files(folder: Path) -> dict[str, SealedFile]:
-    """Size and digest of every file in `folder`, the seal left out."""
+S = TypeVar("S", bound=Seal)
+
+
+def sealed_files(folder: Path, known: Mapping[str, SealedFile] | None = None) -> dict[str, SealedFile]:
+    """Size and digest of every file in `folder`, the seal left out; those `known` are not read again."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
-    return {name: SealedFile(size=(folder / name).stat().st_size, sha256=sha256_file(folder / name)) for name in names}
+    known = known or {}
+    return {
+        name: known.get(name) or SealedFile(size=(folder / name).stat().st_size, sha256=sha256_file(folder / name))
+        for name in names
+    }
 
 
-def read_seal(folder: Path) -> Seal | None:
-    """The folder's seal; None where there is none, or none that can be read."""
+def write_seal(folder: Path, seal: Seal) -> None:
+    """The last of the folder's files."""
+    (folder / SEAL).write_text(seal.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def read_seal(folder: Path, kind: type[S] = Seal) -> S | None:  # type: ignore[assignment]
+    """The folder's seal; None where there is none, or none of that kind that can be read."""
     try:
-        return Seal.model_validate_json((folder / SEAL).read_bytes())
+        return kind.model_validate_json((folder / SEAL).read_bytes())
     except (OSError, ValidationError):
         return None
 

@@ -19,8 +19,11 @@ from sparkctl.model.names import LIVE, NESTED, nested_name, text_prefix
 from sparkctl.model.weights import INDEX, Layout, read_layout
 
 
-def audit(folder: Path) -> list[str]:
-    """Everything that is wrong with the weights in `folder`, a sentence each; empty where nothing is."""
+def audit(folder: Path, *, counted: bool = True) -> list[str]:
+    """Everything that is wrong with the weights in `folder`, a sentence each; empty where nothing is.
+
+    counted: whether the index has to state the right total, too; a base need not, since a merge counts anew.
+    """
     try:
         config = dict(json.loads((folder / "config.json").read_bytes()))
         layout = read_layout(folder)
@@ -32,7 +35,7 @@ def audit(folder: Path) -> list[str]:
     if text_prefix(promised) == LIVE and text_prefix(layout.where) == NESTED:
         promised = {nested_name(name): shape for name, shape in promised.items()}
     found = {name: file.shape(name) for name, file in layout.where.items()}
-    problems += layout.problems + _index_problems(folder, layout)
+    problems += layout.problems + _misplaced(layout) + (_miscounted(folder, layout) if counted else [])
     problems += [
         f"config.json promises `{name}`, and it is missing"
         for name in promised
@@ -105,19 +108,23 @@ def _build(folder: Path) -> Any:
         raise SparkError(f"config.json describes no model that transformers can build ({error})") from error
 
 
-def _index_problems(folder: Path, layout: Layout) -> list[str]:
-    """What the index counts wrongly, and what the shards hold beyond it."""
+def _misplaced(layout: Layout) -> list[str]:
+    """What the shards hold beyond the index."""
     if not layout.sharded:
         return []
-    problems = [
+    return [
         f"`{file.path.name}` holds `{name}`, which the index does not place there"
         for file in layout.shards
         for name in file.names()
         if layout.where.get(name) is not file
     ]
+
+
+def _miscounted(folder: Path, layout: Layout) -> list[str]:
+    """The index's total_size, where it does not hold."""
+    if not layout.sharded or layout.problems:
+        return []
     metadata = json.loads((folder / INDEX).read_bytes()).get("metadata")
     stated = metadata.get("total_size") if isinstance(metadata, dict) else None
     total = sum(file.nbytes(name) for name, file in layout.where.items())
-    if stated != total and not layout.problems:
-        problems.append(f"the index states a total_size of {stated} bytes, and its tensors take {total}")
-    return problems
+    return [] if stated == total else [f"the index states a total_size of {stated} bytes, and its tensors take {total}"]

@@ -10,7 +10,7 @@ import errno
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from json import JSONDecodeError
 from pathlib import Path
@@ -33,16 +33,16 @@ class Hub:
         self.id, self.endpoint, self.cache, self.offline = id, endpoint, cache, offline
         self._common: dict[str, Any] = dict(endpoint=endpoint, cache_dir=cache, local_files_only=offline)
 
-    def small_files(self, revision: str | None) -> Path:
-        """The folder of the commit that `revision` is (None: the newest), everything but weights in it; it is named
-        after the commit. A commit that is there is not asked for again.
+    def small_files(self, revision: str | None, patterns: Sequence[str] = SMALL) -> Path:
+        """The folder of the commit that `revision` is (None: the newest), everything but weights in it, or what fits
+        one of `patterns`; it is named after the commit. A commit that is there is not asked for again.
         """
         from huggingface_hub import snapshot_download
 
-        with self._explained(revision):
+        with self.explained(revision):
             folder = snapshot_download(
-                self.id, revision=revision, allow_patterns=SMALL, ignore_patterns=NESTED, tqdm_class=_quiet_bar(),
-                **self._common,
+                self.id, revision=revision, allow_patterns=list(patterns), ignore_patterns=NESTED,
+                tqdm_class=_quiet_bar(), **self._common,
             )  # fmt: skip
         return Path(folder)
 
@@ -52,16 +52,16 @@ class Hub:
 
         if not names:
             return
-        sizes = self._sizes(commit)
+        sizes = self.sizes(commit)
         total = sum(sizes[name] for name in names) if sizes.keys() >= set(names) else None
         if total and not self.offline:
             self._require_space(total)
         with progress.task(f"downloading {self.id}", total, "B") as task:
             for name in names:
-                with self._explained(commit, name):
+                with self.explained(commit, name):
                     hf_hub_download(self.id, name, revision=commit, tqdm_class=_bar(task), **self._common)
 
-    def _sizes(self, commit: str) -> dict[str, int]:
+    def sizes(self, commit: str) -> dict[str, int]:
         """Bytes of each file of a commit, where the cache has the list."""
         from huggingface_hub import get_cached_repo_tree
         from huggingface_hub.errors import CachedRepoTreeNotFoundError
@@ -81,7 +81,7 @@ class Hub:
             )
 
     @contextmanager
-    def _explained(self, revision: str | None, file: str | None = None) -> Iterator[None]:
+    def explained(self, revision: str | None, file: str | None = None) -> Iterator[None]:
         """Quiet in this block; an error that a user can mend becomes a SparkError."""
         with _quiet():
             try:
@@ -109,10 +109,10 @@ class Hub:
         if isinstance(error, UnicodeEncodeError | httpx.LocalProtocolError):  # their text may hold the token
             return UsageError("the token for the hub has characters that no token has", "set HF_TOKEN anew")
         if isinstance(error, httpx.UnsupportedProtocol | httpx.InvalidURL):
-            return UsageError(f"HF_ENDPOINT is no address: `{self._shown}`", "it begins with https://")
+            return UsageError(f"HF_ENDPOINT is no address: `{self.shown}`", "it begins with https://")
         if isinstance(error, httpx.ConnectError | httpx.TimeoutException | httpx.ProxyError):
             return SparkError(
-                f"cannot reach `{self._shown}`: {_sentence(error)}",
+                f"cannot reach `{self.shown}`: {_sentence(error)}",
                 "check the network and HF_ENDPOINT; with HF_HUB_OFFLINE=1 what was downloaded before is used",
             )
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -121,7 +121,7 @@ class Hub:
                 "free some space there, or set HF_HUB_CACHE to a folder on a larger disk, and run it again",
             )
         if isinstance(error, errors.FileMetadataError | JSONDecodeError):
-            return SparkError(f"`{self._shown}` does not answer as a hub does", "check HF_ENDPOINT")
+            return SparkError(f"`{self.shown}` does not answer as a hub does", "check HF_ENDPOINT")
         if isinstance(error, OSError) and error.filename is not None:
             return None  # the command line names the place
         if isinstance(error, httpx.HTTPError | OSError | RuntimeError | errors.XetDownloadError):
@@ -136,7 +136,7 @@ class Hub:
         if isinstance(error, errors.GatedRepoError):
             return SparkError(
                 f"`{self.id}` is gated: its owner has to let you in",
-                f"accept its terms at {self._shown}/{self.id} and set HF_TOKEN to a token of that account",
+                f"accept its terms at {self.shown}/{self.id} and set HF_TOKEN to a token of that account",
             )
         if isinstance(error, errors.RevisionNotFoundError):
             return UsageError(f"`{self.id}` has no revision `{revision}`", "its owner may have removed it")
@@ -145,18 +145,18 @@ class Hub:
             return SparkError(f"`{self.id}` has no {what}", "only safetensors are read: take a model that has them")
         if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
             return UsageError(
-                f"no model `{self.id}`, neither as a folder nor on `{self._shown}`",
+                f"no model `{self.id}`, neither as a folder nor on `{self.shown}`",
                 "check the spelling; where it is private, set HF_TOKEN to a token that may read it",
             )
         if status in (401, 403):
             return SparkError(
-                f"`{self._shown}` refuses access to `{self.id}` (HTTP {status})",
+                f"`{self.shown}` refuses access to `{self.id}` (HTTP {status})",
                 "set HF_TOKEN to a token that may read it",
             )
-        return SparkError(f"`{self._shown}` answered HTTP {status} for `{self.id}`", f"wait a little, then {AGAIN}")
+        return SparkError(f"`{self.shown}` answered HTTP {status} for `{self.id}`", f"wait a little, then {AGAIN}")
 
     @property
-    def _shown(self) -> str:
+    def shown(self) -> str:
         """The endpoint without a password."""
         parts = urlsplit(self.endpoint)
         return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

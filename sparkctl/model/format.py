@@ -7,7 +7,7 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sparkctl.errors import SparkError
 
@@ -38,7 +38,13 @@ class Entry:
         return math.prod(self.shape)
 
 
-def read_header(path: Path, file: BinaryIO, size: int) -> bytes:
+class Readable(Protocol):
+    """As much of an open file as a header takes."""
+
+    def read(self, count: int, /) -> bytes: ...
+
+
+def read_header(path: Path, file: Readable, size: int) -> bytes:
     """The length and the JSON behind it, as they are in the file."""
     first = file.read(8)
     length = struct.unpack("<Q", first)[0] if len(first) == 8 else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,13 +37,14 @@ def locate(
     revision: str | None = None,
     base: Path | None = None,
     weights: bool = False,
+    small: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> ModelSource:
     """The model that `source` names: a folder, or ORG/NAME on the hub, with config, tokenizer and templates.
 
     revision: the commit of a hub model, recorded earlier; None takes the newest. base: the run whose manifest names a
-    folder. weights: the safetensors have to be there too. Raises UsageError where there is no such folder or model,
-    SparkError where it cannot be had.
+    folder. weights: the safetensors have to be there too. small: of a hub model's other files only these. Raises
+    UsageError where there is no such folder or model, SparkError where it cannot be had.
     """
     if revision is None:
         folder = _recorded(base, source) if base else Path(source)
@@ -52,10 +54,10 @@ def locate(
             raise UsageError(f"`{folder}` is a file", "a model is a folder with config.json and safetensors weights")
         if base or not is_hub_id(source):
             raise UsageError(f"no folder `{folder}`", "check the path; a model on the hub is named ORG/NAME")
-    from sparkctl.model.download import Hub
+    from sparkctl.model.download import SMALL, Hub
 
     hub = Hub(source, env.hub_endpoint(), env.hub_cache(), offline=env.hub_offline())
-    folder = hub.small_files(revision)
+    folder = hub.small_files(revision, small or SMALL)
     commit = folder.name
     if weights:
         hub.weights(commit, [name for name in _weight_files(folder) if not (folder / name).exists()], progress)

@@ -7,6 +7,7 @@ from typing import Any
 
 PREFIX = "mtp."
 LAYER = f"{PREFIX}layers.0."
+TYPES = ("qwen3_5", "qwen3_5_text")  # model types that may have one
 Shapes = dict[str, tuple[int, ...]]
 
 

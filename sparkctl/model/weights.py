@@ -64,6 +64,10 @@ class TensorFile:
     def nbytes(self, name: str) -> int:
         return self._entries[name].stop - self._entries[name].start
 
+    def metadata(self) -> dict[str, str] | None:
+        """What the header says beside the tensors."""
+        return json.loads(self.header[8:]).get("__metadata__")
+
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor."""
         entry = self._entries[name]
@@ -80,13 +84,18 @@ class TensorFile:
 
     def copy_bytes(self, name: str, target: BinaryIO, advance: Callable[[int], None]) -> None:
         """Append the tensor's bytes to `target` as they are; `advance` hears of each chunk."""
+        for piece in self.pieces(name):
+            target.write(piece)
+            advance(len(piece))
+
+    def pieces(self, name: str) -> Iterator[bytearray]:
+        """The tensor's bytes as they are, a chunk at a time."""
         entry = self._entries[name]
         with self.path.open("rb", buffering=0) as file:
             for start in range(entry.start, entry.stop, CHUNK):
                 buffer = bytearray(min(CHUNK, entry.stop - start))
                 self._fill(file, start, memoryview(buffer))
-                target.write(buffer)
-                advance(len(buffer))
+                yield buffer
 
     def _tensor(self, entry: Entry, start: int, stop: int, shape: tuple[int, ...]) -> torch.Tensor:
         import torch
@@ -167,7 +176,7 @@ def read_layout(folder: Path) -> Layout:
 
 
 def _sharded(folder: Path) -> Layout:
-    weight_map = _weight_map(folder / INDEX)
+    weight_map = read_weight_map(folder / INDEX)
     shards: dict[str, TensorFile] = {}
     problems = []
     for shard in sorted(set(weight_map.values())):
@@ -187,7 +196,8 @@ def _sharded(folder: Path) -> Layout:
     return Layout(True, list(shards.values()), where, problems)
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Tensor → file name, of an index. Raises SparkError where it is none."""
     try:
         weight_map = dict(json.loads(path.read_bytes())["weight_map"])
     except (ValueError, KeyError, TypeError, OSError):

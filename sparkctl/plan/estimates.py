@@ -10,7 +10,7 @@ import numpy as np
 
 from sparkctl.data.pack import best_fit
 from sparkctl.hardware.shape import Shape
-from sparkctl.manifest.schema import Mode
+from sparkctl.manifest.table import Mode
 
 if TYPE_CHECKING:
     from sparkctl.data.tokens import TokenStore
@@ -86,7 +86,7 @@ def _most_labels(documents: Documents, pack_length: int, seed: int) -> int:
 class Model:
     """The model's numbers: its shape, the parameters that each mode trains, bytes of its checkpoint.
 
-    lacking: what the native engine has nothing for in it, where there is such a thing.
+    lacking: what the native engine has nothing for in it, where there is such a thing. drafts: it has an MTP head.
     """
 
     shape: Shape
@@ -94,6 +94,7 @@ class Model:
     adapters_by_rank: int  # LoRA parameters with r = 1: they are linear in r
     bytes: int
     lacking: str | None = None
+    drafts: bool = False
 
     def trainable(self, mode: Mode, r: int) -> int:
         """Parameters with gradients."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from sparkctl.hardware.load import Load
 from sparkctl.hardware.memory import peak
-from sparkctl.manifest.schema import EngineName, MemoryTerms, Mode
+from sparkctl.manifest.schema import MemoryTerms
+from sparkctl.manifest.table import EngineName, Mode
 from sparkctl.plan import rules
 from sparkctl.plan.estimates import Documents, Model
 

@@ -16,7 +16,8 @@ from sparkctl.hardware.measurements import Kind, lookup
 from sparkctl.hardware.throughput import Rate, expected
 from sparkctl.manifest.fingerprint import fingerprint
 from sparkctl.manifest.schema import AnalysisTable, Estimates, Lora, Machine, ModelTable, PlanTable
-from sparkctl.plan import estimates, rules
+from sparkctl.manifest.table import EngineName
+from sparkctl.plan import estimates, heads, rules
 from sparkctl.plan.doubts import doubts
 from sparkctl.plan.estimates import Documents
 from sparkctl.plan.fit import Memory, Variant, nearest
@@ -33,7 +34,7 @@ def made_from(analysis: AnalysisTable, table: ModelTable, wishes: Wishes, machin
     rest = fingerprint(
         FORMAT, table.config_sha256, wishes.flags, sorted(wishes.auto), wishes.recipe,
         PurePath(wishes.recipe_name or "").name, parent,
-        identity(machine), list(rules.AVAILABLE_ENGINES),
+        identity(machine), list(rules.engines()),
     )  # fmt: skip
     return f"{analysis.made_from}.{rest}"
 
@@ -45,7 +46,12 @@ def is_made_from(plan: PlanTable, analysis: AnalysisTable) -> bool:
 
 def recommend(at: Situation, wishes: Wishes) -> PlanTable:
     """The plan. Raises UsageError where a choice cannot be, SparkError where memory or disk does not suffice."""
-    return _Planner(at, wishes).plan()
+    plan = _Planner(at, wishes).plan()
+    if at.model.drafts:
+        plan.estimates.head_seconds = heads.seconds(
+            plan, at.model.shape, Documents.of(at.store), heads.HeadWishes(), at.table.config_sha256
+        )
+    return plan
 
 
 class _Planner:
@@ -77,11 +83,8 @@ class _Planner:
     def _engine(self) -> None:
         """The engine, and the rates measured here with it by pack length."""
         at, values = self._at, self._values
-        if self._made.given("engine") and values["engine"] not in rules.AVAILABLE_ENGINES:
-            raise UsageError(
-                f"no engine `{values['engine']}` in this version, which has {', '.join(rules.AVAILABLE_ENGINES)}",
-                self._wishes.command(at.run, engine=rules.AVAILABLE_ENGINES[0]),
-            )
+        if self._made.given("engine") and values["engine"] in rules.EXTRA_ENGINES:
+            self._require_extra(values["engine"])
         if self._made.given("engine") and values["engine"] == "native" and at.model.lacking:
             raise UsageError(
                 f"the native engine has nothing for {at.model.lacking}",
@@ -93,6 +96,14 @@ class _Planner:
         rates = {m.engine: m.tokens_per_second for m in here}
         engine = self._made.decide("engine", rules.engine(rates, at.model.lacking))
         self._measured = {m.pack_length: m.tokens_per_second for m in here if m.engine == engine}
+
+    def _require_extra(self, engine: EngineName) -> None:
+        """Raise UsageError unless the package of that engine and a GPU are there."""
+        other = self._wishes.command(self._at.run, engine=rules.AVAILABLE_ENGINES[0])
+        if engine not in rules.engines():
+            raise UsageError(f"the engine `{engine}` is not installed: `pip install 'dgx-sparkctl[{engine}]'`", other)
+        if self._at.machine.device != "cuda":
+            raise UsageError(f"the engine `{engine}` needs a GPU that torch can use", other)
 
     def _variant(self) -> Variant:
         """Mode, rank, pack length and checkpointing: as given, the rest as wanted where that fits, else as near."""

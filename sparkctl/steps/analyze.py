@@ -206,7 +206,7 @@ class _Analysis:
         with self._progress.task("tokenising", total, unit="B") as task:
             tally = ingest.run(self._request.data, task.advance)
         if not tally.lengths:
-            raise SparkError(f"no example is left: {_counts(tally)}", "check the files with `--show 1 --dry-run`")
+            raise SparkError(f"no example is left: {_counts(tally)}", _why_none(tally))
         return tally
 
     def _earlier(self, run: Run | None) -> list[Earlier]:
@@ -296,6 +296,19 @@ def _counts(tally: Tally) -> str:
     }
     named = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
     return f"{sum(tally.read) + dropped.bad_lines} read, {named or 'none kept'}"
+
+
+def _why_none(tally: Tally) -> str:
+    """What to do where nothing is left: about the reason that took most."""
+    dropped = tally.dropped
+    hints = {
+        "raise `--max-seq-length`, or leave it out": dropped.too_long,
+        "leave `--skip-bad` out to see what is wrong with the first bad line": dropped.bad_lines,
+        "give every chat an assistant turn with text": dropped.empty_assistant,
+        "no answer has anything to learn: an end token at its beginning, or a `weight` of 0": dropped.no_trained_token,
+    }
+    most = max(hints, key=lambda hint: hints[hint])
+    return most if hints[most] else "give files with one chat a line"
 
 
 def _show(folder: Path, format: ChatFormat, count: int) -> list[Shown]:

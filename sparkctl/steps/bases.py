@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparkctl.errors import UsageError
+from sparkctl.errors import SparkError, UsageError
 from sparkctl.files import sha256_file
 from sparkctl.manifest.schema import BaseFile, BaseTable, ModelTable, TrainTable
 from sparkctl.manifest.store import Run
 from sparkctl.progress import Progress
+from sparkctl.words import quoted
+
+SHOWN = 3  # problems of a base that are told
 
 
 def read_base(folder: Path, model: ModelTable, known: BaseTable | None, progress: Progress) -> BaseTable:
@@ -32,6 +35,22 @@ def read_base(folder: Path, model: ModelTable, known: BaseTable | None, progress
     )
 
 
+def require_whole(folder: Path) -> None:
+    """Raise SparkError where the base is not what its config.json promises: no merge of it would pass its audit."""
+    from sparkctl.model.audit import audit
+
+    problems = audit(folder, counted=False)
+    if not problems:
+        return
+    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    raise SparkError(
+        f"the base `{folder}` is not whole, so what is trained on it could not be merged: "
+        f"{'; '.join(problems[:SHOWN])}{more}",
+        "take it as it was published, or have its config.json promise what is there and analyze again (transformers "
+        "saves a Qwen3.5 without its MTP head: `mtp_num_hidden_layers` is 0 then)",
+    )
+
+
 def same_base(run: Run, trained: TrainTable, folder: Path, model: ModelTable, progress: Progress) -> BaseTable | None:
     """The base as it is now, where it is the one that was trained on; None where the training did not note it.
 
@@ -40,7 +59,7 @@ def same_base(run: Run, trained: TrainTable, folder: Path, model: ModelTable, pr
     then = trained.base
     if then is None:
         return None
-    anew = f"`sparkctl train {run.root} --force` trains on it"
+    anew = f"`sparkctl train {quoted(run.root)} --force` trains on it"
     if then.config_sha256 != model.config_sha256:
         raise UsageError(f"`{run.root}` was trained on {then.source}, and is now analysed for {model.source}", anew)
     here = read_base(folder, model, then, progress)

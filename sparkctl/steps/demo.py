@@ -15,16 +15,20 @@ from pathlib import Path
 
 from sparkctl.demo.chats import held_out_questions, training_chats, write_jsonl
 from sparkctl.errors import UsageError
+from sparkctl.manifest.evidence import Acceptance
 from sparkctl.manifest.schema import Choices
 from sparkctl.manifest.store import Run
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.killing import killed_training
+from sparkctl.steps.mtp_eval import SHIPPED, TRAINED
 
 MARK = ".sparkctl-demo"  # the folder is the demo's own: it may be emptied
 KILL_AFTER = 5  # steps beyond the first checkpoint, so that killing loses work
 QUESTIONS = 30  # at least so many are asked
 EXACT_SHARE = 0.95
 LOSS = 0.2
+HELD_OUT = 0.05  # of the chats: enough prompts to measure drafts on
+HEAD_RATE = 5e-4  # learning rate of a head so small
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Demo:
     steps: int = 0
     final_loss: float = 0.0
     answers: list[Answer] = field(default_factory=list)
+    drafts: list[Acceptance] = field(default_factory=list)
+    serve: str = ""
 
     @property
     def before(self) -> int:
@@ -60,6 +66,12 @@ class Demo:
     def after(self) -> int:
         """Questions that the tuned model answers exactly as taught."""
         return sum(answer.after == answer.taught for answer in self.answers)
+
+    @property
+    def regained(self) -> bool:
+        """Whether more drafts are accepted of the trained head than of the shipped one, on the tuned model."""
+        accepted = {row.name: row.mean_accepted for row in self.drafts}
+        return accepted.get(TRAINED, 0.0) > accepted.get(SHIPPED, 0.0)
 
     @property
     def problems(self) -> list[str]:
@@ -73,6 +85,7 @@ class Demo:
             f"the training was killed at step {self.killed_at} and resumed from {self.resumed_from}": not (
                 0 < self.resumed_from < self.killed_at < self.steps
             ),
+            "training the MTP head regained no accepted draft": not self.regained,
         }
         return [text for text, broken in found.items() if broken]
 
@@ -90,9 +103,13 @@ def demo(folder: Path, *, progress: Progress = silent) -> Demo:
     from sparkctl.demo.ask import answers
     from sparkctl.demo.model import write_model
     from sparkctl.steps.analyze import analyze
+    from sparkctl.steps.injection import Request as InjectRequest
     from sparkctl.steps.inputs import Request
     from sparkctl.steps.merge import Request as MergeRequest
     from sparkctl.steps.merge import merge
+    from sparkctl.steps.mtp_inject import inject
+    from sparkctl.steps.mtp_train import HeadWishes, mtp_train
+    from sparkctl.steps.mtp_train import Request as HeadRequest
     from sparkctl.steps.recommend import Request as PlanRequest
     from sparkctl.steps.recommend import recommend
     from sparkctl.steps.resume import resume
@@ -104,7 +121,8 @@ def demo(folder: Path, *, progress: Progress = silent) -> Demo:
         data = write_jsonl(folder / "chats.jsonl", training_chats())
         write_model(model)
     with result.phase("analyze", progress):
-        analysed = analyze(Request((data,), run, model=str(model), recipe="demo"), progress=progress)
+        request = Request((data,), run, model=str(model), recipe="demo", eval_fraction=HELD_OUT)
+        analysed = analyze(request, progress=progress)
     with result.phase("recommend", progress):
         recommend(PlanRequest(run, Choices()), progress=progress)
     with result.phase("train, killed", progress):
@@ -113,6 +131,11 @@ def demo(folder: Path, *, progress: Progress = silent) -> Demo:
         trained = resume(run, progress=progress).train
     with result.phase("merge", progress):
         merged = merge(MergeRequest(run), progress=progress).folder
+    with result.phase("mtp train", progress):
+        head = mtp_train(HeadRequest(run, HeadWishes(learning_rate=HEAD_RATE)), progress=progress).mtp
+    with result.phase("mtp inject", progress):
+        result.serve = inject(InjectRequest(run, "trained"), progress=progress).serve or ""
+    result.drafts = head.acceptance if head else []
     result.examples, result.parameters = analysed.analysis.train_examples, analysed.model.parameters
     result.resumed_from = Run.open(run).manifest.resumes[-1].step
     result.steps, result.final_loss = trained.steps, trained.final_loss or math.nan

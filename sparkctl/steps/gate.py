@@ -12,6 +12,7 @@ from sparkctl.steps.inputs import analysed
 from sparkctl.steps.training import Job, model_folder, parent_of
 from sparkctl.train import state
 from sparkctl.train.ranks import Ranks
+from sparkctl.words import quoted
 
 Rival = tuple[Run, Path]  # the parent and its best checkpoint
 
@@ -24,7 +25,7 @@ def rival(run: Run) -> Rival:
     if (ours[0].tokenizer_sha256, ours[0].vocab_size) != (theirs[0].tokenizer_sha256, theirs[0].vocab_size):
         raise UsageError(
             f"`{parent.root}` reads tokens of another tokenizer, so its loss cannot stand beside this one",
-            f"sparkctl train {run.root}, without `--gate`",
+            f"sparkctl train {quoted(run.root)}, without `--gate`",
         )
     if not ours[2].eval_examples:
         raise UsageError(
@@ -56,7 +57,7 @@ def judge(run: Run, rival: Rival, gate: Gate) -> None:
         raise SparkError(
             f"held-out loss {gate.loss:.4f} is {gate.loss / gate.parent_loss - 1:.1%} worse than the parent's "
             f"{gate.parent_loss:.4f}; the gate allows {gate.limit:.1%}",
-            f"keep `{rival[0].root}` in service, and look at the new data: `sparkctl show {run.root}`",
+            f"keep `{rival[0].root}` in service, and look at the new data: `sparkctl show {quoted(run.root)}`",
         )
 
 
@@ -70,7 +71,7 @@ def _parent_loss(job: Job, parent: Run, checkpoint: Path, ranks: Ranks, progress
     trained = state.read_state(checkpoint)
     plan = job.plan.model_copy(update={"mode": trained.mode, "lora": trained.lora, "checkpointing": False})
     folder = model_folder(parent, analysed(parent)[0], progress)
-    engine = make_engine(plan, folder, name=str(job.run.root), allow_slow=job.allow_slow)
+    engine = make_engine(plan, folder, name=quoted(job.run.root), allow_slow=job.allow_slow)
     state.load_trainable(checkpoint, engine.parameters())
     progress.say(f"scoring `{parent.root}` ({checkpoint.name}) on this run's held-out examples")
     store = job.store()

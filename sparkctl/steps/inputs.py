@@ -22,6 +22,7 @@ from sparkctl.manifest.fingerprint import fingerprint
 from sparkctl.manifest.schema import AnalysisTable, DataFile, DataTable, Dropped, Manifest, ModelTable
 from sparkctl.manifest.store import NAME, Run
 from sparkctl.progress import Progress
+from sparkctl.words import quoted
 
 if TYPE_CHECKING:
     from sparkctl.data.chat import ChatFormat
@@ -143,7 +144,9 @@ def analysed(run: Run) -> tuple[ModelTable, DataTable, AnalysisTable]:
     """The tables that analyze wrote. Raises UsageError where it has not."""
     manifest = run.manifest
     if not (manifest.model and manifest.data and manifest.analysis):
-        raise UsageError(f"no [analysis] in `{run.root}`", f"sparkctl analyze DATA --run {run.root} --model MODEL")
+        raise UsageError(
+            f"no [analysis] in `{run.root}`", f"sparkctl analyze DATA --run {quoted(run.root)} --model MODEL"
+        )
     return manifest.model, manifest.data, manifest.analysis
 
 
@@ -284,7 +287,9 @@ def _template(request: Request, run: Run | None, parent: Run | None, config_sha2
         except FileNotFoundError:
             raise UsageError(f"no file `{request.chat_template}`", "give a Jinja chat template") from None
         except UnicodeDecodeError as error:
-            raise UsageError(f"`{request.chat_template}` is not UTF-8: byte {error.start}") from None
+            raise UsageError(
+                f"`{request.chat_template}` is not UTF-8: byte {error.start}", "save the template as UTF-8"
+            ) from None
     for owner in (run, parent):
         model = owner.manifest.model if owner else None
         if owner and model and model.config_sha256 == config_sha256 and (owner is parent or model.chat_template.given):

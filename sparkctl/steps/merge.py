@@ -18,13 +18,14 @@ from sparkctl.manifest.fingerprint import fingerprint
 from sparkctl.manifest.schema import Checkpoint, MergeTable, ModelTable
 from sparkctl.manifest.store import Run, now
 from sparkctl.merge.companions import companions
-from sparkctl.merge.seal import SEAL, Seal, SealedFile, intact, read_seal, sealed_files
+from sparkctl.merge.seal import Seal, SealedFile, intact, read_seal, sealed_files, write_seal
 from sparkctl.merge.serve import load_text_adapter, model_length, serve_adapter, serve_model
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.bases import same_base
 from sparkctl.steps.inputs import analysed, analyze_command
 from sparkctl.steps.training import CHECKPOINTS, model_folder
 from sparkctl.train import state
+from sparkctl.words import quoted
 
 if TYPE_CHECKING:
     from sparkctl.merge.adapter import AdapterClass
@@ -153,18 +154,18 @@ def _checkpoint(run: Run, wanted: str, progress: Progress) -> Path:
     train = run.manifest.train
     there = {path.name: path for path in state.listed(run.root / CHECKPOINTS)}
     if train is None:
-        raise UsageError(f"`{run.root}` has not been trained yet", f"sparkctl train {run.root}")
+        raise UsageError(f"`{run.root}` has not been trained yet", f"sparkctl train {quoted(run.root)}")
     if train.gate and not train.gate.passed:
         progress.say(f"the gate of `{run.root}` did not let this training through: {train.gate.loss:.4f} held-out loss")
     if train.status != "done":
         progress.say(
-            f"the training stopped at step {train.step} of {train.steps}: `sparkctl resume {run.root}` ends it"
+            f"the training stopped at step {train.step} of {train.steps}: `sparkctl resume {quoted(run.root)}` ends it"
         )
     id = {"best": train.best_checkpoint or train.last_checkpoint, "last": train.last_checkpoint}.get(wanted, wanted)
     if wanted == "best" and train.best_checkpoint is None and id:
         progress.say(f"nothing was held out, so there is no best checkpoint: taking the last, {id}")
     if id is None:
-        raise UsageError(f"`{run.root}` has no checkpoint yet", f"sparkctl resume {run.root}")
+        raise UsageError(f"`{run.root}` has no checkpoint yet", f"sparkctl resume {quoted(run.root)}")
     if id not in there:
         raise UsageError(
             f"no checkpoint `{id}` in `{run.root}`; there: {', '.join(there) or 'none'}", "name one of them"
@@ -208,7 +209,7 @@ def _write(job: _Job, force: bool, progress: Progress) -> Seal:
     def finish(stage: Path, merged: Merged) -> None:
         (stage / "README.md").write_text(_card(job, merged), encoding="utf-8")
         seals.append(_seal(job, merged, sealed_files(stage)))
-        (stage / SEAL).write_text(seals[0].model_dump_json(indent=1) + "\n", encoding="utf-8")
+        write_seal(stage, seals[0])
 
     replace, trained = force or job.out.exists(), job.trained / state.TRAINABLE
     if job.request.adapter and job.at.lora:

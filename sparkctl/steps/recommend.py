@@ -21,6 +21,7 @@ from sparkctl.plan.request import Situation, Wishes
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.inputs import analysed, analyze_command, recorded_parent
 from sparkctl.steps.training import FREE
+from sparkctl.words import quoted
 
 TOKENS = "tokens"
 
@@ -103,6 +104,7 @@ def _situation(shown: Path, run: Run, table: ModelTable, progress: Progress) -> 
 
 def _model(run: Run, table: ModelTable, progress: Progress) -> Model:
     """The model's numbers, from config.json; the size of its weights where they are here, else what they will be."""
+    from sparkctl.model import mtp
     from sparkctl.model.hub import locate
     from sparkctl.model.inspect import full_parameters, inspect, lora_parameters
     from sparkctl.model.served import lacking
@@ -115,6 +117,7 @@ def _model(run: Run, table: ModelTable, progress: Progress) -> Model:
         full=full,
         adapters_by_rank=lora_parameters(info, 1),
         lacking=lacking(info),
+        drafts=info.model_type in mtp.TYPES and mtp.layers(info.config.get("text_config") or info.config) == 1,
         bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")) or BF16 * table.parameters,
     )
 
@@ -131,5 +134,6 @@ def _protect(shown: Path, run: Run, new: PlanTable, force: bool) -> None:
     if trained.status == "done" or learning(before) != learning(new):
         raise UsageError(
             f"`{shown}` has been trained by its plan, up to step {trained.step} of {trained.steps}",
-            f"plan a new round, `sparkctl analyze DATA --run NEW --parent {shown}`, or add `--force` to start anew",
+            f"plan a new round, `sparkctl analyze DATA --run NEW --parent {quoted(shown)}`, or add `--force` to start "
+            "anew",
         )

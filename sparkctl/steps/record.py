@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from sparkctl.errors import Interrupted, SparkError
 from sparkctl.files import sweep_stages
+from sparkctl.hardware.measurements import Kind
 from sparkctl.hardware.software import versions
-from sparkctl.manifest.schema import BaseTable, Checkpoint, Manifest, TrainTable
-from sparkctl.manifest.store import now
+from sparkctl.manifest.schema import BaseTable, Checkpoint, Course, Manifest, TrainTable
+from sparkctl.manifest.store import Run, now
+from sparkctl.manifest.table import CheckpointKind, EngineName
 from sparkctl.progress import Progress, silent
-from sparkctl.steps.bases import read_base, same_base
-from sparkctl.steps.training import METRICS, Job
 from sparkctl.train import state
 from sparkctl.train.ranks import Ranks
 from sparkctl.train.state import State
@@ -28,8 +28,41 @@ MEASURED_STEPS = 5  # at least so many steps make a rate
 Status = Literal["running", "interrupted", "failed", "done"]
 
 
+class Training(Protocol):
+    """A training of a run: its model's (steps/training.py) or its MTP head's (steps/mtp_training.py).
+
+    kind and prefix: of its checkpoints in [[checkpoints]], whose ids are their folders' names behind the prefix.
+    """
+
+    @property
+    def kind(self) -> CheckpointKind: ...
+    @property
+    def prefix(self) -> str: ...
+    @property
+    def run(self) -> Run: ...
+    @property
+    def plan(self) -> Course: ...
+    @property
+    def made_from(self) -> str: ...
+    @property
+    def checkpoints(self) -> Path: ...
+    @property
+    def metrics(self) -> Path: ...
+    @property
+    def before(self) -> TrainTable | None: ...
+    @property
+    def again(self) -> str: ...
+    @property
+    def parent_id(self) -> str: ...
+    def estimates(self) -> tuple[EngineName, float, int]: ...
+    def alike(self, processes: int) -> Kind: ...
+    def note(self, manifest: Manifest, table: TrainTable) -> None: ...
+    def base(self, checkpoint: Path | None, progress: Progress) -> BaseTable | None: ...
+    def open(self, choices: dict[str, str] | None, ranks: Ranks, progress: Progress) -> Session: ...
+
+
 def carry_out(
-    job: Job,
+    job: Training,
     checkpoint: Path | None,
     ranks: Ranks,
     progress: Progress,
@@ -43,75 +76,59 @@ def carry_out(
     """
     from sparkctl.train.guard import Signals
     from sparkctl.train.metrics import Metrics, truncate
+    from sparkctl.train.watch import watched
 
     progress = progress if ranks.writes else silent
-    base = base_of(job, checkpoint, progress) if ranks.writes else None
+    base = job.base(checkpoint, progress) if ranks.writes else None
     session = open_session(job, checkpoint, ranks, progress)
-    signals = Signals(f"sparkctl resume {job.run.root}", progress.say)
+    signals = Signals(job.again, progress.say)
     recorder = _Recorder(job, session, gate_limit, base)
     ranks.meet(session.engine.device)  # all have read the run before the first changes it
-    with signals.caught():
+    with signals.caught(), watched(job.plan.machine, signals):
         if not ranks.writes:
             session.loop(job.checkpoints, None, signals, recorder.saved, progress).run()
             return recorder.table("done")
         drop_later(job, session.state.step)
         state.prune(job.checkpoints, job.plan.keep, session.state.best_checkpoint)  # a kill may have come before it
         recorder.write("running", also)
-        truncate(job.run.root / METRICS, session.state.step)
-        with recorder.outcome(), closing(Metrics(job.run.root / METRICS)) as metrics:
+        truncate(job.metrics, session.state.step)
+        with recorder.outcome(), closing(Metrics(job.metrics)) as metrics:
             session.loop(job.checkpoints, metrics, signals, recorder.saved, progress).run()
     note_rate(job, ranks.size)
     return recorder.table("done")
 
 
-def base_of(job: Job, checkpoint: Path | None, progress: Progress) -> BaseTable:
-    """The weights to train on. Raises UsageError where a training that goes on began with others."""
-    folder, trained = job.model_folder(progress), job.run.manifest.train
-    same = same_base(job.run, trained, folder, job.model, progress) if checkpoint and trained else None
-    return same or read_base(folder, job.model, None, progress)
-
-
-def open_session(job: Job, checkpoint: Path | None, ranks: Ranks, progress: Progress) -> Session:
+def open_session(job: Training, checkpoint: Path | None, ranks: Ranks, progress: Progress) -> Session:
     """The training in memory, restored, rehearsed."""
-    from sparkctl.train.session import Session
-
-    folder = job.model_folder(progress)
-    before = job.run.manifest.train if checkpoint else None
-    session = Session.open(
-        job.plan, folder, job.store(), choices=before.choices if before else None, ranks=ranks, name=str(job.run.root),
-        allow_slow=job.allow_slow,
-    )  # fmt: skip
+    before = job.before if checkpoint else None
+    session = job.open(before.choices if before else None, ranks, progress)
     if checkpoint:
         session.restore(checkpoint)
-    elif job.parent:
-        session.start_from(job.parent[1])
     if before:
         _compare(before, session, progress)
     for part, what in session.engine.describe():
         progress.say(f"{part}: {what}")
     if ranks.writes:
-        job.checkpoints.mkdir(exist_ok=True)
+        job.checkpoints.mkdir(parents=True, exist_ok=True)
         sweep_stages(job.checkpoints)
     session.rehearse(job.checkpoints)
     return session
 
 
-def note_rate(job: Job, processes: int) -> None:
+def note_rate(job: Training, processes: int) -> None:
     """Keep this machine's rate for the plans to come: of whole steps, without evaluations, saves and the warm-up."""
     from sparkctl.hardware.machine import this_machine
-    from sparkctl.hardware.measurements import Kind, record
+    from sparkctl.hardware.measurements import record
     from sparkctl.train.metrics import read
 
-    steps = [line for line in read(job.run.root / METRICS) if "loss" in line]
+    steps = [line for line in read(job.metrics) if "loss" in line]
     warm = steps[len(steps) // 5 :]
     if len(warm) >= MEASURED_STEPS:
         rate = sum(line["tokens"] for line in warm) / sum(line["seconds"] for line in warm)
-        plan = job.plan
-        kind = Kind(job.model.config_sha256, plan.mode, plan.lora.r if plan.lora else 0, plan.checkpointing, processes)
-        record(this_machine(), kind, plan.engine, rate, plan.pack_length, now())
+        record(this_machine(), job.alike(processes), job.estimates()[0], rate, job.plan.pack_length, now())
 
 
-def drop_later(job: Job, step: int) -> None:
+def drop_later(job: Training, step: int) -> None:
     """Remove checkpoints of steps after `step`, newest first: they belong to a course that is not taken."""
     for checkpoint in reversed(state.listed(job.checkpoints)):
         if state.step_of(checkpoint) > step:
@@ -130,20 +147,23 @@ def _compare(before: TrainTable, session: Session, progress: Progress) -> None:
 class _Recorder:
     """Keeps [train] and [[checkpoints]] true while a training runs."""
 
-    def __init__(self, job: Job, session: Session, gate_limit: float | None, base: BaseTable | None) -> None:
+    def __init__(self, job: Training, session: Session, gate_limit: float | None, base: BaseTable | None) -> None:
         self._job, self._session, self._gate_limit, self._base = job, session, gate_limit, base
         self._state = session.state
-        before = job.run.manifest.train
+        before = job.before
         self._started = before.started if before and self._state.step else now()
         self._last: str | None = state.checkpoint_id(self._state.step) if self._state.step else None
+        self._stopped: str | None = None
 
     def table(self, status: Status) -> TrainTable:
         """[train] at this moment."""
-        at, session, plan = self._state, self._session, self._job.plan
+        at, session = self._state, self._session
+        engine, seconds, memory = self._job.estimates()
         return TrainTable(
             status=status,
+            stopped=self._stopped,
             started=self._started,
-            engine=plan.engine,
+            engine=engine,
             versions=versions(),
             choices=session.engine.choices(),
             made_from=self._job.made_from,
@@ -160,9 +180,9 @@ class _Recorder:
             tokens=at.tokens,
             tokens_per_second=round(at.tokens / at.seconds, 1) if at.seconds else None,
             seconds=round(at.seconds, 3),
-            estimated_seconds=plan.estimates.seconds,
+            estimated_seconds=seconds,
             peak_memory=at.peak_memory,
-            estimated_peak_memory=plan.estimates.peak_memory,
+            estimated_peak_memory=memory,
             gate_limit=self._gate_limit,
             base=self._base,
         )
@@ -170,7 +190,7 @@ class _Recorder:
     def write(self, status: Status, also: Callable[[Manifest], None] | None = None) -> None:
         """[train] with that status, and the checkpoints that are really there."""
         with self._job.run.edit() as manifest:
-            manifest.train = self.table(status)
+            self._job.note(manifest, self.table(status))
             manifest.checkpoints = [*self._others(manifest), *self._steps(manifest)]
             if also:
                 also(manifest)
@@ -186,30 +206,30 @@ class _Recorder:
         try:
             yield
         except BaseException as error:
+            self._stopped = error.reason if isinstance(error, Interrupted) else None
             with suppress(OSError, SparkError):
                 self.write("interrupted" if isinstance(error, Interrupted) else "failed")
             raise
         self.write("done")
 
     def _others(self, manifest: Manifest) -> list[Checkpoint]:
-        return [checkpoint for checkpoint in manifest.checkpoints if checkpoint.kind != "step"]
+        return [checkpoint for checkpoint in manifest.checkpoints if checkpoint.kind != self._job.kind]
 
     def _steps(self, manifest: Manifest) -> list[Checkpoint]:
-        known = {checkpoint.id: checkpoint for checkpoint in manifest.checkpoints if checkpoint.kind == "step"}
+        known = {entry.id: entry for entry in manifest.checkpoints if entry.kind == self._job.kind}
         entries = []
         for path in state.listed(self._job.checkpoints):
             digest = state.digest(path)
-            before = known.get(path.name)
+            before = known.get(self._job.prefix + path.name)
             entries.append(before if before and before.digest == digest else self._entry(path, digest))
         return entries
 
     def _entry(self, path: Path, digest: str) -> Checkpoint:
         job, at = self._job, state.read_state(path)
-        parent = f"{job.parent[0].manifest.run.id}:{job.parent[1].name}" if job.parent else "base"
         return Checkpoint(
-            id=path.name,
-            kind="step",
-            parent=parent,
+            id=job.prefix + path.name,
+            kind=job.kind,
+            parent=job.parent_id,
             path=job.run.relative(path),
             step=at.step,
             created=now(),

@@ -13,6 +13,7 @@ from sparkctl.steps import gate as gates
 from sparkctl.steps.record import carry_out
 from sparkctl.steps.training import Job, claimed, complete, planned
 from sparkctl.train import state
+from sparkctl.words import quoted
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,11 @@ def resume(
     with claimed(run, "resume") as ranks:
         job, trained = planned(run, allow_slow), run.manifest.train
         if trained is None:
-            raise UsageError(f"`{run.root}` has not been trained yet", f"sparkctl train {run.root}")
+            raise UsageError(f"`{run.root}` has not been trained yet", f"sparkctl train {quoted(run.root)}")
         if trained.made_from != job.made_from:
             raise UsageError(
                 f"the plan or the data of `{run.root}` changed since this training began",
-                f"sparkctl train {run.root} --force",
+                f"sparkctl train {quoted(run.root)} --force",
             )
         limit = trained.gate_limit
         rival = gates.rival(run) if limit is not None else None
@@ -73,7 +74,9 @@ def _named(job: Job, id: str) -> Path:
     there = {path.name: path for path in state.listed(job.checkpoints)}
     if id not in there:
         known = ", ".join(there) or "none"
-        raise UsageError(f"no checkpoint `{id}` in `{job.run.root}`; there: {known}", f"sparkctl show {job.run.root}")
+        raise UsageError(
+            f"no checkpoint `{id}` in `{job.run.root}`; there: {known}", f"sparkctl show {quoted(job.run.root)}"
+        )
     state.verify(there[id])
     return there[id]
 
@@ -89,4 +92,4 @@ def _reason(trained: TrainTable, named: str | None) -> str:
     """Why the training has to be resumed: a status of `running` that nobody holds is a kill."""
     if named:
         return f"--from {named}"
-    return "killed" if trained.status == "running" else trained.status
+    return "killed" if trained.status == "running" else trained.stopped or trained.status

@@ -9,12 +9,14 @@ from typing import Any, Literal
 from sparkctl.data.tokens import stored_digest
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.manifest.lineage import ancestors, missing_parent
-from sparkctl.manifest.schema import MergeTable
+from sparkctl.manifest.schema import MergeTable, MtpTable, ServedTable
 from sparkctl.manifest.store import Run
 from sparkctl.merge.seal import intact, read_seal
+from sparkctl.model import mtp
+from sparkctl.mtp.inject import ServedSeal
 from sparkctl.steps.inputs import analyze_command
 from sparkctl.steps.training import Job, check_fresh, complete, planned
-from sparkctl.words import counted, here
+from sparkctl.words import counted, here, quoted
 
 Status = Literal["done", "not run", "running", "stopped", "stale"]
 
@@ -49,6 +51,7 @@ def show(folder: Path) -> Shown:
     run = Run.open(folder)
     running = run.running()
     steps = [_analyze(run, folder), _recommend(run, folder), _train(run, folder), *_merges(run, folder)]
+    steps += _heads(run, folder)
     if running:
         name = "train" if running == "resume" else running
         steps = [Step(s.name, "running", s.detail) if s.name == name else s for s in steps]
@@ -65,7 +68,9 @@ def get(shown: Shown, key: str) -> Any:
         known = list(value) if isinstance(value, dict) else [str(i) for i in range(len(value))]
         if part not in known:
             there = f"it has {', '.join(known)}" if known else "it is empty"
-            raise UsageError(f"no `{part}` in {at} of `{shown.run.root}`: {there}", f"sparkctl show {shown.run.root}")
+            raise UsageError(
+                f"no `{part}` in {at} of `{shown.run.root}`: {there}", f"sparkctl show {quoted(shown.run.root)}"
+            )
         value = value[part] if isinstance(value, dict) else value[int(part)]
         at = f"`{part}`"
         if not isinstance(value, dict | list):
@@ -86,7 +91,7 @@ class _Leaf:
 def _analyze(run: Run, shown: Path) -> Step:
     analysis = run.manifest.analysis
     if analysis is None:
-        return Step("analyze", "not run", mend=f"sparkctl analyze DATA --run {shown} --model MODEL")
+        return Step("analyze", "not run", mend=f"sparkctl analyze DATA --run {quoted(shown)} --model MODEL")
     detail = f"{counted(analysis.examples, 'example')}, {counted(analysis.tokens, 'token')}"
     if stored_digest(run.root / "tokens") != analysis.digest:
         mend = analyze_command(run, "--force", shown=shown)
@@ -95,7 +100,7 @@ def _analyze(run: Run, shown: Path) -> Step:
 
 
 def _recommend(run: Run, shown: Path) -> Step:
-    plan, mend = run.manifest.plan, f"sparkctl recommend {shown}"
+    plan, mend = run.manifest.plan, f"sparkctl recommend {quoted(shown)}"
     if plan is None:
         return Step("recommend", "not run", mend=mend)
     detail = f"{plan.mode}, {plan.engine}, {plan.steps:,} steps of {plan.gradient_accumulation} × {plan.pack_length:,}"
@@ -109,7 +114,7 @@ def _recommend(run: Run, shown: Path) -> Step:
 def _train(run: Run, shown: Path) -> Step:
     trained = run.manifest.train
     if trained is None:
-        return Step("train", "not run", mend=f"sparkctl train {shown}")
+        return Step("train", "not run", mend=f"sparkctl train {quoted(shown)}")
     detail = f"step {trained.step:,} of {trained.steps:,}"
     if trained.best_eval_loss is not None:
         detail += f", best held-out loss {trained.best_eval_loss:.4f} ({trained.best_checkpoint})"
@@ -117,13 +122,13 @@ def _train(run: Run, shown: Path) -> Step:
         detail += ", through the gate" if trained.gate.passed else ", not let through by the gate"
     job = _job(run)
     if job is None or job.made_from != trained.made_from:
-        return Step("train", "stale", detail, f"sparkctl train {shown} --force", "; plan or data changed since")
+        return Step("train", "stale", detail, f"sparkctl train {quoted(shown)} --force", "; plan or data changed since")
     if trained.status == "done" and not complete(job):
-        return Step("train", "stopped", detail, f"sparkctl resume {shown}", "; a checkpoint is damaged or gone")
+        return Step("train", "stopped", detail, f"sparkctl resume {quoted(shown)}", "; a checkpoint is damaged or gone")
     if trained.status == "done":
         return Step("train", "done", detail)
-    why = "killed" if trained.status == "running" else trained.status
-    return Step("train", "stopped", detail, f"sparkctl resume {shown}", f", {why}")
+    why = "killed" if trained.status == "running" else trained.stopped or trained.status
+    return Step("train", "stopped", detail, f"sparkctl resume {quoted(shown)}", f", {why}")
 
 
 def _job(run: Run) -> Job | None:
@@ -136,10 +141,50 @@ def _job(run: Run) -> Job | None:
 def _merges(run: Run, shown: Path) -> list[Step]:
     """The merged model, and the adapter where one was written."""
     manifest = run.manifest
-    merged = _merge("merge", run, manifest.merge, f"sparkctl merge {shown}")
+    merged = _merge("merge", run, manifest.merge, f"sparkctl merge {quoted(shown)}")
     if manifest.adapter is None:
         return [merged]
-    return [merged, _merge("adapter", run, manifest.adapter, f"sparkctl merge {shown} --adapter-only")]
+    return [merged, _merge("adapter", run, manifest.adapter, f"sparkctl merge {quoted(shown)} --adapter-only")]
+
+
+def _heads(run: Run, shown: Path) -> list[Step]:
+    """The MTP head and the served model; nothing where the model has none to speak of."""
+    manifest = run.manifest
+    may = manifest.model and manifest.model.model_type in mtp.TYPES and manifest.merge
+    if manifest.mtp is None and not may:
+        return []
+    steps = [_head(run, manifest.mtp, f"sparkctl mtp train {quoted(shown)}")]
+    if manifest.served:
+        mend = f"sparkctl mtp inject {quoted(shown)} --mode {manifest.served.mode}"
+        steps.append(_served(run, manifest.served, mend))
+    return steps
+
+
+def _head(run: Run, table: MtpTable | None, mend: str) -> Step:
+    if table is None:
+        return Step("mtp train", "not run", mend=mend)
+    if table.mode == "skipped":
+        return Step("mtp train", "done", f"skipped: {table.skipped}")
+    trained = table.train
+    detail = f"step {trained.step:,} of {trained.steps:,}" if trained else ""
+    if table.mode == "training":
+        return Step("mtp train", "stopped", detail, mend, ", and not measured yet")
+    if table.acceptance:
+        best = table.acceptance[-1]
+        detail += f", {best.mean_accepted:.2f} tokens of {len(best.cumulative)} accepted a draft"
+    detail += "; it did not help, the base's head was kept" if table.mode == "shipped" else ""
+    if table.head is None or not run.resolve(table.head).is_file():
+        return Step("mtp train", "stale", detail, mend, "; its file is gone")
+    return Step("mtp train", "done", detail)
+
+
+def _served(run: Run, table: ServedTable, mend: str) -> Step:
+    folder = run.resolve(table.folder)
+    detail = f"{table.mode} head, {counted(table.draft_length, 'token')} to draft → {here(folder)}"
+    seal = read_seal(folder, ServedSeal)
+    if seal is None or seal.made_from != table.made_from or not intact(folder, seal):
+        return Step("mtp inject", "stale", detail, f"{mend} --force", "; the folder is not what was written")
+    return Step("mtp inject", "done", detail)
 
 
 def _merge(name: str, run: Run, table: MergeTable | None, mend: str) -> Step:

@@ -14,6 +14,7 @@ from sparkctl.steps import verify_lossless
 from sparkctl.steps.record import carry_out
 from sparkctl.steps.training import Job, claimed, complete, planned
 from sparkctl.train import state
+from sparkctl.words import quoted
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _done(job: Job) -> bool:
     run, trained = job.run, job.run.manifest.train
     if trained is None:
         return False
-    anew = f"sparkctl train {run.root} --force"
+    anew = f"sparkctl train {quoted(run.root)} --force"
     if trained.made_from != job.made_from:
         if trained.step == 0 and not state.listed(job.checkpoints):
             return False  # it failed before anything was worth keeping, and was planned anew
@@ -74,4 +75,4 @@ def _done(job: Job) -> bool:
     what = f"the training of `{run.root}` stopped at step {trained.step} of {trained.steps}"
     if trained.status == "done":
         what = f"a checkpoint of `{run.root}` is damaged or gone"
-    raise UsageError(what, f"sparkctl resume {run.root}")
+    raise UsageError(what, f"sparkctl resume {quoted(run.root)}")

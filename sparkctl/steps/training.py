@@ -6,22 +6,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from sparkctl.errors import UsageError
 from sparkctl.files import sha256_file
+from sparkctl.hardware.measurements import Kind
 from sparkctl.manifest.fingerprint import fingerprint
-from sparkctl.manifest.schema import ModelTable, PlanTable
+from sparkctl.manifest.schema import BaseTable, Manifest, ModelTable, PlanTable, TrainTable
 from sparkctl.manifest.store import Run
+from sparkctl.manifest.table import CheckpointKind, EngineName
 from sparkctl.progress import Progress
+from sparkctl.steps.bases import read_base, require_whole, same_base
 from sparkctl.steps.inputs import analysed, analyze_command, recorded_parent
 from sparkctl.train import state
 from sparkctl.train.ranks import Ranks, joined
+from sparkctl.words import quoted
 
 if TYPE_CHECKING:
     from sparkctl.data.tokens import TokenStore
+    from sparkctl.train.session import Session
 
-CHECKPOINTS = "checkpoints"
+TOKENS, CHECKPOINTS = "tokens", "checkpoints"
 METRICS = "metrics.jsonl"
 # how a plan is carried out, not what comes of it: these may change between a start and a resume
 FREE = {
@@ -41,16 +46,77 @@ class Job:
     made_from: str
     allow_slow: bool = False  # a GPU may compute in plain torch what lacks its fast kernel
 
+    kind: ClassVar[CheckpointKind] = "step"
+    prefix: ClassVar[str] = ""
+
     @property
     def checkpoints(self) -> Path:
         """The folder of the run's checkpoints."""
         return self.run.root / CHECKPOINTS
 
+    @property
+    def metrics(self) -> Path:
+        """A line for every step."""
+        return self.run.root / METRICS
+
+    @property
+    def before(self) -> TrainTable | None:
+        """What is recorded of it."""
+        return self.run.manifest.train
+
+    @property
+    def again(self) -> str:
+        """The command that goes on with it."""
+        return f"sparkctl resume {quoted(self.run.root)}"
+
+    @property
+    def parent_id(self) -> str:
+        """The checkpoint that it starts from, as [[checkpoints]] calls it."""
+        return f"{self.parent[0].manifest.run.id}:{self.parent[1].name}" if self.parent else "base"
+
+    def estimates(self) -> tuple[EngineName, float, int]:
+        """(engine, seconds, peak memory) as planned."""
+        return self.plan.engine, self.plan.estimates.seconds, self.plan.estimates.peak_memory
+
+    def alike(self, processes: int) -> Kind:
+        """What its rate tells of."""
+        plan = self.plan
+        rank = plan.lora.r if plan.lora else 0
+        return Kind(self.model.config_sha256, plan.mode, rank, plan.checkpointing, processes)
+
+    def note(self, manifest: Manifest, table: TrainTable) -> None:
+        """Write down what has become of it."""
+        manifest.train = table
+
+    def base(self, checkpoint: Path | None, progress: Progress) -> BaseTable | None:
+        """The weights to train on.
+
+        Raises UsageError where a training that goes on began with others, SparkError where one that begins would end
+        in a model that cannot be merged.
+        """
+        folder = self.model_folder(progress)
+        if checkpoint is None:
+            require_whole(folder)
+        same = same_base(self.run, self.before, folder, self.model, progress) if checkpoint and self.before else None
+        return same or read_base(folder, self.model, None, progress)
+
+    def open(self, choices: dict[str, str] | None, ranks: Ranks, progress: Progress) -> Session:
+        """It in memory, before step 1. choices: those of an earlier start that it goes on with."""
+        from sparkctl.train.session import Session
+
+        session = Session.open(
+            self.plan, self.model_folder(progress), self.store(), choices=choices, ranks=ranks,
+            name=quoted(self.run.root), allow_slow=self.allow_slow,
+        )  # fmt: skip
+        if self.parent:
+            session.start_from(self.parent[1])
+        return session
+
     def store(self) -> TokenStore:
         """The run's tokens."""
         from sparkctl.data.tokens import TokenStore
 
-        return TokenStore.open(self.run.root / "tokens")
+        return TokenStore.open(self.run.root / TOKENS)
 
     def model_folder(self, progress: Progress) -> Path:
         """The base model with its weights, as it was analysed. Raises UsageError where it is another by now."""
@@ -84,9 +150,9 @@ def planned(run: Run, allow_slow: bool = False) -> Job:
     model, _, analysis = analysed(run)
     plan = run.manifest.plan
     if plan is None:
-        raise UsageError(f"no [plan] in `{run.root}`", f"sparkctl recommend {run.root}")
+        raise UsageError(f"no [plan] in `{run.root}`", f"sparkctl recommend {quoted(run.root)}")
     check_fresh(run, plan)
-    if stored_digest(run.root / "tokens") != analysis.digest:
+    if stored_digest(run.root / TOKENS) != analysis.digest:
         raise UsageError(f"`{run.root / 'tokens'}` is not what `analyze` wrote", analyze_command(run, "--force"))
     parent = continued(run, plan) if run.manifest.run.continues else None
     start = state.digest(parent[1]) if parent else None
@@ -100,7 +166,9 @@ def check_fresh(run: Run, plan: PlanTable) -> None:
     from sparkctl.plan.recommend import is_made_from
 
     if not is_made_from(plan, analysed(run)[2]):
-        raise UsageError(f"the plan of `{run.root}` was made from another analysis", f"sparkctl recommend {run.root}")
+        raise UsageError(
+            f"the plan of `{run.root}` was made from another analysis", f"sparkctl recommend {quoted(run.root)}"
+        )
 
 
 def complete(job: Job) -> bool:
@@ -121,10 +189,12 @@ def parent_of(run: Run) -> tuple[Run, Path]:
         raise UsageError(f"`{run.root}` has no parent", analyze_command(run, "--parent", "RUN"))
     trained = parent.manifest.train
     if trained is None or trained.best_checkpoint is None:
-        raise UsageError(f"the parent `{parent.root}` has no checkpoint", f"sparkctl train {parent.root}")
+        raise UsageError(f"the parent `{parent.root}` has no checkpoint", f"sparkctl train {quoted(parent.root)}")
     checkpoint = parent.root / CHECKPOINTS / trained.best_checkpoint
     if not checkpoint.is_dir():
-        raise UsageError(f"the parent's best checkpoint `{checkpoint}` is gone", f"sparkctl resume {parent.root}")
+        raise UsageError(
+            f"the parent's best checkpoint `{checkpoint}` is gone", f"sparkctl resume {quoted(parent.root)}"
+        )
     return parent, checkpoint
 
 
@@ -144,6 +214,6 @@ def continued(run: Run, plan: PlanTable) -> tuple[Run, Path]:
     if differences:
         raise UsageError(
             f"`{run.root}` cannot continue `{parent.root}`: another {' and another '.join(differences)}",
-            f"plan it alike with `sparkctl recommend {run.root}`, or analyze without `--continue`",
+            f"plan it alike with `sparkctl recommend {quoted(run.root)}`, or analyze without `--continue`",
         )
     return parent, checkpoint

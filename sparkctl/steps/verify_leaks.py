@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sparkctl.errors import SparkError
-from sparkctl.manifest.schema import EngineName, Mode
 from sparkctl.manifest.store import Run
+from sparkctl.manifest.table import EngineName, Mode
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.inputs import analysed
 from sparkctl.steps.training import model_folder
@@ -40,10 +40,10 @@ def verify_leaks(
     return found + stack_leaks(config, device)
 
 
-def _engines() -> list[EngineName]:
-    from sparkctl.train.engines import ENGINES
+def _engines() -> tuple[EngineName, ...]:
+    from sparkctl.plan.rules import engines
 
-    return list(ENGINES)  # type: ignore[arg-type]  # its keys are engines' names
+    return engines()
 
 
 def _architecture(folder: Path | None, progress: Progress) -> tuple[dict[str, Any], Mode]:

@@ -10,13 +10,16 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from sparkctl.errors import SparkError
+from sparkctl.manifest.evidence import Lossless
 from sparkctl.manifest.fingerprint import fingerprint
-from sparkctl.manifest.schema import EngineName, Lossless, PlanTable
+from sparkctl.manifest.schema import PlanTable
 from sparkctl.manifest.store import Run, now
+from sparkctl.manifest.table import EngineName
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.record import versions
 from sparkctl.steps.training import Job, claimed, planned
 from sparkctl.train.ranks import Ranks
+from sparkctl.words import quoted
 
 if TYPE_CHECKING:
     from sparkctl.data.batches import Pack
@@ -82,7 +85,7 @@ def affordable(plan: PlanTable) -> int:
 
 
 def _mend(run: Path) -> str:
-    return f"sparkctl recommend {run} --engine reference, or `sparkctl train {run} --no-certificate`"
+    return f"sparkctl recommend {quoted(run)} --engine reference, or `sparkctl train {quoted(run)} --no-certificate`"
 
 
 def _make(job: Job, plan: PlanTable, steps: int, ranks: Ranks, progress: Progress) -> Result:
@@ -96,7 +99,7 @@ def _make(job: Job, plan: PlanTable, steps: int, ranks: Ranks, progress: Progres
     )  # fmt: skip
     packs, course = chosen_packs(schedule, steps)
     start = job.parent[1] if job.parent else None
-    found = certify(Setting(plan, folder, packs, course, start, str(job.run.root), job.allow_slow), progress)
+    found = certify(Setting(plan, folder, packs, course, start, quoted(job.run.root), job.allow_slow), progress)
     table = _table(job, plan, packs, found, time.monotonic() - began)
     if ranks.writes:
         with job.run.edit() as manifest:

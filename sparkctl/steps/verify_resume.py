@@ -19,6 +19,7 @@ from sparkctl.manifest.store import Run
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.killing import killed_training
 from sparkctl.steps.training import Job, planned
+from sparkctl.words import quoted
 
 STEPS, SAVE_EVERY, KILL_AFTER = 4, 2, 1  # killed at step 3, resumed from step 2, compared at step 4
 SCRATCH = "verify-resume"
@@ -45,7 +46,7 @@ def verify_resume(folder: Path, *, allow_slow: bool = False, progress: Progress 
         if job.plan.steps < STEPS:
             raise UsageError(
                 f"`{run.root}` is trained in {job.plan.steps} steps; to be killed and resumed takes {STEPS}",
-                f"sparkctl recommend {run.root} --epochs N",
+                f"sparkctl recommend {quoted(run.root)} --epochs N",
             )
         sweep_stages(run.root, SCRATCH)
         scratch = Path(tempfile.mkdtemp(prefix=f".{SCRATCH}.", suffix=".tmp", dir=run.root))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -54,14 +55,27 @@ class Numbers:
 
 
 class Signals:
-    """SIGINT and SIGTERM while training: the first is noted for the loop to act on, a second stops at once.
+    """What asks a training to stop: SIGINT, SIGTERM, memory that runs low (`train/watch.py` looks at it).
 
-    The handlers from before come back at the block's end. `say` tells the user; `hint` is how to go on.
+    The first is noted for the loop to act on; a second signal, or hardly any memory left, stops at once. The handlers
+    from before come back at the block's end. `say` tells the user; `hint` is how to go on.
     """
 
     def __init__(self, hint: str, say: Callable[[str], None]) -> None:
         self.received: int | None = None
+        self.shortage: str | None = None  # what was left of the memory, in words
         self._hint, self._say = hint, say
+        self._exhausted = False
+
+    @property
+    def asked(self) -> bool:
+        """Whether this process is to stop."""
+        return self.received is not None or self.shortage is not None
+
+    @property
+    def free_hint(self) -> str:
+        """How to go on where memory was short."""
+        return f"free some memory (`ps -eo rss,args --sort=-rss | head` shows who holds it), then `{self._hint}`"
 
     @contextmanager
     def caught(self) -> Iterator[Signals]:
@@ -73,11 +87,35 @@ class Signals:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def flags(self) -> list[float]:
+        """What the ranks add up: a signal here, a shortage here."""
+        return [float(self.received is not None), float(self.shortage is not None)]
+
+    def agreed(self, flags: Sequence[float]) -> bool:
+        """Whether any rank is to stop, from the sum of their flags: then all are, for the same reason."""
+        if flags[1] and not self.asked:
+            self.shortage = "on another rank"
+        return any(flags)
+
+    def short_of_memory(self, left: str, *, at_once: bool) -> None:
+        """Called by another thread. at_once: the next step's end, or a checkpoint, may be too late."""
+        if self.shortage is None:
+            self.shortage = left
+            self._say(f"memory runs low ({left}): saving the last step, then stopping")
+        if at_once and not self._exhausted:
+            self._exhausted = True
+            _thread.interrupt_main(signal.SIGTERM)
+
     def stopped(self, message: str) -> Interrupted:
         """The error that ends the command once all is saved."""
+        if self.received is None and self.shortage is not None:
+            reason = f"memory ran low ({self.shortage})"
+            return Interrupted(f"{message}; {reason}", self.free_hint, reason=reason)
         return Interrupted(message, self._hint, self.received or signal.SIGINT)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._exhausted:
+            raise self.stopped("stopped at once, without saving")
         if self.received is not None:
             raise Interrupted("stopped at once, without saving", self._hint, number)
         self.received = number
@@ -100,10 +138,25 @@ def memory(what: str, hint: str) -> Iterator[None]:
 
 
 def limit_memory(machine: Machine) -> None:
-    """Where GPU and host share memory, make torch fail before the host hangs: it may have what is available now."""
+    """Where GPU and host share memory, make torch fail before the host hangs: it may have what is available now, less
+    the host's reserve. Raises SparkError where that is nothing.
+    """
     import torch
 
     if not (machine.unified_memory and torch.cuda.is_available()):
         return
+    available = available_memory()
+    if available <= HOST_RESERVE:
+        raise SparkError(
+            f"{available / 2**30:.1f} GiB of memory are left, and the host keeps {HOST_RESERVE / 2**30:.0f} GiB",
+            "free some memory: `ps -eo rss,args --sort=-rss | head` shows who holds it",
+        )
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(max(0.05, min(1.0, (available_memory() - HOST_RESERVE) / total)))
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (available - HOST_RESERVE) / total))
+
+
+def release() -> None:
+    """Give back to the host what torch's allocator holds and does not use: saving may need it."""
+    import torch
+
+    torch.cuda.empty_cache()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sparkctl.data.batches import Pack, share
 from sparkctl.progress import Progress, Task, silent
-from sparkctl.train import metrics, state
+from sparkctl.train import guard, metrics, state
 from sparkctl.train.metrics import Metrics
 from sparkctl.train.ranks import Ranks
 from sparkctl.train.state import RECENT, State
@@ -67,13 +67,13 @@ class Loop:
         return self.state
 
     def _step(self, task: Task) -> bool:
-        """One optimiser step. False where a signal came between two packs: the step is then as if never begun."""
+        """One optimiser step. False where it was to stop between two packs: the step is then as if never begun."""
         began, n = time.monotonic(), self.state.step
         packs, labels = self.schedule.step(n), self.schedule.labels(n)
         mine = share(packs, self.ranks.rank, self.ranks.size)
         sums = []
         for pack in mine:
-            if self.signals.received and self.ranks.size == 1:
+            if self.signals.asked and self.ranks.size == 1:
                 self.optimizer.clear()
                 return False
             sums.append(self.engine.micro_step(pack, 1 / labels))
@@ -143,12 +143,12 @@ class Loop:
         self._saved_at = now.step
 
     def _stop(self) -> bool:
-        """Whether a signal reached any rank: all stop at the same step."""
-        received = float(self.signals.received is not None)
-        return self.ranks.sum([received], self.engine.device)[0] > 0
+        """Whether a signal or a lack of memory stops any rank: all stop at the same step."""
+        return self.signals.agreed(self.ranks.sum(self.signals.flags(), self.engine.device))
 
     def _leave(self) -> None:
         """Save where we stand, unless that is saved, and end."""
+        guard.release()
         if self.state.step > self._saved_at:
             self._save()
         at = f"after step {self.state.step} of {self.schedule.steps}"

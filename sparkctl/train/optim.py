@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from sparkctl.manifest.schema import PlanTable
+from sparkctl.manifest.schema import Course
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def learning_rate(plan: PlanTable, step: int, steps: int) -> float:
+def learning_rate(plan: Course, step: int, steps: int) -> float:
     """The rate of optimiser step `step` (from 0): linear warm-up to the peak, then decay to the plan's share of it.
 
     The first step already learns, at peak / warmup_steps; the decay would reach its end at step `steps`.
@@ -33,7 +33,7 @@ class Optimizer:
     Weight decay falls on matrices alone: norms, biases and the decay rates of GatedDeltaNet (1-D) are left in peace.
     """
 
-    def __init__(self, parameters: dict[str, Parameter], plan: PlanTable) -> None:
+    def __init__(self, parameters: dict[str, Parameter], plan: Course) -> None:
         import torch
 
         self.parameters = parameters

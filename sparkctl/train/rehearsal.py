@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sparkctl.errors import SparkError
 from sparkctl.train import guard, random, state
@@ -19,31 +19,41 @@ if TYPE_CHECKING:
     from sparkctl.train.state import State
 
 
+class Advice(NamedTuple):
+    """What mends what a rehearsal finds: where the model itself is too much, a pack of it, its checkpoints; and the
+    command that sets another learning rate, without the rate.
+    """
+
+    model: str
+    pack: str
+    disk: str
+    rate: str
+
+
 def rehearse(
     engine: Engine, optimizer: Optimizer, longest: Pack, held_out: Sequence[Pack], folder: Path, now: State,
-    *, checkpoints: int, name: str, writes: bool = True, accumulates: bool = True,
+    *, checkpoints: int, advice: Advice, writes: bool = True, accumulates: bool = True,
 ) -> None:  # fmt: skip
     """Try everything once; weights, moments and random states are afterwards what they were.
 
-    checkpoints: how many will lie in `folder` at once. name: the run in hints. writes: whether this rank saves.
+    checkpoints: how many will lie in `folder` at once. writes: whether this rank saves.
     accumulates: whether a step has several packs.
     """
-    hint = f"sparkctl recommend {name} --checkpointing, or drop such examples: `sparkctl analyze … --max-seq-length N`"
     with random.untouched():
         what = f"the longest pack ({longest.tokens:,} tokens, longest document {_longest(longest):,})"
-        with guard.memory(what, hint):
+        with guard.memory(what, advice.pack):
             for _ in range(2 if accumulates else 1):  # the second is the peak: the first one's gradients wait
                 engine.micro_step(longest, 1 / max(1, longest.labels)).item()
         optimizer.clear()
         if held_out:
             largest = max(held_out, key=lambda pack: pack.tokens)
-            with guard.memory(f"the largest held-out pack ({largest.tokens:,} tokens)", hint):
+            with guard.memory(f"the largest held-out pack ({largest.tokens:,} tokens)", advice.pack):
                 engine.eval_sum(largest).item()
         if writes:
-            check_disk(optimizer, folder, now, checkpoints, name)
+            check_disk(optimizer, folder, now, checkpoints, advice.disk)
 
 
-def check_disk(optimizer: Optimizer, folder: Path, now: State, checkpoints: int, name: str) -> None:
+def check_disk(optimizer: Optimizer, folder: Path, now: State, checkpoints: int, hint: str) -> None:
     """Write a checkpoint and remove it. Raises SparkError where that, or room for `checkpoints` of them, is lacking."""
     folder.mkdir(exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".rehearsal.", suffix=".tmp", dir=folder))
@@ -63,7 +73,7 @@ def check_disk(optimizer: Optimizer, folder: Path, now: State, checkpoints: int,
         raise SparkError(
             f"`{folder}` has room for {room / 1e9:.2f} GB of checkpoints; the plan keeps {checkpoints} of "
             f"{each / 1e9:.2f} GB at a time",
-            f"free some space, or keep fewer: `sparkctl recommend {name} --keep 1`",
+            f"free some space, or keep fewer: {hint}",
         )
 
 

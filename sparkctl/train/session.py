@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparkctl.data.batches import Pack, Schedule, eval_packs
-from sparkctl.manifest.schema import PlanTable
+from sparkctl.manifest.schema import Course, PlanTable
 from sparkctl.progress import Progress, silent
 from sparkctl.train import guard, random, state
 from sparkctl.train.engines import make_engine
@@ -16,7 +16,7 @@ from sparkctl.train.loop import Loop, Saved
 from sparkctl.train.metrics import Metrics
 from sparkctl.train.optim import Optimizer, learning_rate
 from sparkctl.train.ranks import Ranks
-from sparkctl.train.rehearsal import rehearse
+from sparkctl.train.rehearsal import Advice, rehearse
 from sparkctl.train.state import State
 
 if TYPE_CHECKING:
@@ -24,11 +24,22 @@ if TYPE_CHECKING:
     from sparkctl.train.engines.base import Engine
 
 
+def advice(name: str) -> Advice:
+    """For the training of a model; `name` is its run in hints."""
+    plan = f"sparkctl recommend {name}"
+    return Advice(
+        model=f"{plan} --mode lora, or a model that fits this machine",
+        pack=f"{plan} --checkpointing, or drop such examples: `sparkctl analyze … --max-seq-length N`",
+        disk=f"`{plan} --keep 1`",
+        rate=f"{plan} --learning-rate",
+    )
+
+
 @dataclass
 class Session:
-    """All that a training holds in memory. `name` is the run in hints."""
+    """All that a training holds in memory."""
 
-    plan: PlanTable
+    plan: Course
     store: TokenStore
     engine: Engine
     schedule: Schedule
@@ -36,7 +47,7 @@ class Session:
     held_out: Sequence[Pack]
     state: State
     ranks: Ranks
-    name: str
+    advice: Advice
 
     @classmethod
     def open(
@@ -45,22 +56,31 @@ class Session:
     ) -> Session:  # fmt: skip
         """Load the model of `folder` and stand before step 1. choices: the pinned ones of an earlier start.
 
-        allow_slow: a GPU may compute in plain torch what lacks its fast kernel.
+        name: the run in hints. allow_slow: a GPU may compute in plain torch what lacks its fast kernel.
         """
+        return cls.of(
+            plan, store, lambda: make_engine(plan, folder, choices, name, allow_slow),
+            State(mode=plan.mode, lora=plan.lora), advice(name), ranks,
+        )  # fmt: skip
+
+    @classmethod
+    def of(
+        cls, plan: Course, store: TokenStore, engine: Callable[[], Engine], start: State, advice: Advice,
+        ranks: Ranks | None = None,
+    ) -> Session:  # fmt: skip
+        """Load what `engine` makes and stand before step 1."""
         ranks = ranks or Ranks()
         schedule = Schedule(
             store, pack_length=plan.pack_length, gradient_accumulation=plan.gradient_accumulation, epochs=plan.epochs,
             seed=plan.seed, world_size=ranks.size, max_steps=plan.max_steps,
         )  # fmt: skip
         guard.limit_memory(plan.machine)
-        hint = f"sparkctl recommend {name} --mode lora, or a model that fits this machine"
-        with guard.memory("the model and its optimiser", hint):
-            engine = make_engine(plan, folder, choices, name, allow_slow)
-            optimizer = Optimizer(engine.parameters(), plan)
+        with guard.memory("the model and its optimiser", advice.model):
+            made = engine()
+            optimizer = Optimizer(made.parameters(), plan)
         random.seed_all(plan.seed)  # last: libraries draw from Python's generator when they are first imported
         held_out = eval_packs(store, plan.pack_length)
-        start = State(mode=plan.mode, lora=plan.lora)
-        return cls(plan, store, engine, schedule, optimizer, held_out, start, ranks, name)
+        return cls(plan, store, made, schedule, optimizer, held_out, start, ranks, advice)
 
     def restore(self, checkpoint: Path) -> None:
         """Stand where `checkpoint` stands."""
@@ -75,7 +95,7 @@ class Session:
         saves = -(-self.schedule.steps // self.plan.save_every)
         rehearse(
             self.engine, self.optimizer, self.schedule.longest(), self.held_out, folder, self.state,
-            checkpoints=min(saves, self.plan.keep + 2), name=self.name, writes=self.ranks.writes,
+            checkpoints=min(saves, self.plan.keep + 2), advice=self.advice, writes=self.ranks.writes,
             accumulates=self.plan.gradient_accumulation > self.ranks.size,
         )  # fmt: skip
 
@@ -85,8 +105,7 @@ class Session:
         """The loop from here to the schedule's end."""
         numbers = guard.Numbers(
             self.store.place,
-            f"look at these examples; a lower rate may help: `sparkctl recommend {self.name} --learning-rate "
-            f"{self.plan.learning_rate / 2:g}`",
+            f"look at these examples; a lower rate may help: `{self.advice.rate} {self.plan.learning_rate / 2:g}`",
         )
         steps = self.schedule.steps
         return Loop(

@@ -18,13 +18,14 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, ValidationError
 
 from sparkctl.errors import SparkError
 from sparkctl.files import sha256_file, staged_folder
-from sparkctl.manifest.schema import Lora, Mode, Table
+from sparkctl.manifest.schema import Lora
+from sparkctl.manifest.table import Mode, Table
 from sparkctl.train import random
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class State(Table):
     """state.json: where a training stands after `step` optimiser steps."""
 
     format: int = FORMAT
-    mode: Mode
+    mode: Mode | Literal["mtp"] = Field(description="what is trained: the model, or its MTP head")
     lora: Lora | None = None
     step: int = 0
     epoch: int = 0

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -121,6 +122,25 @@ def test_nothing_left_is_an_error_with_the_counts(analyze: Analyze, tmp_path: Pa
     assert answer.status == 1
     assert "2 read, 1 without assistant text, 1 longer than the limit" in answer.err
     assert not (tmp_path / "r1").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "hint"),
+    [
+        (chat("long", "x" * 300), ["--max-seq-length", 100], "raise `--max-seq-length`"),
+        ("{broken", ["--skip-bad"], "leave `--skip-bad` out"),
+        (chat("q", ""), [], "an assistant turn with text"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]}, [],
+         "a `weight` of 0"),
+        ("", [], "one chat a line"),
+    ],
+)  # fmt: skip
+def test_where_nothing_is_left_the_hint_is_about_the_reason(
+    analyze: Analyze, tmp_path: Path, line: Any, options: list[object], hint: str
+) -> None:
+    answer = analyze(lines(tmp_path / "d.jsonl", line), "--run", tmp_path / "r1", *options)
+    assert answer.status == 1
+    assert hint in answer.json["hint"]
 
 
 def test_dry_run_writes_nothing(analyze: Analyze, tmp_path: Path) -> None:
@@ -260,10 +280,10 @@ def test_interrupted_or_killed_it_leaves_nothing_half_written(
     assert not list((tmp_path / "r2").glob(".tokens*"))
 
 
-@pytest.mark.parametrize(("few", "words"), [(4_000, 20), (150, 12_000)])  # short chats, and such of 60 kB
-def test_memory_does_not_follow_the_file(tmp_path: Path, qwen35_folder: Path, few: int, words: int) -> None:
+@pytest.mark.parametrize(("few", "times", "words"), [(4_000, 10, 20), (300, 4, 12_000)])  # short chats; 60 kB each
+def test_memory_does_not_follow_the_file(tmp_path: Path, qwen35_folder: Path, few: int, times: int, words: int) -> None:
     peaks = []
-    for count in (few, 10 * few):
+    for count in (few, times * few):
         data = lines(tmp_path / f"{count}.jsonl", *(chat(f"question {i}", "word " * words) for i in range(count)))
         script = (
             "import re, sys; from sparkctl.cli.app import run; assert run(sys.argv[1:]) == 0\n"

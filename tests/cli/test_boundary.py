@@ -63,6 +63,7 @@ def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureF
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith("error: ")
+    assert "\nhint: " in said.err
     assert message in said.err
     assert "\nhint: " in said.err
     assert app.run([*arguments, "--json"]) == 2

@@ -116,6 +116,31 @@ def test_a_base_changed_in_place(folder: Path, capsys: Said, command: str) -> No
     assert f"sparkctl train {folder / 'run'} --force" in " ".join(text.split())
 
 
+@pytest.mark.parametrize("amiss", ["an absent tensor", "an index that counts wrongly"])
+def test_a_base_that_is_not_whole_is_named_before_training(
+    tmp_path: Path, qwen35_folder: Path, capsys: Said, amiss: str
+) -> None:
+    """Not after hours, by the audit of a merge; a total that a merge counts anew is no obstacle."""
+    base = Path(shutil.copytree(qwen35_folder, tmp_path / "base"))
+    path = base / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    if amiss == "an absent tensor":
+        (base / "model-mtp.safetensors").unlink()
+        index["weight_map"] = {name: file for name, file in index["weight_map"].items() if not name.startswith("mtp.")}
+    path.write_text(json.dumps(index | {"metadata": {"total_size": 1}}))
+    run = ready.run(tmp_path / "run", base, count=24)
+    status, text = said(capsys, "train", run.root)
+    if amiss == "an absent tensor":
+        assert status == 1
+        assert "promises `mtp.fc.weight`, and it is missing" in " ".join(text.split())
+        assert "and 12 more" in " ".join(text.split())
+        assert "mtp_num_hidden_layers" in text
+        assert not (run.root / "checkpoints").exists()
+        assert Run.open(run.root).manifest.train is None
+    else:
+        assert status == 0, text
+
+
 def test_a_base_that_was_only_touched(folder: Path, capsys: Said) -> None:
     (folder / "base" / "model.safetensors").touch()
     assert said(capsys, "merge", folder / "run")[0] == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,17 @@ def test_a_new_run(tmp_path: Path, say: Say) -> None:
     run = Run.create(tmp_path / "r1")
     assert set(states(say, run).values()) == {"not run"}
     assert hint(say, run, "analyze").startswith("sparkctl analyze DATA")
+
+
+def test_hints_hold_for_a_folder_with_blanks(tmp_path: Path, llama_folder: Path, say: Say) -> None:
+    """Copied into a shell, a hint names the run as one word."""
+    run = ready.run(tmp_path / "my run", llama_folder, count=12, max_steps=3)
+    hints = [hint(say, run, step) for step in ("train", "merge")]
+    hints += [say(step, run.root, status=2).partition("hint: ")[2] for step in ("merge", "resume")]
+    assert all(str(run.root) in shlex.split(text) for text in hints), hints
+    new = Run.create(tmp_path / "new run")
+    assert str(new.root) in shlex.split(hint(say, new, "analyze"))
+    assert str(new.root) in shlex.split(say("train", new.root, status=2).partition("hint: ")[2])
 
 
 def test_states_follow_the_run(trained: Run, say: Say) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from sparkctl_kernels import compiled
+from sparkctl_kernels.instructions import counted, on_tensor_cores
 
 TARGETS = ("sm_121a", "sm_90a")
 
@@ -48,8 +49,8 @@ def test_all_of_them_fit_a_gb10(reports: dict[str, dict[str, Any]]) -> None:
 def test_every_operator_is_among_them(reports: dict[str, dict[str, Any]], target: str) -> None:
     found = {kernel["kernel"].partition(".")[0] for kernel in reports[target]["kernels"]}
     assert found == {
-        "attention", "causal_conv", "gated_delta", "gated_norm", "linear_cross_entropy", "lora_linear", "qk_norm_rope",
-        "rms_norm", "sigmoid_gate", "silu_mul",
+        "attention", "causal_conv", "distillation", "gated_delta", "gated_norm", "linear_cross_entropy", "lora_linear",
+        "matmul", "qk_norm_rope", "rms_norm", "sigmoid_gate", "silu_mul",
     }  # fmt: skip
     shapes = {(k["kernel"], k["constants"]) for k in reports[target]["kernels"]}
     for head_dim in (64, 128, 256):
@@ -67,6 +68,36 @@ def test_a_kernel_that_needs_more_is_found() -> None:
     assert any("bytes of shared memory, 101,376 are there" in fault for fault in faults)
     assert any("tl.dot on 8 warps, 4 at most" in fault for fault in faults)
     assert any("spilled" in fault for fault in faults)
+    assert any(".scalar" in fault and "tl.dot without tensor cores" in fault for fault in faults)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_products_run_on_tensor_cores_and_load_ahead(reports: dict[str, dict[str, Any]], target: str) -> None:
+    products = [kernel for kernel in reports[target]["kernels"] if kernel["dot"]]
+    assert products
+    assert all(kernel["instructions"].get("mma.sync") or kernel["instructions"].get("wgmma") for kernel in products)
+    forward = [kernel for kernel in products if kernel["kernel"] == "attention.forward"]
+    assert all(kernel["instructions"]["cp.async"] >= 8 for kernel in forward)
+
+
+def test_instructions_are_counted_where_they_stand() -> None:
+    ptx = "\n".join(
+        [
+            "\tmma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r1 }, { %r2 };",
+            "\t@%p1 mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r1 }, { %r2 };",
+            "\twgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0}, %rd1, %rd2, 1, 1, 1, 0, 0;",
+            "\t@%p2 cp.async.cg.shared.global [ %r7 + 0 ], [ %rd3 + 0 ], 0x10, %r8;",
+            "\tcp.async.commit_group;",
+            "\tcp.async.bulk.wait_group 0;",
+            "\tcp.async.bulk.tensor.2d.shared::cta.global.tile [%r1], [%rd4, {%r2, %r3}], [%r4];",
+            "\tfma.rn.f32 %r1, %r2, %r3, %r4;",
+            "\t@%p3 atom.global.gpu.acq_rel.add.f32 %r1, [ %rd1 + 0 ], %r2;",
+            "// mma.sync. in a comment",
+        ]
+    )
+    assert counted(ptx) == {"mma.sync": 2, "wgmma": 1, "cp.async": 1, "cp.async.bulk": 1, "fma": 1, "atomic": 1}
+    assert on_tensor_cores({"wgmma": 1})
+    assert not on_tensor_cores({"fma": 512, "cp.async": 8})
 
 
 def test_spills_outside_of_loops_are_told_from_those_inside() -> None:

@@ -16,6 +16,7 @@ import ready
 import torch
 from document_cases import full_size, gated_delta_case
 from kernel_cases import Case, Tensors, distances, run
+from sparkctl_kernels import gemm, ways
 from sparkctl_kernels.gated_delta import op as gated_delta
 from sparkctl_kernels.shapes import DENSE, QWEN35
 
@@ -88,6 +89,33 @@ def test_the_library_s_function_and_its_kernels_launched_by_us_agree() -> None:
     assert max(errors.values()) < 2e-2, errors  # β is bf16 there and fp32 here
 
 
+@pytest.mark.parametrize("tokens", [1283, 5376])
+def test_every_way_to_multiply_is_as_right_as_torch_s(tokens: int) -> None:
+    """With tokens that are whole tiles and not: a way that is not says so; what is pinned gives the same bits again."""
+    x, w = torch.randn(tokens, 2432, device=GPU).bfloat16(), torch.randn(4096, 2432, device=GPU).bfloat16()
+    dy, total = torch.randn(tokens, 4096, device=GPU).bfloat16(), torch.randn(4096, 2048, device=GPU)
+
+    def products() -> list[torch.Tensor]:
+        dx, dw = x.clone(), total.clone()
+        gemm.add_to(dx, dy, w)
+        gemm.add_product(dw, dy.T, x[:, :2048], 0.5)
+        return [gemm.product(x, w.T), gemm.product(dy, w), dx, dw]
+
+    plain = products()
+    with ways.measuring() as found:
+        products()
+    assert len(found) == 4
+    for timed in found.values():
+        assert timed.wrong == {}
+        assert set(timed.seconds) == set(ways.WAYS)
+    for way in ways.WAYS:
+        ways.pin({str(key): way for key in found})
+        first, again = products(), products()
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), way
+        assert all(float((a - b).norm() / b.norm()) < 5e-3 for a, b in zip(first, plain, strict=True)), way
+    ways.pin({})
+
+
 def plan(**changes: Any) -> Any:
     made = ready.plan(engine="native", **changes)
     return made.model_copy(update={"machine": made.machine.model_copy(update={"device": "cuda"})})
@@ -115,18 +143,6 @@ def made(request: pytest.FixtureRequest, wide_qwen35: Path) -> native.NativeEngi
             if request.param == "lora":
                 parameter.normal_(std=0.05, generator=generator)
     return engine
-
-
-@pytest.fixture(scope="session")
-def wide_qwen35(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen3.5 of four layers with the real head dims."""
-    import tiny
-
-    return tiny.hybrid(
-        tmp_path_factory.mktemp("wide"), hidden_size=256, intermediate_size=512, head_dim=256, linear_key_head_dim=128,
-        linear_value_head_dim=128, linear_num_key_heads=2, linear_num_value_heads=4, partial_rotary_factor=0.25,
-        mrope_section=[11, 11, 10],
-    )  # fmt: skip
 
 
 def test_the_engine_repeats_itself_to_the_bit(made: native.NativeEngine) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from sparkctl_kernels.causal_conv import op as causal_conv
 from sparkctl_kernels.dispatch import interpreted
 from sparkctl_kernels.documents import documents
 from sparkctl_kernels.lora_linear.layer import Copies
+
+from sparkctl.bench.kernels import WHERE
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")
@@ -58,7 +61,7 @@ def pin_tiles() -> None:
     for module in (fla_rule.chunk_delta_h, fla_rule.chunk_o, fla_rule.chunk_fwd, fla_rule.wy_fast):
         module.range = lambda *bounds: map(Number, range(*bounds))
     for kernel in fla_rule.KERNELS:
-        for shape in ("1x64-1x64", "1x64-2x64", "1x128-1x128", "2x16-4x8"):
+        for shape in ("1x64-1x64", "1x64-2x64", "1x128-1x128", "2x16-4x8", "4x64-4x64"):
             names = {"BK", "BV"} & {name for config in kernel.configs for name in config}
             kernel.tiles[shape] = dict.fromkeys(names, 32) | {"num_warps": 4}
 
@@ -183,6 +186,50 @@ def test_the_whole_engine_on_kernels(mode: str, tmp_path: Path) -> None:
     assert loss == pytest.approx(truth, rel=1e-6)
     errors = {name: float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs}
     assert max(errors.values()) < 1e-5, errors  # observed 2.4e-6
+
+
+@inside
+def test_the_mtp_head_on_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three draft steps, twice: loss and added-up gradients of plain torch, from the same states of the model."""
+    import tiny
+    from mtp_server import pack
+    from sparkctl_kernels import dispatch
+
+    from sparkctl.mtp.drafter import Drafter
+    from sparkctl.mtp.engine import HeadEngine
+
+    folder, packed = tiny.qwen35(tmp_path), pack()
+    hidden = torch.randn(packed.tokens, 32, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(Drafter, "hidden", lambda self, pack: hidden)
+    found = []
+    for kernels in (False, True):
+        monkeypatch.setattr(dispatch, "_interpreting", kernels)
+        made = HeadEngine(Drafter.load(folder, folder, dtype=torch.float32), steps=3, decay=0.6, loss="kl")
+        loss = float(made.micro_step(packed, 0.1) + made.micro_step(packed, 0.2))
+        found.append((loss, {name: parameter.grad for name, parameter in made.parameters().items()}))
+    (truth, theirs), (loss, ours) = found
+    assert loss == pytest.approx(truth, rel=1e-6)
+    errors = {name: float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs}
+    assert len(errors) == 15
+    assert max(errors.values()) < 1e-5, errors  # observed 5e-7
+
+
+@inside
+@pytest.mark.parametrize("name", WHERE)
+def test_what_bench_times_is_the_operator(name: str) -> None:
+    """`bench kernels` calls the kernels as the engine does, with the results of plain torch."""
+    from sparkctl.bench.kernels import copied, distance
+    from sparkctl.bench.subjects import Sizes
+    from sparkctl.bench.workload import synthetic
+    from sparkctl.demo.model import config
+
+    work = synthetic(config(), "lora", 40, 3, rank=16)
+    torch.manual_seed(0)
+    subject = getattr(import_module(f"sparkctl.bench.{WHERE[name]}"), name)(Sizes.of(work, CPU))
+    given = subject.inputs()
+    truth, found = subject.eager(copied(given))(), subject.ours(copied(given))()
+    errors = {result: distance(found[result], truth[result]) for result in truth}
+    assert max(errors.values()) < LIMIT, errors
 
 
 @inside

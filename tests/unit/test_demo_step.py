@@ -9,8 +9,10 @@ import pytest
 
 from sparkctl.cli.app import run
 from sparkctl.errors import UsageError
+from sparkctl.manifest.evidence import Acceptance
 from sparkctl.steps.demo import MARK, Answer, Demo, claim
 from sparkctl.steps.killing import last_step
+from sparkctl.steps.mtp_eval import SHIPPED, TRAINED
 
 
 def test_a_folder_with_other_files_is_refused_and_left_alone(
@@ -45,9 +47,21 @@ def test_an_earlier_demo_is_replaced_and_links_are_not_followed(tmp_path: Path) 
     assert (outside / "kept").read_text() == "mine"
 
 
+def row(name: str, accepted: float) -> Acceptance:
+    return Acceptance(
+        name=name, prompts=9, tokens=90, drafts=30, conditional=[accepted], cumulative=[accepted],
+        mean_accepted=accepted, shorter=[], made_from="test",
+    )  # fmt: skip
+
+
+def drafts(shipped: float, trained: float) -> list[Acceptance]:
+    return [row(SHIPPED, shipped), row(TRAINED, trained)]
+
+
 def good(**changes: object) -> Demo:
     answers = [Answer(f"question {i}", "taught", "plain", "taught") for i in range(40)]
     values = dict(folder=Path("demo"), killed_at=30, resumed_from=20, steps=80, final_loss=0.05, answers=answers)
+    values |= dict(drafts=drafts(0.4, 0.8))
     return Demo(**(values | changes))  # type: ignore[arg-type]
 
 
@@ -65,6 +79,8 @@ def test_a_kept_promise_is_no_problem() -> None:
         {"answers": [Answer("q", "taught", "taught", "taught")] * 40},
         {"answers": [Answer("q", "taught", "plain", "taught")] * 37 + [Answer("q", "taught", "plain", "x")] * 3},
         {"answers": []},
+        {"drafts": drafts(0.8, 0.8)},
+        {"drafts": []},
     ],
 )
 def test_each_broken_promise_is_named(changes: dict[str, object]) -> None:

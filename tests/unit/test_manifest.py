@@ -72,8 +72,9 @@ def test_every_problem_is_named_at_once(run: Run) -> None:
 
 def test_bytes_that_are_not_utf8_are_named(run: Run) -> None:
     (run.root / NAME).write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="is not UTF-8"):
+    with pytest.raises(UsageError, match="is not UTF-8") as caught:
         Run.open(run.root)
+    assert caught.value.hint
 
 
 def test_an_older_schema_is_migrated_a_version_at_a_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,6 +187,20 @@ def test_packs_without_work_add_nothing(qwen35_folder: Path, mode: dict) -> None
     assert all(parameter.grad is None for parameter in made.parameters().values())
 
 
+def test_a_rank_without_work_reads_its_masters_again(qwen35_folder: Path, mode: dict) -> None:
+    ranks = [engine(native.load, qwen35_folder, **mode) for _ in range(2)]
+    one, losses = pack(*ready.documents(3)), []
+    before = [float(made.eval_sum(one)) for made in ranks]
+    ranks[0].micro_step(one, 1.0)
+    ranks[1].micro_step(Pack([], 0, 0), 1.0)
+    for made in ranks:
+        for name, parameter in made.parameters().items():
+            parameter.grad = ranks[0].parameters()[name].grad.clone()
+        torch.optim.AdamW(made.parameters().values(), lr=1e-2, fused=True).step()  # leaves no trace in a version
+        losses.append(float(made.eval_sum(one)))
+    assert losses[0] == losses[1] != before[0]
+
+
 def test_two_micro_steps_add_up(qwen35_folder: Path, mode: dict) -> None:
     made, one = engine(native.load, qwen35_folder, **mode), pack(*ready.documents(3))
     _, once = gradients(made, [one])

@@ -119,10 +119,21 @@ def test_full_has_no_adapters(chats: Store) -> None:
         recommend(situation(chats), wishes(mode="full", lora_r=64))
 
 
-def test_an_engine_that_is_not_there(chats: Store) -> None:
-    error = refused(situation(chats), wishes(engine="unsloth", epochs=2))
+def test_an_engine_that_is_not_there(chats: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = situation(chats)
+    monkeypatch.setattr("sparkctl.plan.rules.find_spec", lambda name: None)
+    error = refused(at, wishes(engine="unsloth", epochs=2))
     assert isinstance(error, UsageError)
-    assert obey(situation(chats), error).epochs == 2
+    assert "`pip install 'dgx-sparkctl[unsloth]'`" in error.message
+    assert obey(at, error).epochs == 2
+    monkeypatch.setattr("sparkctl.plan.rules.find_spec", lambda name: name)
+    cpu = replace(at, machine=at.machine.model_copy(update={"device": "cpu"}))
+    error = refused(cpu, wishes(engine="unsloth", epochs=2))
+    assert "needs a GPU" in error.message
+    assert obey(cpu, error).engine == "native"
+    gpu = replace(at, machine=at.machine.model_copy(update={"device": "cuda"}))
+    assert recommend(gpu, wishes(engine="unsloth")).engine == "unsloth"
+    assert recommend(gpu, wishes()).engine == "native"
 
 
 def test_the_native_engine_where_it_serves_the_model(chats: Store) -> None:

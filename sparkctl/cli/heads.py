@@ -1,0 +1,54 @@
+"""What a person and a script see of `sparkctl mtp train`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+
+from sparkctl.cli import acceptance, console
+from sparkctl.cli.train import trained
+from sparkctl.manifest.schema import HeadPlan
+
+if TYPE_CHECKING:
+    from sparkctl.steps.mtp_train import Result
+
+KEPT = {"trained": "the trained one", "shipped": "the base's, since training did not help"}
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """The answer under --json."""
+    return {
+        "up_to_date": result.up_to_date,
+        "skipped": result.skipped,
+        "plan": result.plan.model_dump(mode="json") if result.plan else None,
+        "mtp": result.mtp.model_dump(mode="json") if result.mtp else None,
+        "notes": list(result.notes),
+    }
+
+
+def as_text(result: Result, dry_run: bool) -> RenderableType:
+    """The training and the rows of acceptance; under --dry-run what would be done."""
+    from sparkctl.steps.mtp_train import NOT_HELPED
+
+    if result.skipped:
+        return console.rows("mtp train", ("skipped", result.skipped))
+    if result.plan and (dry_run or result.mtp is None or result.mtp.train is None):
+        return _planned(result.plan)
+    assert result.mtp
+    assert result.mtp.train
+    parts = [trained(result.mtp.train, title="mtp train"), acceptance.table(result.mtp.acceptance)]
+    kept = KEPT.get(result.mtp.mode, result.mtp.mode)
+    notes = [("note", note) for note in result.notes if note != NOT_HELPED]
+    return Group(*parts, console.rows("", ("head", f"{kept}: {result.mtp.head}"), *notes))
+
+
+def _planned(plan: HeadPlan) -> RenderableType:
+    return console.rows(
+        "mtp train (dry run: nothing written)",
+        ("steps", f"{plan.steps:,}, each {plan.gradient_accumulation} packs of {plan.pack_length:,} tokens"),
+        ("drafts", f"{plan.draft_steps} a row, each weighing {plan.decay:g} of the one before; loss {plan.loss}"),
+        ("learning rate", f"{plan.learning_rate:g}"),
+        ("time", f"about {console.duration(plan.estimated_seconds)}"),
+        ("peak memory", console.size(plan.estimated_peak_memory)),
+    )

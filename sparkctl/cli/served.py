@@ -1,0 +1,31 @@
+"""What `sparkctl mtp inject` shows a person."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+
+from sparkctl.cli import console
+from sparkctl.words import counted
+
+if TYPE_CHECKING:
+    from sparkctl.steps.mtp_inject import Result
+
+
+def as_text(result: Result, dry_run: bool) -> RenderableType:
+    """The folder, whose head is in it, and why a server should draft so many tokens."""
+    title = "mtp inject" + (" (dry run: nothing written)" if dry_run else "")
+    if result.skipped:
+        return console.rows(title, ("skipped", result.skipped))
+    linked = f", {counted(result.linked, 'shard')} linked" if result.linked else ""
+    return console.rows(
+        title,
+        ("head", f"{result.mode}, from {result.source}"),
+        ("model", result.model),
+        ("folder", result.folder),
+        ("tensors", f"{result.tensors:,}"),
+        ("size", console.size(result.bytes) + linked),
+        ("time", console.duration(result.seconds)),
+        ("drafts", result.reason),
+    )

@@ -1,0 +1,19 @@
+"""What every table of `run.toml` is made of, and the words that its keys may hold."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Mode = Literal["lora", "full"]
+EngineName = Literal["native", "reference", "unsloth"]
+HeadLoss = Literal["kl", "ce"]
+Schedule = Literal["cosine", "linear"]
+CheckpointKind = Literal["base", "step", "merged", "mtp-head", "served"]
+
+
+class Table(BaseModel):
+    """An unknown key is an error; assignments are checked like a file's values."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)

@@ -1,0 +1,1 @@
+"""The MTP head: trained, measured, fetched, put into a model."""

@@ -1,0 +1,116 @@
+"""Where a head's 15 tensors are: in the shards of a model's folder, or in one file; and whether they fit a model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparkctl.errors import SparkError
+from sparkctl.model import mtp
+from sparkctl.model.inspect import read_config
+from sparkctl.model.weights import TensorFile, read_layout
+
+FLOATS = ("BF16", "F16", "F32")
+NAMED = 3  # tensors that a message names
+Specs = Mapping[str, tuple[str, tuple[int, ...]]]  # name → (dtype, shape)
+
+
+class NoHead(SparkError):
+    """The model has no MTP head, as opposed to a damaged or an unknown one."""
+
+
+@dataclass(frozen=True)
+class HeadSource:
+    """A head's tensors and the file that each is in. `origin`: the folder, the file or the hub id they come from, of
+    which `revision` is the commit.
+    """
+
+    origin: str
+    tensors: Mapping[str, TensorFile]
+    revision: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of the tensors."""
+        return sum(file.nbytes(name) for name, file in self.tensors.items())
+
+    def digest(self) -> str:
+        """Of names, dtypes, shapes and bytes: the same wherever the head lies."""
+        digest = hashlib.sha256()
+        for name, file in sorted(self.tensors.items()):
+            digest.update(f"{name} {file.dtype(name)} {list(file.shape(name))}\n".encode())
+            for piece in file.pieces(name):
+                digest.update(piece)
+        return digest.hexdigest()
+
+
+def from_folder(folder: Path, wanted: mtp.Shapes, origin: str) -> HeadSource:
+    """The head of the model in `folder`; only the shards that it is in have to be there.
+
+    wanted: shapes by name, of the model that is to have it. Raises NoHead, or SparkError where it does not fit.
+    """
+    require_promise(folder, origin)
+    layout = read_layout(folder)
+    tensors = {name: file for name, file in layout.where.items() if name.startswith(mtp.PREFIX)}
+    if layout.problems and wanted.keys() - tensors.keys():
+        raise SparkError("; ".join(layout.problems), f"fetch or save the model in `{folder}` again")
+    return _source(origin, tensors, wanted)
+
+
+def from_file(path: Path, wanted: mtp.Shapes) -> HeadSource:
+    """The head in a file of its own. Raises SparkError where it does not fit."""
+    file = TensorFile(path)
+    return _source(str(path), dict.fromkeys(file.names(), file), wanted)
+
+
+def _source(origin: str, tensors: dict[str, TensorFile], wanted: mtp.Shapes) -> HeadSource:
+    require_fit(origin, {name: (file.dtype(name), file.shape(name)) for name, file in tensors.items()}, wanted)
+    return HeadSource(origin, tensors)
+
+
+def require_promise(folder: Path, origin: str) -> None:
+    """Raise NoHead where config.json in `folder` promises no head, SparkError where it is one unknown here."""
+    config = read_config(folder)
+    text = text_part(config)
+    if unknown := mtp.unknown(text):
+        raise SparkError(f"`{origin}` has {unknown}, which is unknown here", "take a Qwen3.5 as it was published")
+    if config.get("model_type") not in mtp.TYPES:
+        raise NoHead(f"`{origin}` is of type `{config.get('model_type')}`, and only Qwen3.5 has an MTP head")
+    if not mtp.layers(text):
+        raise NoHead(f"`{origin}` has no MTP head: its config.json promises none", "name a model that has one")
+
+
+def text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of the language model."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
+def require_fit(origin: str, found: Specs, wanted: mtp.Shapes) -> None:
+    """Raise NoHead where nothing was found, SparkError unless it is exactly what is wanted, in floats."""
+    if not found:
+        raise NoHead(
+            f"`{origin}` has no MTP head: none of its tensors is called `{mtp.PREFIX}…`",
+            "take the model as it was published: transformers saves it without its head",
+        )
+    own = "take the head of the model's own base"
+    absent = [f"`{name}`" for name in wanted if name not in found]
+    if absent:
+        raise SparkError(f"the MTP head of `{origin}` is not whole: it lacks {_some(absent)}", "fetch it again")
+    strange = [f"`{name}`" for name in found if name not in wanted]
+    if strange:
+        raise SparkError(f"the MTP head of `{origin}` has tensors that are unknown here: {_some(strange)}", own)
+    other = [f"`{n}` {list(found[n][1])} for {list(shape)}" for n, shape in wanted.items() if found[n][1] != shape]
+    if other:
+        raise SparkError(f"the MTP head of `{origin}` has other dimensions than the model: {_some(other)}", own)
+    stored = [f"`{name}` in {dtype}" for name, (dtype, _) in found.items() if dtype not in FLOATS]
+    if stored:
+        raise SparkError(f"the MTP head of `{origin}` is quantised: {_some(stored)}", own)
+
+
+def _some(items: list[str]) -> str:
+    more = len(items) - NAMED
+    return ", ".join(items[:NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,183 @@
+"""What `sparkctl mtp inject` is about to do: which model gets which head, and how many tokens that should draft."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from sparkctl.errors import SparkError, UsageError
+from sparkctl.files import sha256_file
+from sparkctl.manifest.fingerprint import fingerprint
+from sparkctl.manifest.schema import Checkpoint
+from sparkctl.manifest.store import Run
+from sparkctl.merge.companions import companions
+from sparkctl.merge.seal import SealedFile
+from sparkctl.merge.serve import model_length
+from sparkctl.model import mtp
+from sparkctl.model.inspect import inspect
+from sparkctl.mtp.draft_length import DraftLength, choose, cost, serve_drafting
+from sparkctl.mtp.fetch import find_head
+from sparkctl.mtp.inject import Target, read_target
+from sparkctl.mtp.source import HeadSource, NoHead, from_file
+from sparkctl.progress import Progress
+from sparkctl.steps.inputs import analysed
+from sparkctl.steps.merged import merged_model
+from sparkctl.steps.mtp_eval import SHIPPED, TRAINED
+from sparkctl.words import here
+
+FORMAT = 1  # of what an injection writes: a change here makes every served folder stale
+FOLDER = "served"
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line of `sparkctl mtp inject`."""
+
+    run: Path
+    mode: Literal["trained", "default"]
+    into: Path | None = None  # None: the merged model
+    source: str | None = None  # of the default head; None: the run's base
+    out: Path | None = None  # None: served/ in the run
+    link: bool = False
+
+    def again(self, *options: str) -> str:
+        """The command line once more, with other options."""
+        words = ["sparkctl", "mtp", "inject", str(self.run), "--mode", self.mode]
+        words += ["--into", str(self.into)] if self.into else []
+        words += ["--from", self.source] if self.source else []
+        return shlex.join([*words, *["--link"] * self.link, *options])
+
+
+class Skip(Exception):
+    """There is no head for this model."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+@dataclass(frozen=True)
+class Model:
+    """The folder that gets the head. `known`: digests by its seal; `identity`: what it is, comparable."""
+
+    folder: Path
+    known: Mapping[str, SealedFile]
+    identity: str
+    merged: Checkpoint | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """An injection with everything decided."""
+
+    run: Run
+    request: Request
+    model: Model
+    target: Target
+    head: HeadSource
+    head_digest: str
+    drafts: DraftLength
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def out(self) -> Path:
+        return (self.request.out or self.run.root / FOLDER).absolute()
+
+    @property
+    def shown(self) -> Path:
+        """`out` in the user's own words."""
+        return self.request.out or self.request.run / FOLDER
+
+    @property
+    def made_from(self) -> str:
+        return fingerprint(FORMAT, self.request.mode, self.head_digest, self.model.identity)
+
+    @property
+    def source(self) -> str:
+        """Where the head is from, as it is written down: a hub id with its commit, or a path from the run."""
+        head = self.head
+        return f"{head.origin}@{head.revision}" if head.revision else self.run.relative(Path(head.origin))
+
+    def serve(self, folder: str) -> str:
+        """The command that serves `folder`."""
+        length = model_length(self.target.folder, analysed(self.run)[2].max)
+        return serve_drafting(folder, self.run.manifest.run.name, length, self.drafts.tokens)
+
+
+def decide(run: Run, request: Request, progress: Progress) -> Job:
+    """Raises Skip, UsageError where an earlier step is missing, SparkError where model and head do not fit."""
+    table, recorded = analysed(run)[0], run.manifest.mtp
+    if request.into is None and table.model_type not in mtp.TYPES:
+        raise Skip(f"the base is of type `{table.model_type}`, and only Qwen3.5 has an MTP head")
+    if request.mode == "trained" and recorded and recorded.mode == "skipped":
+        raise Skip(recorded.skipped or "the base has no MTP head")
+    model = _foreign(request.into) if request.into else _merged(run, request)
+    target = read_target(model.folder)
+    try:
+        head = _head(run, request, model, target.head, progress)
+    except NoHead as error:
+        if request.source:
+            raise
+        raise Skip(error.message) from None
+    info, measure = inspect(model.folder), shlex.join(["sparkctl", "mtp", "eval", str(request.run)])
+    drafts = choose(cost(info), _accepted(run, request), measure)
+    return Job(run, request, model, target, head, head.digest(), drafts)
+
+
+def _merged(run: Run, request: Request) -> Model:
+    """The run's merged model."""
+    folder, sealed = merged_model(run, request.run)
+    path = run.relative(folder)
+    entry = next((c for c in run.manifest.checkpoints if c.kind == "merged" and c.path == path), None)
+    return Model(folder, sealed.files, sealed.digest, entry)
+
+
+def _foreign(folder: Path) -> Model:
+    """A folder of another tool's: known by its small files' digests, and by size and time of its weights."""
+    if not folder.is_dir():
+        raise UsageError(f"no folder `{folder}`", "`--into` names the folder of a model")
+    weights = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
+    files = {name: sha256_file(folder / name) for name in companions(folder)}
+    identity = fingerprint([(name, status.st_size, status.st_mtime_ns) for name, status in weights], files)
+    return Model(folder, {}, identity, None)
+
+
+def _head(run: Run, request: Request, model: Model, wanted: mtp.Shapes, progress: Progress) -> HeadSource:
+    """The head that the mode means."""
+    base = analysed(run)[0]
+    if request.mode == "trained":
+        return from_file(_trained(run, request, model, progress), wanted)
+    if request.source:
+        return find_head(request.source, wanted, progress=progress)
+    return find_head(base.source, wanted, revision=base.revision, base=run.root, progress=progress)
+
+
+def _trained(run: Run, request: Request, model: Model, progress: Progress) -> Path:
+    """The file that `mtp train` left. Raises SparkError where it has not ended, or was for another merged model."""
+    recorded, train = run.manifest.mtp, f"sparkctl mtp train {request.run}"
+    if recorded is None or recorded.mode == "training" or recorded.head is None:
+        raise UsageError(
+            f"`{request.run}` has no trained MTP head yet", f"`{train}` trains one; `--mode default` takes the base's"
+        )
+    if model.merged and recorded.merged not in (None, model.identity):
+        raise UsageError(f"the MTP head of `{request.run}` was trained for another merged model", f"{train} --force")
+    if recorded.mode == "shipped":
+        progress.say("training the MTP head did not help: `mtp train` kept the base's own")
+    path = run.resolve(recorded.head)
+    if not path.is_file() or sha256_file(path) != recorded.digest:
+        raise SparkError(f"`{here(path)}` is not what `mtp train` wrote there", f"{train} --force")
+    return path
+
+
+def _accepted(run: Run, request: Request) -> list[float] | None:
+    """Tokens accepted where 1, 2, … are drafted, as `mtp eval` measured it with this head; None where it has not."""
+    recorded, name = run.manifest.mtp, TRAINED if request.mode == "trained" else SHIPPED
+    if recorded is None or request.into or request.source:
+        return None
+    if recorded.mode == "shipped":
+        name = SHIPPED
+    return next((row.by_length for row in recorded.acceptance if row.name == name), None)

@@ -1,0 +1,24 @@
+"""The run's merged model as `merge` wrote it: what its MTP head is trained against and measured on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparkctl.errors import UsageError
+from sparkctl.manifest.store import Run
+from sparkctl.merge.seal import Seal, intact, read_seal
+
+
+def merged_model(run: Run, shown: Path) -> tuple[Path, Seal]:
+    """Its folder and its seal. Raises UsageError where there is none, or another than [merge] speaks of.
+
+    shown: the run as the user named it.
+    """
+    merge = run.manifest.merge
+    if merge is None:
+        raise UsageError(f"`{shown}` has no merged model yet", f"sparkctl merge {shown}")
+    folder = run.resolve(merge.folder)
+    seal = read_seal(folder)
+    if seal is None or seal.made_from != merge.made_from or not intact(folder, seal):
+        raise UsageError(f"`{folder}` is not what `merge` wrote", f"sparkctl merge {shown} --force")
+    return folder, seal

@@ -1,0 +1,193 @@
+"""`sparkctl mtp eval`: how much of an MTP head's drafts a server would accept, before tuning, after it, and with the
+head that `mtp train` made; [mtp] acceptance. `mtp train` asks for it at its end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparkctl.errors import UsageError
+from sparkctl.manifest.evidence import Acceptance
+from sparkctl.manifest.fingerprint import fingerprint
+from sparkctl.manifest.store import Run
+from sparkctl.progress import Progress, silent
+from sparkctl.steps.inputs import analysed, analyze_command
+from sparkctl.steps.merged import merged_model
+from sparkctl.steps.mtp_training import HEAD
+from sparkctl.steps.training import TOKENS, model_folder
+
+if TYPE_CHECKING:
+    from sparkctl.mtp.accept import Subject
+    from sparkctl.mtp.prompts import Prompt
+
+FORMAT = 1  # of what is counted: a change here makes every recorded row stale
+BASE, SHIPPED, TRAINED = "base's head on base", "base's head on tuned", "trained head on tuned"
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line of `sparkctl mtp eval`. draft_length: tokens of the longest draft."""
+
+    run: Path
+    prompts: int = 64
+    max_tokens: int = 128
+    draft_length: int = 3
+    allow_slow: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """`rows` as measured, or as recorded where that is still true; `notes` say what is not there, and why.
+
+    skipped: why there is nothing to measure. Under --dry-run there are only the rows that are true already.
+    """
+
+    names: list[str] = field(default_factory=list)
+    rows: list[Acceptance] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    skipped: str | None = None
+    seconds: float = 0.0
+    up_to_date: bool = False
+
+
+def mtp_eval(request: Request, *, force: bool = False, dry_run: bool = False, progress: Progress = silent) -> Result:
+    """Measure, and write it down where the run has an [mtp]. Raises SparkError where an earlier step is missing."""
+    from sparkctl.mtp.source import NoHead
+
+    run, began = Run.open(request.run), time.monotonic()
+    with run.step("mtp eval"):
+        try:
+            job = gather(run, request, progress=progress)
+        except NoHead as missing:
+            return Result(skipped=missing.message)
+        if not job.prompts:
+            raise UsageError(
+                f"`{request.run}` holds no example out to measure on",
+                analyze_command(run, "--eval-fraction", "0.02", "--force", shown=request.run),
+            )
+        names, known = [subject.name for subject in job.subjects], [] if force else job.recorded()
+        if done := len(known) == len(job.subjects):
+            rows = job.table
+        else:
+            rows = known if dry_run else measure(job, known, progress)
+        if not (dry_run or done):
+            job.notes.extend(_record(job, rows))
+        return Result(names, rows, job.prompts, job.notes, None, round(time.monotonic() - began, 3), done)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A measurement with everything decided: whose heads on which models, over which prompts."""
+
+    run: Run
+    request: Request
+    subjects: list[Subject]
+    prompts: list[Prompt]
+    notes: list[str]
+
+    @property
+    def table(self) -> list[Acceptance]:
+        """The rows of the manifest. One more than is wanted may be there: of a trained head that did not help."""
+        return self.run.manifest.mtp.acceptance if self.run.manifest.mtp else []
+
+    def recorded(self) -> list[Acceptance]:
+        """Rows of the manifest that are still true, of those that are wanted."""
+        known = {row.made_from: row for row in self.table}
+        return [known[subject.made_from] for subject in self.subjects if subject.made_from in known]
+
+
+def gather(run: Run, request: Request, *, progress: Progress = silent) -> Job:
+    """What can be measured in a run that is merged.
+
+    Raises NoHead where neither the base has a head nor one was trained, UsageError where the merged model is missing.
+    """
+    from sparkctl.data.tokens import TokenStore
+    from sparkctl.model import mtp
+    from sparkctl.model.inspect import read_config
+    from sparkctl.mtp.accept import Subject
+    from sparkctl.mtp.prompts import held_out_prompts
+    from sparkctl.mtp.source import NoHead, from_file, from_folder, require_promise, text_part
+
+    model = analysed(run)[0]
+    base = model_folder(run, model, progress)
+    require_promise(base, model.source)
+    tuned, seal = merged_model(run, request.run)
+    wanted, own = mtp.shapes(text_part(read_config(base))), run.root / HEAD
+    store = TokenStore.open(run.root / TOKENS)
+    notes, made = [], _fingerprints(_weights(run, base), seal.made_from, store.digest, request)
+    subjects: list[Subject] = []
+    try:
+        shipped = from_folder(base, wanted, model.source)
+        pairs = ((BASE, base), (SHIPPED, tuned))
+        subjects = [Subject(name, folder, base, made(name, shipped.digest())) for name, folder in pairs]
+    except NoHead as missing:
+        if not own.is_file():
+            raise
+        notes.append(f"no row for the base's head: {missing.message}")
+    trained = made(TRAINED, from_file(own, wanted).digest()) if own.is_file() else None
+    if trained and not (subjects and trained == made(TRAINED, shipped.digest())):
+        subjects.append(Subject(TRAINED, tuned, own, trained))
+    else:  # where training did not help, the file holds the base's head
+        why = "the base's was kept" if trained else f"`sparkctl mtp train {request.run}` makes one"
+        notes.append(f"no row for a trained head: {why}")
+    return Job(run, request, subjects, held_out_prompts(store, request.prompts), notes)
+
+
+def _weights(run: Run, base: Path) -> list[tuple[str, str | int]]:
+    """What the base's weights are: their digests where training noted them, else their sizes."""
+    noted = run.manifest.train.base if run.manifest.train else None
+    if noted:
+        return [(file.name, file.sha256) for file in noted.files]
+    return [(path.name, path.stat().st_size) for path in sorted(base.glob("*.safetensors"))]
+
+
+def _fingerprints(
+    weights: list[tuple[str, str | int]], tuned: str, tokens: str, request: Request
+) -> Callable[[str, str], str]:
+    """Of what a row, by its name and its head's digest, is made: the weights, the head, the prompts, and their use."""
+    asked = (tokens, request.prompts, request.max_tokens, request.draft_length)
+
+    def made_from(name: str, head: str) -> str:
+        return fingerprint(FORMAT, name, weights if name == BASE else tuned, head, *asked)
+
+    return made_from
+
+
+def measure(job: Job, known: Sequence[Acceptance] = (), progress: Progress = silent) -> list[Acceptance]:
+    """The rows of all subjects, in order; those that are `known` are not measured again.
+
+    Raises SparkError where memory runs out, or where a GPU lacks a fast kernel that `allow_slow` does not forgive.
+    """
+    from sparkctl.hardware.machine import this_machine
+    from sparkctl.mtp import accept
+    from sparkctl.train import guard
+
+    there = {row.made_from: row for row in known}
+    missing = [subject for subject in job.subjects if subject.made_from not in there]
+    if missing:
+        request, machine = job.request, this_machine()
+        guard.release()  # what a training in this process has left
+        guard.limit_memory(machine)
+        setting = accept.Setting(
+            request.max_tokens, request.draft_length, machine.device, request.allow_slow, str(request.run)
+        )
+        smaller = f"sparkctl mtp eval {request.run} --prompts {max(1, request.prompts // 4)}"
+        with guard.memory("the model and its answers", smaller):
+            made = accept.measure(missing, [prompt.ids for prompt in job.prompts], setting, progress)
+        there |= {row.made_from: row for row in made}
+    return [there[subject.made_from] for subject in job.subjects]
+
+
+def _record(job: Job, rows: list[Acceptance]) -> list[str]:
+    """Write the rows into [mtp]; what is to be said where there is none."""
+    if job.run.manifest.mtp is None:
+        return [f"not written down: `{job.request.run}` has no [mtp] yet"]
+    with job.run.edit() as manifest:
+        assert manifest.mtp
+        manifest.mtp.acceptance = rows
+    return []

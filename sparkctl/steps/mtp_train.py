@@ -1,0 +1,218 @@
+"""`sparkctl mtp train`: the MTP head trained for the merged model, measured, and kept where it helps; [mtp], mtp/.
+
+There is no other command to go on with it: the same one does, from the newest checkpoint that is whole.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparkctl.errors import UsageError
+from sparkctl.files import sha256_file, staged_file
+from sparkctl.manifest.evidence import Acceptance
+from sparkctl.manifest.fingerprint import fingerprint
+from sparkctl.manifest.schema import HeadPlan, Manifest, MtpTable, Resume
+from sparkctl.manifest.store import Run, now
+from sparkctl.plan.heads import HeadWishes, plan_head
+from sparkctl.progress import Progress, silent
+from sparkctl.steps import mtp_eval
+from sparkctl.steps.inputs import analysed, analyze_command
+from sparkctl.steps.merged import merged_model
+from sparkctl.steps.mtp_training import HEAD, HeadJob, head_fingerprint
+from sparkctl.steps.record import carry_out
+from sparkctl.steps.training import TOKENS, claimed, model_folder
+from sparkctl.train import state
+
+if TYPE_CHECKING:
+    from sparkctl.model.weights import TensorFile
+    from sparkctl.mtp.source import HeadSource
+    from sparkctl.train.ranks import Ranks
+
+NOT_HELPED = "training did not help: the base's head is kept"
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line of `sparkctl mtp train`."""
+
+    run: Path
+    wishes: HeadWishes = field(default_factory=HeadWishes)
+    prompts: int = 64
+    allow_slow: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of the head. mtp: None under --dry-run where nothing was trained yet. skipped: why there is none."""
+
+    plan: HeadPlan | None = None
+    mtp: MtpTable | None = None
+    notes: tuple[str, ...] = ()
+    skipped: str | None = None
+    up_to_date: bool = False
+    rank: int = 0
+
+
+def mtp_train(request: Request, *, force: bool = False, dry_run: bool = False, progress: Progress = silent) -> Result:
+    """Train the head of the run's merged model, from where an earlier call stopped. Raises SparkError where it cannot.
+
+    A base that has no head is no error: [mtp] says so.
+    """
+    from sparkctl.mtp.source import NoHead
+
+    run = Run.open(request.run)
+    with claimed(run, "mtp train") as ranks:
+        try:
+            job = _planned(run, request, progress)
+        except NoHead as missing:
+            if ranks.writes and not dry_run:
+                _skip(run, missing.message)
+            return Result(skipped=missing.message, rank=ranks.rank)
+        done = not force and _done(job, request)
+        if done or dry_run:
+            return Result(job.plan, run.manifest.mtp, up_to_date=done, rank=ranks.rank)
+        _train(job, ranks, force, progress)
+        notes = _settle(job, request, progress) if ranks.writes else ()
+        return Result(job.plan, run.manifest.mtp, notes, rank=ranks.rank)
+
+
+def _planned(run: Run, request: Request, progress: Progress) -> HeadJob:
+    """Raises NoHead where the base has none and none is to be made, UsageError where an earlier step is missing."""
+    from sparkctl.data.tokens import TokenStore, stored_digest
+    from sparkctl.hardware.shape import Shape
+    from sparkctl.model import mtp
+    from sparkctl.model.inspect import inspect, read_config
+    from sparkctl.mtp.source import NoHead, from_folder, require_promise, text_part
+
+    if request.wishes.learning_rate == 0:
+        raise UsageError(
+            "a learning rate of 0 trains nothing", f"sparkctl mtp train {request.run} --learning-rate 1e-4"
+        )
+    model, _, analysis = analysed(run)
+    if run.manifest.plan is None:
+        raise UsageError(f"no [plan] in `{request.run}`", f"sparkctl recommend {request.run}")
+    if analysis.digest not in (None, stored_digest(run.root / TOKENS)):
+        raise UsageError(f"`{run.root / TOKENS}` is not what `analyze` wrote", analyze_command(run, "--force"))
+    base = model_folder(run, model, progress)
+    require_promise(base, model.source)
+    shipped: HeadSource | None = None
+    try:
+        shipped = from_folder(base, mtp.shapes(text_part(read_config(base))), model.source)
+    except NoHead as missing:
+        if not request.wishes.fresh:
+            raise NoHead(missing.message, f"sparkctl mtp train {request.run} --fresh") from None
+    merged, seal = merged_model(run, request.run)
+    info = inspect(merged, allow_unknown=True)
+    plan = plan_head(
+        run.manifest.plan, Shape.from_config(info.config, info.text_parameters), TokenStore.open(run.root / TOKENS),
+        request.wishes, model.config_sha256,
+    )  # fmt: skip
+    entry = next((c for c in run.manifest.checkpoints if c.kind == "merged" and run.resolve(c.path) == merged), None)
+    made_from = head_fingerprint(plan, analysis.digest, seal.digest, shipped)
+    return HeadJob(
+        run, plan, model.config_sha256, merged, shipped, entry.id if entry else "merged", made_from, request.allow_slow
+    )
+
+
+def _done(job: HeadJob, request: Request) -> bool:
+    """Whether this head is there already. Raises UsageError where another one is."""
+    table = job.run.manifest.mtp
+    if table is None or table.mode == "skipped":
+        return False
+    if table.made_from != job.made_from:
+        if not state.listed(job.checkpoints):
+            return False
+        raise UsageError(
+            f"`{request.run}` has a head that was trained otherwise, or for another merged model",
+            f"{shlex.join(['sparkctl', 'mtp', 'train', str(request.run)])} --force begins anew",
+        )
+    return table.head is not None and job.head.is_file() and sha256_file(job.head) == table.digest
+
+
+def _train(job: HeadJob, ranks: Ranks, force: bool, progress: Progress) -> None:
+    """The training, unless it is at its end already and only what follows is missing."""
+    table, start = job.run.manifest.mtp, None
+    trained = table.train if table and table.made_from == job.made_from and not force else None
+    if trained:
+        start, damaged = state.newest_complete(job.checkpoints)
+        for error in damaged:
+            progress.say(f"{error.message}; taking the one before it")
+        if trained.status == "done" and start and start.name == trained.last_checkpoint:
+            return
+        progress.say(f"going on from {start.name}" if start else "nothing whole was saved: beginning anew")
+
+    def record(manifest: Manifest) -> None:
+        if trained and manifest.mtp:
+            reason = "killed" if trained.status == "running" else trained.stopped or trained.status
+            entry = Resume(
+                step=state.step_of(start) if start else 0, checkpoint=start.name if start else None, reason=reason,
+                when=now(),
+            )  # fmt: skip
+            manifest.mtp.resumes = [*manifest.mtp.resumes, entry]
+
+    carry_out(job, start, ranks, progress, record)
+
+
+def _settle(job: HeadJob, request: Request, progress: Progress) -> tuple[str, ...]:
+    """Write the best head, measure it beside the shipped one, and put the shipped one there where it is better."""
+    from sparkctl.model.weights import TensorFile
+
+    trained = job.before
+    assert trained
+    assert trained.best_checkpoint
+    best = TensorFile(job.checkpoints / trained.best_checkpoint / state.TRAINABLE)
+    _write(job, dict.fromkeys(best.names(), best))
+    rows, notes = _measured(job, request, progress)
+    named = {row.name: row for row in rows}
+    before, after = named.get(mtp_eval.SHIPPED), named.get(mtp_eval.TRAINED)
+    if before and not before.drafts:  # answers of one token
+        notes.append("no answer has a draft in it, so nothing tells whether training helped: the trained head is kept")
+        before = None
+    helped = before is None or (after is not None and _helps(before, after))  # None: it is the base's, to the bit
+    if not helped and job.shipped:
+        _write(job, job.shipped.tensors)
+        notes.append(NOT_HELPED)
+    with job.run.edit() as manifest:
+        assert manifest.mtp
+        manifest.mtp.mode = "trained" if helped else "shipped"
+        manifest.mtp.head, manifest.mtp.digest = HEAD, sha256_file(job.head)
+        manifest.mtp.acceptance = rows
+    return tuple(notes)
+
+
+def _write(job: HeadJob, tensors: Mapping[str, TensorFile]) -> None:
+    """The 15 tensors as one file, in the dtypes that the base's head has, bf16 where it has none."""
+    from sparkctl.model.format import torch_dtype
+    from sparkctl.model.weights import ShardWriter
+
+    kept = {name: file.dtype(name) for name, file in job.shipped.tensors.items()} if job.shipped else {}
+    kinds = {name: (torch_dtype(kept.get(name, "BF16")), tensors[name].shape(name)) for name in sorted(tensors)}
+    with staged_file(job.head) as stage, ShardWriter(stage, kinds) as writer:
+        for name, (dtype, _) in kinds.items():
+            writer.write(name, tensors[name].read(name).to(dtype))
+
+
+def _measured(job: HeadJob, request: Request, progress: Progress) -> tuple[list[Acceptance], list[str]]:
+    """Rows of `mtp eval`, and what is to be said where there are none."""
+    asked = mtp_eval.Request(request.run, prompts=request.prompts, allow_slow=request.allow_slow)
+    asked_job = mtp_eval.gather(job.run, asked, progress=progress)
+    if not asked_job.prompts:
+        return [], ["nothing is held out, so nothing tells whether training helped: the trained head is kept"]
+    return mtp_eval.measure(asked_job, progress=progress), list(asked_job.notes)
+
+
+def _helps(before: Acceptance, after: Acceptance) -> bool:
+    from sparkctl.mtp.accept import helps
+
+    return helps(before, after)
+
+
+def _skip(run: Run, why: str) -> None:
+    """Write down that there is no head, where [mtp] says nothing else."""
+    if run.manifest.mtp is None or run.manifest.mtp.mode == "skipped":
+        with run.edit() as manifest:
+            manifest.mtp = MtpTable(mode="skipped", skipped=why, made_from=fingerprint(why))

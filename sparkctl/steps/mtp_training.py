@@ -1,0 +1,134 @@
+"""The training of a run's MTP head, as steps/record.py carries it out. Loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from sparkctl.hardware.measurements import Kind
+from sparkctl.manifest.fingerprint import fingerprint
+from sparkctl.manifest.schema import BaseTable, HeadPlan, Manifest, MtpTable, TrainTable
+from sparkctl.manifest.store import Run
+from sparkctl.manifest.table import CheckpointKind, EngineName
+from sparkctl.merge.seal import read_seal
+from sparkctl.progress import Progress
+from sparkctl.steps.training import CHECKPOINTS, METRICS, TOKENS
+from sparkctl.train.ranks import Ranks
+
+if TYPE_CHECKING:
+    from sparkctl.data.tokens import TokenStore
+    from sparkctl.mtp.source import HeadSource
+    from sparkctl.train.session import Session
+
+FOLDER = "mtp"
+HEAD = f"{FOLDER}/head.safetensors"
+# how a plan is carried out, not what comes of it
+FREE = {"tokens_per_step", "steps", "save_every", "keep", "machine", "estimated_seconds", "estimated_peak_memory"}
+
+
+@dataclass(frozen=True)
+class HeadJob:
+    """A head's training that can be started. merged: the frozen model; shipped: the base's head, None where there is
+    none; parent_id: the merged model in [[checkpoints]].
+    """
+
+    run: Run
+    plan: HeadPlan
+    model_key: str
+    merged: Path
+    shipped: HeadSource | None
+    parent_id: str
+    made_from: str
+    allow_slow: bool = False
+
+    kind: ClassVar[CheckpointKind] = "mtp-head"
+    prefix: ClassVar[str] = "mtp-"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints."""
+        return self.run.root / FOLDER / CHECKPOINTS
+
+    @property
+    def metrics(self) -> Path:
+        """A line for every step."""
+        return self.run.root / FOLDER / METRICS
+
+    @property
+    def head(self) -> Path:
+        """The file with the result."""
+        return self.run.root / HEAD
+
+    @property
+    def before(self) -> TrainTable | None:
+        """What is recorded of it."""
+        return self.run.manifest.mtp.train if self.run.manifest.mtp else None
+
+    @property
+    def again(self) -> str:
+        """The command that goes on with it."""
+        return f"sparkctl mtp train {self.run.root}"
+
+    def estimates(self) -> tuple[EngineName, float, int]:
+        """(engine, seconds, peak memory) as planned."""
+        return "native", self.plan.estimated_seconds, self.plan.estimated_peak_memory
+
+    def alike(self, processes: int) -> Kind:
+        """What its rate tells of."""
+        return Kind(self.model_key, "mtp", self.plan.draft_steps, False, processes)
+
+    def note(self, manifest: Manifest, table: TrainTable) -> None:
+        """Write down what has become of it; what was measured of another head is forgotten."""
+        old = manifest.mtp if manifest.mtp and manifest.mtp.made_from == self.made_from else None
+        seal = read_seal(self.merged)
+        manifest.mtp = MtpTable(
+            mode="training", plan=self.plan, train=table, resumes=old.resumes if old else [],
+            merged=seal.digest if seal else None, made_from=self.made_from,
+        )  # fmt: skip
+
+    def base(self, checkpoint: Path | None, progress: Progress) -> BaseTable | None:
+        """None: the merged folder has a seal of its own."""
+        return None
+
+    def store(self) -> TokenStore:
+        """The run's tokens."""
+        from sparkctl.data.tokens import TokenStore
+
+        return TokenStore.open(self.run.root / TOKENS)
+
+    def open(self, choices: dict[str, str] | None, ranks: Ranks, progress: Progress) -> Session:
+        """It in memory, before step 1. choices: those of an earlier start that it goes on with."""
+        from sparkctl.mtp.drafter import Drafter
+        from sparkctl.mtp.engine import HeadEngine
+        from sparkctl.train.rehearsal import Advice
+        from sparkctl.train.session import Session
+        from sparkctl.train.state import State
+
+        plan = self.plan
+
+        def engine() -> HeadEngine:
+            drafter = Drafter.load(
+                self.merged, None, plan.machine.device, choices=choices, allow_slow=self.allow_slow,
+                name=str(self.run.root),
+            )  # fmt: skip
+            if plan.fresh or self.shipped is None:
+                drafter.head.begin_anew(plan.seed)
+            else:
+                files = self.shipped.tensors
+                drafter.head.load({name: file.read(name) for name, file in files.items()}, self.shipped.origin)
+            return HeadEngine(drafter, steps=plan.draft_steps, decay=plan.decay, loss=plan.loss)
+
+        advice = Advice(
+            model="a machine with more memory: the whole model has to be there beside its head",
+            pack=f"{self.again} --pack-length {max(128, plan.pack_length // 2)}, or fewer draft steps: `--steps 1`",
+            disk="take away what is not needed on that disk",
+            rate=f"{self.again} --learning-rate",
+        )
+        return Session.of(plan, self.store(), engine, State(mode="mtp"), advice, ranks)
+
+
+def head_fingerprint(plan: HeadPlan, tokens: str | None, merged: str, shipped: HeadSource | None) -> str:
+    """What a trained head is made from: how, on which tokens, for which model, from which head."""
+    settings = {name: value for name, value in plan.model_dump(mode="json").items() if name not in FREE}
+    return fingerprint(settings, tokens, merged, shipped.digest() if shipped and not plan.fresh else None)

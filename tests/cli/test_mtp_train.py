@@ -1,0 +1,198 @@
+"""`sparkctl mtp train` from the command line: what is left, what is measured, interruptions, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import merging_run
+import pytest
+import ready
+from safetensors.torch import load_file
+
+from sparkctl.cli.app import run as sparkctl
+from sparkctl.errors import Interrupted
+from sparkctl.files import sha256_file
+from sparkctl.manifest.store import Run
+from sparkctl.mtp.answers import Answer, greedy_answers
+from sparkctl.mtp.drafter import read_head
+from sparkctl.mtp.engine import HeadEngine
+from sparkctl.train.metrics import TIMING, read
+
+Said = pytest.CaptureFixture[str]
+FEW = ("--prompts", "3", "--pack-length", "64", "--epochs", "2", "--learning-rate", "0.01")
+
+
+@pytest.fixture
+def run(qwen35_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A merged run with held-out documents, no head trained yet."""
+    made = merging_run.trained_run(tmp_path / "r1", qwen35_folder)
+    ready.store(made.root / "tokens", ready.documents(40))
+    monkeypatch.chdir(tmp_path)
+    assert sparkctl(["merge", "r1", "--json"]) == 0
+    return Run.open(made.root)
+
+
+def answer(said: Said, *arguments: str, few: tuple[str, ...] = FEW) -> dict[str, Any]:
+    said.readouterr()
+    assert sparkctl(["mtp", "train", "r1", *few, *arguments, "--json"]) == 0
+    return json.loads(said.readouterr().out)
+
+
+def refused(said: Said, *arguments: str, status: int = 2) -> str:
+    said.readouterr()
+    assert sparkctl(["mtp", "train", "r1", *FEW, *arguments]) == status
+    text = said.readouterr().err
+    assert "error: " in text
+    assert "Traceback" not in text
+    return text
+
+
+def test_a_head_is_trained_measured_and_left_in_the_run(run: Run, capsys: Said, qwen35_folder: Path) -> None:
+    merged = {path.name: sha256_file(path) for path in (run.root / "merged").iterdir()}
+    said = answer(capsys)
+    table, manifest = said["mtp"], Run.open(run.root).manifest
+    assert table["train"]["status"] == "done"
+    assert table["train"]["steps"] == 6
+    assert table["train"]["best_eval_loss"] < table["train"]["first_eval_loss"]
+    assert [row["name"].split(" on ")[1] for row in table["acceptance"]][:2] == ["base", "tuned"]
+    assert manifest.mtp.model_dump(mode="json") == table
+    assert sha256_file(run.root / table["head"]) == table["digest"]
+    shipped, left = read_head(qwen35_folder), load_file(run.root / table["head"])
+    assert {n: (t.shape, t.dtype) for n, t in left.items()} == {n: (t.shape, t.dtype) for n, t in shipped.items()}
+    assert len([line for line in read(run.root / "mtp" / "metrics.jsonl") if "loss" in line]) == 6
+    heads = [c for c in manifest.checkpoints if c.kind == "mtp-head"]
+    assert [c.parent for c in heads] == ["merged-000003"] * len(heads)
+    assert {path.name: sha256_file(path) for path in (run.root / "merged").iterdir()} == merged
+    assert answer(capsys)["up_to_date"]
+    assert answer(capsys, "--dry-run")["up_to_date"]
+
+
+def test_where_training_does_not_help_the_shipped_head_stays(run: Run, capsys: Said, qwen35_folder: Path) -> None:
+    said = answer(capsys, few=("--prompts", "3", "--max-steps", "1", "--learning-rate", "1e-12"))
+    assert said["mtp"]["mode"] == "shipped"
+    assert "training did not help: the base's head is kept" in said["notes"]
+    left = load_file(run.root / said["mtp"]["head"])
+    assert all(left[name].equal(value) for name, value in read_head(qwen35_folder).items())
+
+
+def test_answers_of_one_token_tell_nothing(run: Run, capsys: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*arguments: Any, **named: Any) -> list[Answer]:
+        return [replace(a, ids=a.ids[:1]) for a in greedy_answers(*arguments, **named)]
+
+    monkeypatch.setattr("sparkctl.mtp.accept.greedy_answers", short)
+    said = answer(capsys)
+    assert [row["drafts"] for row in said["mtp"]["acceptance"]] == [0, 0, 0]
+    assert said["mtp"]["mode"] == "trained"
+    assert any("nothing tells whether training helped" in note for note in said["notes"])
+
+
+def test_interrupted_and_called_again_it_is_as_uninterrupted(
+    run: Run, capsys: Said, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(run.root, tmp_path / "straight")
+    assert sparkctl(["mtp", "train", "straight", *FEW]) == 0
+    micro_step, calls = HeadEngine.micro_step, 0
+
+    def stopped(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 12:
+            raise Interrupted("stopped", "again", 15)
+        return micro_step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeadEngine, "micro_step", stopped)
+        assert refused(capsys, status=143)
+    assert Run.open(run.root).manifest.mtp.train.status == "interrupted"
+    step = Run.open(run.root).manifest.mtp.train.step
+    assert 0 < step < 6
+    table = answer(capsys)["mtp"]
+    assert [(r["step"], r["reason"]) for r in table["resumes"]] == [(step, "interrupted")]
+    straight = tmp_path / "straight"
+    for name in ("head.safetensors", "checkpoints/step-000006/trainable.safetensors"):
+        assert (run.root / "mtp" / name).read_bytes() == (straight / "mtp" / name).read_bytes()
+    mine, theirs = (
+        [{k: v for k, v in line.items() if k not in TIMING} for line in read(root / "mtp" / "metrics.jsonl")]
+        for root in (run.root, straight)
+    )
+    assert mine == theirs
+
+
+def test_killed_between_training_and_measuring_only_that_is_done(
+    run: Run, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: Any, **named: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sparkctl.steps.mtp_eval.measure", killed)
+        assert sparkctl(["mtp", "train", "r1", *FEW]) == 130
+    assert Run.open(run.root).manifest.mtp.mode == "training"
+    monkeypatch.setattr(HeadEngine, "micro_step", killed)
+    assert answer(capsys)["mtp"]["mode"] in ("trained", "shipped")
+
+
+def test_another_plan_or_another_model_begins_anew_only_when_forced(run: Run, capsys: Said) -> None:
+    first = answer(capsys)["mtp"]
+    assert "trained otherwise" in refused(capsys, "--loss", "ce")
+    assert Run.open(run.root).manifest.mtp.model_dump(mode="json") == first
+    other = answer(capsys, "--loss", "ce", "--force")["mtp"]
+    assert (other["plan"]["loss"], other["resumes"]) == ("ce", [])
+    assert other["train"]["final_loss"] != first["train"]["final_loss"]
+    assert sparkctl(["merge", "r1", "--checkpoint", "last", "--force"]) == 0
+    assert "another merged model" in refused(capsys, "--loss", "ce")
+
+
+def test_a_dry_run_writes_nothing(run: Run, capsys: Said) -> None:
+    before = sorted(run.root.rglob("*"))
+    plan = answer(capsys, "--dry-run")["plan"]
+    assert (plan["steps"], plan["pack_length"], plan["draft_steps"], plan["loss"]) == (6, 64, 3, "kl")
+    assert sorted(run.root.rglob("*")) == before
+    assert Run.open(run.root).manifest.mtp is None
+
+
+def test_without_a_merged_model(run: Run, capsys: Said) -> None:
+    with run.edit() as manifest:
+        manifest.merge = None
+    assert "hint: sparkctl merge r1" in refused(capsys)
+
+
+def test_tokens_that_are_not_the_analysed_ones(run: Run, capsys: Said) -> None:
+    with run.edit() as manifest:
+        manifest.analysis.digest = "another"
+    text = refused(capsys)
+    assert "is not what `analyze` wrote" in text
+    assert "hint: sparkctl analyze" in text
+
+
+def test_a_rate_of_nothing(run: Run, capsys: Said) -> None:
+    assert "hint: sparkctl mtp train r1 --learning-rate 1e-4" in refused(capsys, "--learning-rate", "0")
+
+
+def test_a_merged_model_that_was_changed(run: Run, capsys: Said) -> None:
+    (run.root / "merged" / "config.json").write_text("{}")
+    assert "hint: sparkctl merge r1 --force" in refused(capsys)
+
+
+def test_a_model_without_a_head_is_skipped(llama_folder: Path, tmp_path: Path, capsys: Said) -> None:
+    made = merging_run.trained_run(tmp_path / "r2", llama_folder)
+    ready.store(made.root / "tokens", ready.documents(20))
+    assert sparkctl(["merge", str(made.root), "--json"]) == 0
+    capsys.readouterr()
+    assert sparkctl(["mtp", "train", str(made.root), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert "llama" in said["skipped"]
+    assert Run.open(made.root).manifest.mtp.mode == "skipped"
+    assert sparkctl(["mtp", "train", str(made.root)]) == 0
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_a_fresh_head_for_a_base_that_lost_its_own(run: Run, capsys: Said, qwen35_folder: Path, tmp_path: Path) -> None:
+    said = answer(capsys, "--fresh")
+    assert said["plan"]["fresh"]
+    first = next(line for line in read(run.root / "mtp" / "metrics.jsonl") if "eval_loss" in line)
+    assert first["eval_loss"] > 0

@@ -1,0 +1,230 @@
+"""The head of a hub model: only its bytes are fetched, a broken fetch goes on, nothing is fetched twice."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import heads
+import hub_server
+import pytest
+from heads import WANTED
+from hub_server import HubServer
+
+from sparkctl.model.hub import SINGLE
+from sparkctl.mtp import fetch
+from sparkctl.mtp.fetch import find_head
+from sparkctl.mtp.source import HeadSource
+
+ID, SECRET = "org/tiny", "hf_secret"
+HEAD_BYTES = sum(2 * tensor.numel() for tensor in heads.tiny.mtp_tensors(**heads.SIZES, seed=0).values())
+
+
+class Bar:
+    """A progress that remembers."""
+
+    def __init__(self) -> None:
+        self.tasks: list[tuple[str, float | None, str]] = []
+        self.steps: list[float] = []
+        self.said: list[str] = []
+
+    @contextmanager
+    def task(self, description: str, total: float | None = None, unit: str = "") -> Iterator[Bar]:
+        self.tasks.append((description, total, unit))
+        yield self
+
+    def advance(self, amount: float = 1) -> None:
+        self.steps.append(amount)
+
+    def note(self, text: str) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture(params=[1, 3])
+def folder(request: pytest.FixtureRequest, qwen35_folder: Path, tmp_path: Path) -> Path:
+    """A model in one file, and in three, its head among the other tensors."""
+    return heads.rebuilt(qwen35_folder, tmp_path / "served", request.param)
+
+
+@pytest.fixture
+def commit(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The commit under which it is served; a request brings several pieces."""
+    monkeypatch.setattr("sparkctl.model.ranges.PIECE", 1000)
+    return hub.publish(ID, folder)
+
+
+def fetched(progress: Bar | None = None) -> HeadSource:
+    return find_head(ID, WANTED, progress=progress or Bar())
+
+
+def cached(tmp_path: Path) -> list[str]:
+    """What lies in the user's cache, but for locks."""
+    folder = tmp_path / "cache" / "sparkctl" / "mtp"
+    return sorted(path.name for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+
+
+def parts_asked(hub: HubServer) -> list[str]:
+    return [line for line in hub.requests if line.startswith("GET") and "safetensors" in line and "index" not in line]
+
+
+def test_only_config_index_and_the_heads_bytes_are_fetched(
+    hub: HubServer, commit: str, folder: Path, tmp_path: Path
+) -> None:
+    bar = Bar()
+    head = fetched(bar)
+    assert head.origin == ID
+    assert heads.equal(heads.values(head), heads.own(folder))
+    assert bar.tasks == [(f"fetching the MTP head of {ID}", HEAD_BYTES, "B")]
+    assert sum(bar.steps) == HEAD_BYTES
+    assert len(bar.steps) > 10
+    asked = {line.split("/")[-1] for line in hub.requests if "/resolve/" in line and line.startswith("GET")}
+    assert {name for name in asked if "safetensors" not in name} == {"config.json"}
+    shards = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    headers = sum(len(heads.merging.raw(path).header) for path in folder.glob("*.safetensors"))
+    small = sum((folder / name).stat().st_size for name in asked if name == "config.json" or "index" in name)
+    listings = 8 * 1024
+    assert HEAD_BYTES + headers < hub.sent < HEAD_BYTES + headers + small + listings < shards
+    assert cached(tmp_path) == ["head.safetensors"]
+
+
+def test_the_digest_is_of_the_head_wherever_it_lies(hub: HubServer, commit: str, folder: Path, tmp_path: Path) -> None:
+    head = fetched()
+    assert head.digest() == find_head(str(folder), WANTED).digest()
+    other = heads.head_file(tmp_path / "other.safetensors", seed=9)
+    assert head.digest() != fetch.from_file(other, WANTED).digest()
+
+
+def test_a_second_call_asks_for_the_commit_alone(hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = heads.values(fetched())
+    hub.requests.clear()
+    assert heads.equal(heads.values(fetched()), before)
+    assert hub.requests == [f"GET /api/models/{ID}/revision/main"]
+    hub.requests.clear()
+    find_head(ID, WANTED, revision=commit)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert heads.equal(heads.values(fetched()), before)
+    assert hub.requests == []
+
+
+def test_a_newer_commit_is_fetched(hub: HubServer, commit: str, tmp_path: Path) -> None:
+    fetched()
+    other = heads.tiny.qwen35(tmp_path / "other", seed=8)
+    hub.publish(ID, other)
+    assert heads.equal(heads.values(fetched()), heads.own(other))
+
+
+def test_shards_that_are_there_are_read(hub: HubServer, commit: str, folder: Path, tmp_path: Path) -> None:
+    from sparkctl.model.hub import locate
+
+    locate(ID, weights=True)
+    hub.requests.clear()
+    assert heads.equal(heads.values(fetched()), heads.own(folder))
+    assert parts_asked(hub) == []
+    assert cached(tmp_path) == []
+
+
+def test_a_connection_that_breaks_is_taken_up(hub: HubServer, commit: str, folder: Path) -> None:
+    """Where it broke: no byte is sent twice."""
+    whole = Bar()
+    fetched(whole)
+    sent = hub.sent
+    shutil.rmtree(fetch.env.user_cache_folder())
+    hub.sent = 0
+    hub.fail(f"GET /{ID}/resolve/{commit}/model", cut=1500, times=3)
+    assert heads.equal(heads.values(fetched()), heads.own(folder))
+    assert hub.sent < sent
+    assert hub.faults[0].times == 0
+
+
+KILLED = """
+import os, signal, sys
+from heads import WANTED
+from sparkctl.model import ranges
+from sparkctl.mtp.fetch import find_head
+from test_mtp_fetch import Bar
+
+class Deadly(Bar):
+    def advance(self, amount=1):
+        super().advance(amount)
+        if sum(self.steps) > 20_000:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+ranges.PIECE = 1000
+find_head(sys.argv[1], WANTED, progress=Deadly())
+"""
+
+
+def test_a_fetch_that_was_killed_goes_on_in_another_process(
+    hub: HubServer, commit: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What had come is kept under another name, and not asked for again."""
+    tests = Path(__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", f"{tests}:{tests / 'unit'}")
+    killed = subprocess.run([sys.executable, "-c", KILLED, ID], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert cached(tmp_path) == [fetch.PARTIAL]
+    bar = Bar()
+    assert heads.equal(heads.values(fetched(bar)), heads.own(folder))
+    assert 10_000 < bar.steps[0] < HEAD_BYTES
+    assert sum(bar.steps) == HEAD_BYTES
+    assert cached(tmp_path) == ["head.safetensors"]
+
+
+def test_a_part_of_other_files_is_not_gone_on_with(hub: HubServer, commit: str, folder: Path, tmp_path: Path) -> None:
+    fetched()
+    kept = next((tmp_path / "cache").rglob("head.safetensors"))
+    data = bytearray(kept.read_bytes()[:-3000])
+    kept.unlink()
+    for damage in (b"another etag", b"", None):
+        if damage is None:
+            kept.with_name(fetch.PARTIAL).write_bytes(bytes(data) + bytes(9000))  # longer than the head
+        else:
+            at = data.find(b"etag ")
+            kept.with_name(fetch.PARTIAL).write_bytes(data[:at] + damage + data[at + len(damage) :] if damage else b"")
+        bar = Bar()
+        assert heads.equal(heads.values(fetched(bar)), heads.own(folder))
+        assert bar.steps[0] == 0
+        kept.unlink()
+
+
+def test_a_server_without_ranges_gives_whole_shards(hub: HubServer, commit: str, folder: Path, tmp_path: Path) -> None:
+    hub.fail("GET /org/", whole=True)
+    bar = Bar()
+    assert heads.equal(heads.values(fetched(bar)), heads.own(folder))
+    assert [task[0] for task in bar.tasks] == [f"downloading {ID}"]
+    assert "whole files only" in bar.said[0]
+    assert cached(tmp_path) == []
+    hub.requests.clear()
+    fetched()
+    assert parts_asked(hub) == []
+
+
+def test_the_token_goes_to_the_hub_and_nowhere_else(
+    hub: HubServer, commit: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files lie on another host, to which the hub sends its callers on."""
+    hub.token = SECRET
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    with hub_server.hub() as files:
+        files.commits = hub.commits
+        hub.weights_at = files.url
+        assert heads.equal(heads.values(fetched()), heads.own(folder))
+        assert parts_asked(files)
+        assert files.tokens == {None}
+        assert hub.tokens == {f"Bearer {SECRET}"}
+
+
+def test_only_the_shard_with_the_head_has_to_be_there(qwen35_folder: Path, tmp_path: Path) -> None:
+    some = Path(shutil.copytree(qwen35_folder, tmp_path / "some"))
+    for path in some.glob("*-of-*.safetensors"):
+        path.unlink()
+    assert heads.equal(heads.values(find_head(str(some), WANTED)), heads.own(qwen35_folder))
+    assert not (some / SINGLE).exists()
