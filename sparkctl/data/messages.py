@@ -24,6 +24,7 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 OTHER_MEDIA = ("image", "video", "audio", "file")
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")  # of template kwargs
 
+A_LINE_EACH = "write one chat a line: `jq -c '.[]' FILE > chats.jsonl`"  # of an array of chats
 SHAPE = 'write {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 TEXT_ONLY = "training takes text alone: drop the example with `--skip-bad`, or describe the media in words"
 
@@ -64,7 +65,7 @@ class Refused(Exception):
 def as_example(record: Any, place: str, folder: str = "") -> Example:
     """The example in a parsed record. Raises Refused."""
     if not isinstance(record, dict):
-        hint = "write one chat a line: `jq -c '.[]' FILE > chats.jsonl`" if isinstance(record, list) else SHAPE
+        hint = A_LINE_EACH if isinstance(record, list) else SHAPE
         raise Refused(f"{_kind(record)} where an object is needed", hint)
     for key in ("images", "image", "videos", "audios"):
         if record.get(key):
@@ -94,7 +95,7 @@ def _turns(record: dict[str, Any]) -> list[Any]:
     if not turns:
         raise Refused(f"`{name}` is empty")
     system = record.get("system")
-    if name == "conversations" and isinstance(system, str) and system and _role_of(turns[0]) != "system":
+    if isinstance(system, str) and system and _role_of(turns[0]) not in ("system", "developer"):
         return [{"role": "system", "content": system}, *turns]
     return turns
 

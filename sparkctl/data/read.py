@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sparkctl.data.messages import BadLine, Example, Refused, as_example
+from sparkctl.data.messages import A_LINE_EACH, BadLine, Example, Refused, as_example
 from sparkctl.errors import SparkError, UsageError
 
 __all__ = ["BadLine", "Example", "read_examples"]
@@ -168,9 +168,8 @@ def _parsed(line: bytes) -> Any:
         where = f"byte {error.start + 1} of the line is 0x{line[error.start]:02x}"
         return Refused(f"not UTF-8: {where}", "save the file as UTF-8: `iconv -f latin1 -t utf-8 OLD > NEW`")
     except json.JSONDecodeError as error:
-        return Refused(
-            f"not JSON: {error.msg} at column {error.colno}", "write one JSON object a line, all on one line"
-        )
+        hint = A_LINE_EACH if line.lstrip().startswith(b"[") else "write one JSON object a line, all on one line"
+        return Refused(f"not JSON: {error.msg} at column {error.colno}", hint)
     except RecursionError:
         return Refused("not usable JSON: nested too deeply", "write one chat a line")
     except ValueError as error:  # a number with more digits than Python takes

@@ -75,7 +75,8 @@ def test_one_schema_comes_of_many(tmp_path: Path) -> None:
         ]
     }
     outside = {"system": "s", "conversations": sharegpt["conversations"][1:], "messages": None}
-    for record in (openai, sharegpt, outside):
+    beside = {"system": "s", **openai, "messages": openai["messages"][1:]}
+    for record in (openai, sharegpt, outside, beside, {**openai, "system": "another, which the messages overrule"}):
         assert one(tmp_path, record).messages == wanted
 
 
@@ -190,6 +191,7 @@ REFUSED = {
     "nested too deeply": (b"[" * 100_000 + b"]" * 100_000, "nested too deeply", ""),
     "digits without end": (b'{"messages": ' + b"9" * 5000 + b"}", "not usable JSON", ""),
     "a list": ([CHAT], "a list where an object is needed", "jq -c"),
+    "a list over lines": (b"[", "not JSON", "jq -c"),
     "a string": ("hello", "a string where", "messages"),
     "no messages": ({"text": "hello", "id": 3}, "no `messages` (it has `text`, `id`)", "messages"),
     "an empty object": ({}, "no `messages` (it has no key)", ""),
