@@ -18,7 +18,7 @@ GIB, GB = 1 << 30, 10**9
 GB10 = Gpu("NVIDIA GB10", "12.1", 1, driver="580.95.05", cuda=(13, 0))
 SPARK = Device(
     processor="Cortex-X925", cores=20, memory=120 * GIB, available=110 * GIB, swap=0, swap_used=0,
-    disks=(Disk("runs here", Path("/work"), 500 * GB), Disk("temporary files", Path("/tmp"), 9 * GB, "TMPDIR")),
+    disks=(Disk("runs here", Path("/work"), 500 * GB), Disk("temporary files", Path("/scratch/tmp"), 9 * GB, "TMPDIR")),
     gpu=GB10, problem=None, fitted=True, claims=Claims("12.1", (13, 0), 3 * GIB, 120 * GIB, True, 101_376, 65_536),
 )  # fmt: skip
 NO_GPU = replace(SPARK, gpu=None, claims=None, problem=nvml.NO_LIBRARY)
@@ -55,8 +55,8 @@ CASES = [
     (replace(SPARK, swap=16 * GIB, swap_used=2 * GIB), "swap", Weight.SLOW, "hangs the whole machine", "swapoff"),
     (replace(SPARK, disks=(Disk("runs here", Path("/work"), 5 * GB),)), "disk", Weight.SLOW, "5.0 GB", "free some"),
     (
-        replace(SPARK, disks=(Disk("temporary files", Path("/tmp"), 0, "TMPDIR"),)), "disk", Weight.NEEDED,
-        "0.0 GB are free for temporary files in `/tmp`", "export TMPDIR=",
+        replace(SPARK, disks=(Disk("temporary files", Path("/scratch/tmp"), 0, "TMPDIR"),)), "disk", Weight.NEEDED,
+        "0.0 GB are free for temporary files in `/scratch/tmp`", "export TMPDIR=",
     ),
 ]  # fmt: skip
 

@@ -15,6 +15,7 @@ from sparkctl.data.tokens import label_count
 from sparkctl.errors import UsageError
 from sparkctl.model.plain import plain_layers
 from sparkctl.train.engines import make_engine, reference
+from sparkctl.train.engines.rows import batches
 
 EXACT = 2e-5  # relative, fp32: padding and the order of sums; observed up to 4e-6
 
@@ -141,7 +142,7 @@ def test_precision(qwen35_folder: Path) -> None:
 def test_rows_of_like_length_fill_the_area() -> None:
     lengths = [10, 3, 30, 9, 8, 29]
     documents = [Document(i, np.zeros(n, np.int32), np.ones(n, bool)) for i, n in enumerate(lengths)]
-    dealt = [[len(d.ids) for d in batch] for batch in reference.batches(Pack(documents, 89, 83), 64)]
+    dealt = [[len(d.ids) for d in batch] for batch in batches(Pack(documents, 89, 83), 64)]
     assert dealt == [[30, 29], [10, 9, 8, 3]]
 
 

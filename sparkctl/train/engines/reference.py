@@ -7,14 +7,14 @@ loss in fp32, gradients accumulated in fp32.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparkctl.data.batches import Document, Pack
+from sparkctl.data.batches import Document
 from sparkctl.errors import UsageError
 from sparkctl.manifest.schema import PlanTable
 from sparkctl.train.engines import cpu
+from sparkctl.train.engines.rows import RowEngine, padded
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ def load(
     return ReferenceEngine(base, trained, plan, dtype)
 
 
-class ReferenceEngine:
+class ReferenceEngine(RowEngine):
     """`model`: a transformers causal language model, with peft's adapters in it or whole; `trained`: its masters."""
 
     name = "reference"
@@ -70,44 +70,13 @@ class ReferenceEngine:
         import torch
 
         self._half = dtype == torch.bfloat16
-        self._model, self._trained, self._area = model, trained, plan.pack_length
+        super().__init__(model, trained, plan.pack_length)
         self._checkpointing = plan.checkpointing
-        self.device: torch.device = next(model.parameters()).device
         self._plain_head = model.config.model_type in PLAIN_HEAD
         for parameter in trained.values():
             parameter.requires_grad_(True)
         if plan.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-    def parameters(self) -> dict[str, Parameter]:
-        """Adapters or masters by name."""
-        return self._trained
-
-    def micro_step(self, pack: Pack, scale: float) -> torch.Tensor:
-        """Loss of the pack, its gradient times `scale` added to each `.grad`; a batch of rows at a time."""
-        import torch
-
-        self._model.train()  # what turns gradient checkpointing on; no dropout is left in these models
-        total = torch.zeros((), dtype=torch.float32, device=self.device)
-        for documents in batches(pack, self._area):
-            loss = self._loss(documents)
-            if loss is not None:
-                (loss * scale).backward()
-                total += loss.detach()
-        return total
-
-    def eval_sum(self, pack: Pack) -> torch.Tensor:
-        """Loss of the pack."""
-        import torch
-
-        self._model.eval()
-        total = torch.zeros((), dtype=torch.float32, device=self.device)
-        with torch.no_grad():
-            for documents in batches(pack, self._area):
-                loss = self._loss(documents)
-                if loss is not None:
-                    total += loss
-        return total
 
     def describe(self) -> list[tuple[str, str]]:
         """Which part runs on what."""
@@ -131,7 +100,7 @@ class ReferenceEngine:
         import torch
         import torch.nn.functional as F
 
-        ids_BL, mask_BL, labels_BL = rows(documents)
+        ids_BL, mask_BL, labels_BL = padded(documents)
         if not labels_BL.any():
             return None
         ids, mask = torch.from_numpy(ids_BL).to(self.device), torch.from_numpy(mask_BL).to(self.device)
@@ -145,29 +114,3 @@ class ReferenceEngine:
             else:
                 logits_NV = self._model(**inputs).logits[:, :-1][at]
         return F.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
-
-
-def batches(pack: Pack, area: int) -> Iterator[list[Document]]:
-    """The pack's documents from the longest to the shortest, as many at once as fill `area` with padding."""
-    documents = sorted(pack.documents, key=lambda document: (-len(document.ids), document.id))
-    while documents:
-        count = max(1, area // len(documents[0].ids))
-        yield documents[:count]
-        documents = documents[count:]
-
-
-def rows(documents: list[Document]) -> tuple[Any, Any, Any]:
-    """(ids int64 [B, L], mask int64 [B, L], trained bool [B, L]), padded on the right with zeros.
-
-    Position 0 of a document is never trained: nothing stands before it.
-    """
-    import numpy as np
-
-    longest = max(len(document.ids) for document in documents)
-    ids = np.zeros((len(documents), longest), dtype=np.int64)
-    mask, trained = np.zeros_like(ids), np.zeros(ids.shape, dtype=bool)
-    for row, document in enumerate(documents):
-        length = len(document.ids)
-        ids[row, :length], mask[row, :length], trained[row, :length] = document.ids, 1, document.trained
-    trained[:, 0] = False
-    return ids, mask, trained

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkctl import env
-from sparkctl.data.batches import Document, Pack
+from sparkctl.data.batches import Document
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.manifest.schema import PlanTable
 from sparkctl.train.engines.hopper import allow_on_hopper
-from sparkctl.train.engines.reference import batches, rows
+from sparkctl.train.engines.rows import RowEngine, padded
 
 if TYPE_CHECKING:
     import torch
@@ -179,44 +179,14 @@ def to_stderr() -> Iterator[None]:
         yield
 
 
-class UnslothEngine:
+class UnslothEngine(RowEngine):
     """`model`: Unsloth's, with its adapters or whole; `trained`: the masters by name."""
 
     name = "unsloth"
 
     def __init__(self, model: Any, trained: dict[str, Parameter], plan: PlanTable) -> None:
-        self._model, self._trained, self._area = model, trained, plan.pack_length
+        super().__init__(model, trained, plan.pack_length)
         self._checkpointing = plan.checkpointing
-        self.device: torch.device = next(model.parameters()).device
-
-    def parameters(self) -> dict[str, Parameter]:
-        """Adapters or masters by name."""
-        return self._trained
-
-    def micro_step(self, pack: Pack, scale: float) -> torch.Tensor:
-        """Loss of the pack, its gradient times `scale` added to each `.grad`; a batch of rows at a time."""
-        self._model.train()
-        total = self._zero()
-        with to_stderr():
-            for documents in batches(pack, self._area):
-                loss = self._loss(documents)
-                if loss is not None:
-                    (loss * scale).backward()
-                    total += loss.detach()
-        return total
-
-    def eval_sum(self, pack: Pack) -> torch.Tensor:
-        """Loss of the pack."""
-        import torch
-
-        self._model.eval()
-        total = self._zero()
-        with torch.no_grad(), to_stderr():
-            for documents in batches(pack, self._area):
-                loss = self._loss(documents)
-                if loss is not None:
-                    total += loss
-        return total
 
     def describe(self) -> list[tuple[str, str]]:
         """Which part runs on what."""
@@ -236,7 +206,7 @@ class UnslothEngine:
         """Sum of the cross-entropy over the label tokens of these rows; None where there is no label."""
         import torch
 
-        ids_BL, _, trained_BL = rows(documents)
+        ids_BL, _, trained_BL = padded(documents)
         count = int(trained_BL.sum())  # the first token of a row is none, so shifting loses no label
         if not count:
             return None
@@ -246,7 +216,5 @@ class UnslothEngine:
             mean = self._model(input_ids=ids, labels=labels, use_cache=False).loss
         return mean.float() * count
 
-    def _zero(self) -> torch.Tensor:
-        import torch
-
-        return torch.zeros((), dtype=torch.float32, device=self.device)
+    def _around(self) -> AbstractContextManager[None]:
+        return to_stderr()

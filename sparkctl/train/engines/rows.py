@@ -1,0 +1,95 @@
+"""One document a row, padded on the right: what an engine that knows no packs makes of one.
+
+A subclass says what a batch of rows loses.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from sparkctl.data.batches import Document, Pack
+
+if TYPE_CHECKING:
+    import torch
+    from torch.nn import Parameter
+
+# B rows · L tokens of the longest row
+
+
+class RowEngine(ABC):
+    """`model`: a causal language model; `trained`: its masters by name; `area`: tokens of a batch, padding included."""
+
+    def __init__(self, model: Any, trained: dict[str, Parameter], area: int) -> None:
+        self._model, self._trained, self._area = model, trained, area
+        self.device: torch.device = next(model.parameters()).device
+
+    def parameters(self) -> dict[str, Parameter]:
+        """Adapters or masters by name."""
+        return self._trained
+
+    def micro_step(self, pack: Pack, scale: float) -> torch.Tensor:
+        """Loss of the pack, its gradient times `scale` added to each `.grad`; a batch of rows at a time."""
+        self._model.train()  # what turns gradient checkpointing on; no dropout is left in these models
+        total = self._zero()
+        with self._around():
+            for documents in batches(pack, self._area):
+                loss = self._loss(documents)
+                if loss is not None:
+                    (loss * scale).backward()
+                    total += loss.detach()
+        return total
+
+    def eval_sum(self, pack: Pack) -> torch.Tensor:
+        """Loss of the pack."""
+        import torch
+
+        self._model.eval()
+        total = self._zero()
+        with torch.no_grad(), self._around():
+            for documents in batches(pack, self._area):
+                loss = self._loss(documents)
+                if loss is not None:
+                    total += loss
+        return total
+
+    @abstractmethod
+    def _loss(self, documents: list[Document]) -> torch.Tensor | None:
+        """Sum of the cross-entropy over the label tokens of these rows; None where there is no label."""
+
+    def _around(self) -> AbstractContextManager[None]:
+        """What the model is called within."""
+        return nullcontext()
+
+    def _zero(self) -> torch.Tensor:
+        import torch
+
+        return torch.zeros((), dtype=torch.float32, device=self.device)
+
+
+def batches(pack: Pack, area: int) -> Iterator[list[Document]]:
+    """The pack's documents from the longest to the shortest, as many at once as fill `area` with padding."""
+    documents = sorted(pack.documents, key=lambda document: (-len(document.ids), document.id))
+    while documents:
+        count = max(1, area // len(documents[0].ids))
+        yield documents[:count]
+        documents = documents[count:]
+
+
+def padded(documents: list[Document]) -> tuple[Any, Any, Any]:
+    """(ids int64 [B, L], mask int64 [B, L], trained bool [B, L]), padded on the right with zeros.
+
+    Position 0 of a document is never trained: nothing stands before it.
+    """
+    import numpy as np
+
+    longest = max(len(document.ids) for document in documents)
+    ids = np.zeros((len(documents), longest), dtype=np.int64)
+    mask, trained = np.zeros_like(ids), np.zeros(ids.shape, dtype=bool)
+    for row, document in enumerate(documents):
+        length = len(document.ids)
+        ids[row, :length], mask[row, :length], trained[row, :length] = document.ids, 1, document.trained
+    trained[:, 0] = False
+    return ids, mask, trained
