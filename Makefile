@@ -38,7 +38,7 @@ vllm-check: environment vllm ## serve the demo's models with a real vLLM: the sa
 	$(IN)/python tools/vllm_check.py --vllm .compat/vllm/bin/python --out runs/vllm-check $(ARGS)
 
 test: lint datasets-4 ## lint, then every test that needs no GPU; ARGS="-k merge" for some of them
-	$(PYTEST) -m "not gpu" $(ARGS)
+	$(PYTEST) -n 2 --dist worksteal -m "not gpu" $(ARGS)
 
 test-gpu: development ## the tests that need a GPU
 	$(PYTEST) -m gpu $(ARGS)
