@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
     """Only children load torch: a child's peak memory counts what its parent had when it was forked."""
     subprocess.run([sys.executable, merge_2b.__file__, "make", str(folder)], check=True)
     os.chdir(folder)
-    subprocess.run(["sparkctl", "merge", "run", "--json"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "sparkctl", "merge", "run", "--json"], check=True, stdout=subprocess.DEVNULL)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "safetensors"))
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {libraries}")
     size = sum(path.stat().st_size for path in Path("run/merged").glob("*.safetensors"))
@@ -52,8 +52,21 @@ def measure(kind: str, options: list[str]) -> None:
     """One injection in a process of its own."""
     os.sync()
     started = time.monotonic()
-    command = ["sparkctl", "mtp", "inject", "run", "--mode", "default", "--out", "out", "--json", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "sparkctl",
+        "mtp",
+        "inject",
+        "run",
+        "--mode",
+        "default",
+        "--out",
+        "out",
+        "--json",
+        *options,
+    ]
+    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
     assert process.stdout
     answer = json.loads(process.stdout.read())
     _, status, used = os.wait4(process.pid, 0)

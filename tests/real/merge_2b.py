@@ -31,7 +31,8 @@ def main(folder: Path) -> None:
     """Only children load torch: a child's peak memory counts what its parent had when it was forked."""
     child("make", folder)
     started = time.monotonic()
-    process = subprocess.Popen(["sparkctl", "merge", str(folder / "run"), "--json"], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "sparkctl", "merge", str(folder / "run"), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     answer = json.loads(process.stdout.read())
     _, status, used = os.wait4(process.pid, 0)
