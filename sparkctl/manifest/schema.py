@@ -259,6 +259,11 @@ class TrainTable(Table):
     gate: Gate | None = None
     base: BaseTable | None = Field(None, description="the weights it began with, which `resume` and `merge` want again")
 
+    @property
+    def ended_by(self) -> str:
+        """Why it is not done: a status of `running` that nobody holds is a kill."""
+        return "killed" if self.status == "running" else self.stopped or self.status
+
 
 class Resume(Table):
     step: int

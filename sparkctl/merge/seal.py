@@ -69,6 +69,12 @@ def read_seal(folder: Path, kind: type[S] = Seal) -> S | None:  # type: ignore[a
         return None
 
 
+def sealed_as(folder: Path, made_from: str, kind: type[S] = Seal) -> S | None:  # type: ignore[assignment]
+    """The folder's seal where it was made from that and is what was written, else None."""
+    seal = read_seal(folder, kind)
+    return seal if seal and seal.made_from == made_from and intact(folder, seal) else None
+
+
 def intact(folder: Path, seal: Seal) -> bool:
     """Whether every sealed file is there and is what was written."""
     written = (folder / SEAL).stat().st_mtime_ns

@@ -91,3 +91,9 @@ def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
                 f"`{folder}` is quantised{f' ({method})' if method else ''}; training needs the weights as published",
                 "name the bf16 model that it was made from",
             )
+
+
+def text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of the language model."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config

@@ -17,7 +17,7 @@ from operator import mul
 
 from sparkctl.merge.serve import serve_model
 from sparkctl.model import mtp
-from sparkctl.model.inspect import ModelInfo
+from sparkctl.model.inspect import ModelInfo, text_part
 from sparkctl.words import counted
 
 TYPICAL = (0.93, 0.89, 0.84)  # conditional acceptance of a trained head, published for GSM8K
@@ -51,7 +51,7 @@ def cost(info: ModelInfo) -> Cost:
 
     Left out are what a text step does not read (the vision tower, the embedding but for one row) and the KV cache.
     """
-    text = info.config.get("text_config") or info.config
+    text = text_part(info.config)
     lm_head = info.vocab_size * int(text["hidden_size"])
     unread = 0 if text.get("tie_word_embeddings") else lm_head  # the embedding, where it is not lm_head too
     own = sum(math.prod(shape) for shape in mtp.shapes(text).values())

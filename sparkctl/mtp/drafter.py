@@ -8,7 +8,6 @@ server fed wherever the drafts so far were accepted.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +18,13 @@ import torch.nn.functional as F
 from sparkctl_kernels.documents import Documents, documents, upload
 
 from sparkctl.data.batches import Pack
-from sparkctl.errors import UsageError
+from sparkctl.model.inspect import read_config, text_part
 from sparkctl.model.load import load_text_model
 from sparkctl.model.mtp import PREFIX
 from sparkctl.model.weights import Checkpoint, TensorFile
 from sparkctl.mtp.head import Head, Pair, Rotation
-from sparkctl.train.engines import cpu
-from sparkctl.train.engines.native.engine import check_served, kernels, refuse_slow
+from sparkctl.train.engines.device import planned_device
+from sparkctl.train.engines.native.engine import check_served, settle
 from sparkctl.train.engines.native.model import NativeModel, pack_ids
 
 if TYPE_CHECKING:
@@ -53,11 +52,10 @@ class Drafter:
         dtype: of the products. choices: those of an earlier start, to be kept. name: the run in hints.
         Raises UsageError without a GPU where one is asked for, SparkError where the head does not fit.
         """
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UsageError("torch finds no GPU", f"plan for this machine: `sparkctl recommend {name}`")
+        place = planned_device(device, name)
         check_served(folder, name)
-        base = load_text_model(folder, dtype=dtype, device=torch.device(device))
-        drafter = cls.of(base, text_config(folder), dtype, choices=choices, allow_slow=allow_slow)
+        base = load_text_model(folder, dtype=dtype, device=place)
+        drafter = cls.of(base, text_part(read_config(folder)), dtype, choices=choices, allow_slow=allow_slow)
         if head is not None:
             drafter.head.load(read_head(head), str(head))
         return drafter
@@ -68,18 +66,9 @@ class Drafter:
         choices: Mapping[str, str] | None = None, allow_slow: bool = False,
     ) -> Drafter:  # fmt: skip
         """On a frozen text model of transformers, whose tensors it shares; a head of zeros. text: its config's part."""
-        from sparkctl_kernels.gated_delta import op as gated_delta
-
-        device = next(base.parameters()).device
-        if device.type == "cpu":
-            cpu.settle(base.config.hidden_size, dict(choices or {}))
-        else:
-            gated_delta.pin(dict(choices or {}))
-        parts = kernels(base, device)
-        if not allow_slow:
-            refuse_slow(parts)
+        parts = settle(base, dict(choices or {}), allow_slow)
         model = NativeModel(base, {}, 1.0, trained=False, checkpointing=False, dtype=dtype)
-        return cls(model, Head(text, device, dtype), parts)
+        return cls(model, Head(text, model.device, dtype), parts)
 
     def hidden(self, pack: Pack) -> Tensor:
         """The model's states after its final norm: [T, D] in the compute dtype."""
@@ -123,12 +112,6 @@ def following(pack: Pack, steps: int) -> list[np.ndarray]:
     ends = np.repeat(np.cumsum(lengths), lengths) - 1
     at = np.arange(len(ids))
     return [ids[np.minimum(at + step, ends)] for step in range(1, steps + 1)]
-
-
-def text_config(folder: Path) -> dict[str, Any]:
-    """The part of config.json that describes the language model."""
-    config = json.loads((folder / "config.json").read_bytes())
-    return dict(config.get("text_config") or config)
 
 
 def read_head(source: Path) -> dict[str, Tensor]:

@@ -24,9 +24,9 @@ from sparkctl.merge.merge import require_space
 from sparkctl.merge.seal import Seal, SealedFile
 from sparkctl.model import mtp
 from sparkctl.model.format import Entry, header_bytes
-from sparkctl.model.inspect import inspect, read_config
+from sparkctl.model.inspect import inspect, read_config, text_part
 from sparkctl.model.weights import INDEX, SINGLE, Checkpoint, ShardWriter, TensorFile
-from sparkctl.mtp.source import HeadSource, text_part
+from sparkctl.mtp.source import HeadSource
 from sparkctl.progress import Progress, Task, silent
 
 LAYERS = "mtp_num_hidden_layers"

@@ -6,11 +6,10 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sparkctl.errors import SparkError
 from sparkctl.model import mtp
-from sparkctl.model.inspect import read_config
+from sparkctl.model.inspect import read_config, text_part
 from sparkctl.model.weights import TensorFile, read_layout
 
 FLOATS = ("BF16", "F16", "F32")
@@ -81,12 +80,6 @@ def require_promise(folder: Path, origin: str) -> None:
         raise NoHead(f"`{origin}` is of type `{config.get('model_type')}`, and only Qwen3.5 has an MTP head")
     if not mtp.layers(text):
         raise NoHead(f"`{origin}` has no MTP head: its config.json promises none", "name a model that has one")
-
-
-def text_part(config: dict[str, Any]) -> dict[str, Any]:
-    """What config.json says of the language model."""
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else config
 
 
 def require_fit(origin: str, found: Specs, wanted: mtp.Shapes) -> None:

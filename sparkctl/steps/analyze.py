@@ -23,7 +23,7 @@ from sparkctl.files import naming, staged_folder, sweep_stages, write_atomic
 from sparkctl.manifest.schema import AnalysisTable, ChatTemplate, Checkpoint, DataTable, Manifest, ModelTable
 from sparkctl.manifest.store import NAME, Run, now
 from sparkctl.progress import Progress, silent
-from sparkctl.steps.inputs import Inputs, Request, analysed, gather
+from sparkctl.steps.inputs import TOKENS, Inputs, Request, analysed, gather
 
 if TYPE_CHECKING:
     from sparkctl.data.chat import ChatFormat
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from sparkctl.data.tokens import Row
     from sparkctl.model.inspect import ModelInfo
 
-TOKENS = "tokens"
 TEMPLATE = "chat_template.jinja"
 
 

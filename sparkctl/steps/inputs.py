@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of tokens and their meaning: a change here makes every analysis stale
 SEED = 0
+TOKENS = "tokens"  # the folder of a run's token store
 EVAL_FRACTION = 0.02
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -109,12 +110,12 @@ class Inputs:
 
         if self.parent is None:
             return np.zeros(0, dtype=np.uint64)
-        if not (self.parent.root / "tokens").is_dir():
+        if not (self.parent.root / TOKENS).is_dir():
             raise SparkError(
                 f"the parent `{self.parent.root}` has no token store, which says what it held out",
                 analyze_command(self.parent, "--force"),
             )
-        return TokenStore.open(self.parent.root / "tokens").held_out_keys()
+        return TokenStore.open(self.parent.root / TOKENS).held_out_keys()
 
     def wishes_differ(self, manifest: Manifest) -> bool:
         """Whether the manifest records other wishes than these for the steps to come, or other places."""

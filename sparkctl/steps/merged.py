@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sparkctl.errors import UsageError
 from sparkctl.manifest.store import Run
-from sparkctl.merge.seal import Seal, intact, read_seal
+from sparkctl.merge.seal import Seal, sealed_as
 
 
 def merged_model(run: Run, shown: Path) -> tuple[Path, Seal]:
@@ -18,7 +18,7 @@ def merged_model(run: Run, shown: Path) -> tuple[Path, Seal]:
     if merge is None:
         raise UsageError(f"`{shown}` has no merged model yet", f"sparkctl merge {shown}")
     folder = run.resolve(merge.folder)
-    seal = read_seal(folder)
-    if seal is None or seal.made_from != merge.made_from or not intact(folder, seal):
+    seal = sealed_as(folder, merge.made_from)
+    if seal is None:
         raise UsageError(f"`{folder}` is not what `merge` wrote", f"sparkctl merge {shown} --force")
     return folder, seal

@@ -15,10 +15,10 @@ from sparkctl.manifest.evidence import Acceptance
 from sparkctl.manifest.fingerprint import fingerprint
 from sparkctl.manifest.store import Run
 from sparkctl.progress import Progress, silent
-from sparkctl.steps.inputs import analysed, analyze_command
+from sparkctl.steps.inputs import TOKENS, analysed, analyze_command
 from sparkctl.steps.merged import merged_model
 from sparkctl.steps.mtp_training import HEAD
-from sparkctl.steps.training import TOKENS, model_folder
+from sparkctl.steps.training import model_folder
 
 if TYPE_CHECKING:
     from sparkctl.mtp.accept import Subject
@@ -108,10 +108,10 @@ def gather(run: Run, request: Request, *, progress: Progress = silent) -> Job:
     """
     from sparkctl.data.tokens import TokenStore
     from sparkctl.model import mtp
-    from sparkctl.model.inspect import read_config
+    from sparkctl.model.inspect import read_config, text_part
     from sparkctl.mtp.accept import Subject
     from sparkctl.mtp.prompts import held_out_prompts
-    from sparkctl.mtp.source import NoHead, from_file, from_folder, require_promise, text_part
+    from sparkctl.mtp.source import NoHead, from_file, from_folder, require_promise
 
     model = analysed(run)[0]
     base = model_folder(run, model, progress)

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from sparkctl.errors import UsageError
 from sparkctl.files import sweep_stages
-from sparkctl.manifest.fingerprint import fingerprint
-from sparkctl.manifest.schema import Checkpoint, MtpTable, ServedTable
+from sparkctl.manifest.schema import Checkpoint, ServedTable
 from sparkctl.manifest.store import Run, now
 from sparkctl.merge.card import with_head
 from sparkctl.merge.seal import SealedFile, intact, read_seal, sealed_files, write_seal
@@ -23,6 +22,7 @@ from sparkctl.mtp.inject import ServedSeal, inject_head, linked
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.injection import Job, Request, Skip, decide
 from sparkctl.steps.inputs import analysed
+from sparkctl.steps.mtp_training import note_skip
 from sparkctl.words import here
 
 CARD = "README.md"
@@ -178,14 +178,8 @@ def _record(job: Job, sealed: ServedSeal) -> None:
 
 def _skip(run: Run, request: Request, why: str, dry_run: bool, progress: Progress) -> Result:
     """Say that there is no head, and write it down where [mtp] says nothing else."""
-    recorded = run.manifest.mtp
-    if (
-        not dry_run
-        and (recorded is None or recorded.mode == "skipped")
-        and (recorded is None or recorded.skipped != why)
-    ):
-        with run.edit() as manifest:
-            manifest.mtp = MtpTable(mode="skipped", skipped=why, made_from=fingerprint(why))
+    if not dry_run:
+        note_skip(run, why)
     progress.say(f"skipped: {why}; the merged model is served as it is")
     merge = run.manifest.merge
     if merge is None:

@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING
 from sparkctl.errors import UsageError
 from sparkctl.files import sha256_file, staged_file
 from sparkctl.manifest.evidence import Acceptance
-from sparkctl.manifest.fingerprint import fingerprint
-from sparkctl.manifest.schema import HeadPlan, Manifest, MtpTable, Resume
-from sparkctl.manifest.store import Run, now
+from sparkctl.manifest.schema import HeadPlan, Manifest, MtpTable
+from sparkctl.manifest.store import Run
 from sparkctl.plan.heads import HeadWishes, plan_head
 from sparkctl.progress import Progress, silent
 from sparkctl.steps import mtp_eval
-from sparkctl.steps.inputs import analysed, analyze_command
+from sparkctl.steps.inputs import TOKENS, analysed, analyze_command
 from sparkctl.steps.merged import merged_model
-from sparkctl.steps.mtp_training import HEAD, HeadJob, head_fingerprint
-from sparkctl.steps.record import carry_out
-from sparkctl.steps.training import TOKENS, claimed, model_folder
+from sparkctl.steps.mtp_training import HEAD, HeadJob, head_fingerprint, note_skip
+from sparkctl.steps.record import carry_out, newest_whole, resumed
+from sparkctl.steps.training import claimed, model_folder
 from sparkctl.train import state
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def mtp_train(request: Request, *, force: bool = False, dry_run: bool = False, p
             job = _planned(run, request, progress)
         except NoHead as missing:
             if ranks.writes and not dry_run:
-                _skip(run, missing.message)
+                note_skip(run, missing.message)
             return Result(skipped=missing.message, rank=ranks.rank)
         done = not force and _done(job, request)
         if done or dry_run:
@@ -85,8 +84,8 @@ def _planned(run: Run, request: Request, progress: Progress) -> HeadJob:
     from sparkctl.data.tokens import TokenStore, stored_digest
     from sparkctl.hardware.shape import Shape
     from sparkctl.model import mtp
-    from sparkctl.model.inspect import inspect, read_config
-    from sparkctl.mtp.source import NoHead, from_folder, require_promise, text_part
+    from sparkctl.model.inspect import inspect, read_config, text_part
+    from sparkctl.mtp.source import NoHead, from_folder, require_promise
 
     if request.wishes.learning_rate == 0:
         raise UsageError(
@@ -114,7 +113,15 @@ def _planned(run: Run, request: Request, progress: Progress) -> HeadJob:
     entry = next((c for c in run.manifest.checkpoints if c.kind == "merged" and run.resolve(c.path) == merged), None)
     made_from = head_fingerprint(plan, analysis.digest, seal.digest, shipped)
     return HeadJob(
-        run, plan, model.config_sha256, merged, shipped, entry.id if entry else "merged", made_from, request.allow_slow
+        run,
+        plan,
+        model.config_sha256,
+        merged,
+        seal.digest,
+        shipped,
+        entry.id if entry else "merged",
+        made_from,
+        request.allow_slow,
     )
 
 
@@ -138,21 +145,14 @@ def _train(job: HeadJob, ranks: Ranks, force: bool, progress: Progress) -> None:
     table, start = job.run.manifest.mtp, None
     trained = table.train if table and table.made_from == job.made_from and not force else None
     if trained:
-        start, damaged = state.newest_complete(job.checkpoints)
-        for error in damaged:
-            progress.say(f"{error.message}; taking the one before it")
+        start = newest_whole(job, progress)
         if trained.status == "done" and start and start.name == trained.last_checkpoint:
             return
         progress.say(f"going on from {start.name}" if start else "nothing whole was saved: beginning anew")
 
     def record(manifest: Manifest) -> None:
         if trained and manifest.mtp:
-            reason = "killed" if trained.status == "running" else trained.stopped or trained.status
-            entry = Resume(
-                step=state.step_of(start) if start else 0, checkpoint=start.name if start else None, reason=reason,
-                when=now(),
-            )  # fmt: skip
-            manifest.mtp.resumes = [*manifest.mtp.resumes, entry]
+            manifest.mtp.resumes = [*manifest.mtp.resumes, resumed(start, trained.ended_by)]
 
     carry_out(job, start, ranks, progress, record)
 
@@ -160,6 +160,7 @@ def _train(job: HeadJob, ranks: Ranks, force: bool, progress: Progress) -> None:
 def _settle(job: HeadJob, request: Request, progress: Progress) -> tuple[str, ...]:
     """Write the best head, measure it beside the shipped one, and put the shipped one there where it is better."""
     from sparkctl.model.weights import TensorFile
+    from sparkctl.mtp.accept import helps
 
     trained = job.before
     assert trained
@@ -172,7 +173,7 @@ def _settle(job: HeadJob, request: Request, progress: Progress) -> tuple[str, ..
     if before and not before.drafts:  # answers of one token
         notes.append("no answer has a draft in it, so nothing tells whether training helped: the trained head is kept")
         before = None
-    helped = before is None or (after is not None and _helps(before, after))  # None: it is the base's, to the bit
+    helped = before is None or (after is not None and helps(before, after))  # None: it is the base's, to the bit
     if not helped and job.shipped:
         _write(job, job.shipped.tensors)
         notes.append(NOT_HELPED)
@@ -203,16 +204,3 @@ def _measured(job: HeadJob, request: Request, progress: Progress) -> tuple[list[
     if not asked_job.prompts:
         return [], ["nothing is held out, so nothing tells whether training helped: the trained head is kept"]
     return mtp_eval.measure(asked_job, progress=progress), list(asked_job.notes)
-
-
-def _helps(before: Acceptance, after: Acceptance) -> bool:
-    from sparkctl.mtp.accept import helps
-
-    return helps(before, after)
-
-
-def _skip(run: Run, why: str) -> None:
-    """Write down that there is no head, where [mtp] says nothing else."""
-    if run.manifest.mtp is None or run.manifest.mtp.mode == "skipped":
-        with run.edit() as manifest:
-            manifest.mtp = MtpTable(mode="skipped", skipped=why, made_from=fingerprint(why))

@@ -11,9 +11,9 @@ from sparkctl.manifest.fingerprint import fingerprint
 from sparkctl.manifest.schema import BaseTable, HeadPlan, Manifest, MtpTable, TrainTable
 from sparkctl.manifest.store import Run
 from sparkctl.manifest.table import CheckpointKind, EngineName
-from sparkctl.merge.seal import read_seal
 from sparkctl.progress import Progress
-from sparkctl.steps.training import CHECKPOINTS, METRICS, TOKENS
+from sparkctl.steps.inputs import TOKENS
+from sparkctl.steps.training import CHECKPOINTS, METRICS
 from sparkctl.train.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class HeadJob:
     plan: HeadPlan
     model_key: str
     merged: Path
+    merged_digest: str
     shipped: HeadSource | None
     parent_id: str
     made_from: str
@@ -81,10 +82,9 @@ class HeadJob:
     def note(self, manifest: Manifest, table: TrainTable) -> None:
         """Write down what has become of it; what was measured of another head is forgotten."""
         old = manifest.mtp if manifest.mtp and manifest.mtp.made_from == self.made_from else None
-        seal = read_seal(self.merged)
         manifest.mtp = MtpTable(
             mode="training", plan=self.plan, train=table, resumes=old.resumes if old else [],
-            merged=seal.digest if seal else None, made_from=self.made_from,
+            merged=self.merged_digest, made_from=self.made_from,
         )  # fmt: skip
 
     def base(self, checkpoint: Path | None, progress: Progress) -> BaseTable | None:
@@ -132,3 +132,11 @@ def head_fingerprint(plan: HeadPlan, tokens: str | None, merged: str, shipped: H
     """What a trained head is made from: how, on which tokens, for which model, from which head."""
     settings = {name: value for name, value in plan.model_dump(mode="json").items() if name not in FREE}
     return fingerprint(settings, tokens, merged, shipped.digest() if shipped and not plan.fresh else None)
+
+
+def note_skip(run: Run, why: str) -> None:
+    """Write down that there is no head, where [mtp] says nothing else and does not say so already."""
+    recorded = run.manifest.mtp
+    if recorded is None or (recorded.mode == "skipped" and recorded.skipped != why):
+        with run.edit() as manifest:
+            manifest.mtp = MtpTable(mode="skipped", skipped=why, made_from=fingerprint(why))

@@ -19,11 +19,9 @@ from sparkctl.plan.recommend import made_from
 from sparkctl.plan.recommend import recommend as make_plan
 from sparkctl.plan.request import Situation, Wishes
 from sparkctl.progress import Progress, silent
-from sparkctl.steps.inputs import analysed, analyze_command, recorded_parent
+from sparkctl.steps.inputs import TOKENS, analysed, analyze_command, recorded_parent
 from sparkctl.steps.training import FREE
 from sparkctl.words import quoted
-
-TOKENS = "tokens"
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def _model(run: Run, table: ModelTable, progress: Progress) -> Model:
     """The model's numbers, from config.json; the size of its weights where they are here, else what they will be."""
     from sparkctl.model import mtp
     from sparkctl.model.hub import locate
-    from sparkctl.model.inspect import full_parameters, inspect, lora_parameters
+    from sparkctl.model.inspect import full_parameters, inspect, lora_parameters, text_part
     from sparkctl.model.served import lacking
 
     folder = locate(table.source, revision=table.revision, base=run.root, progress=progress).folder
@@ -117,7 +115,7 @@ def _model(run: Run, table: ModelTable, progress: Progress) -> Model:
         full=full,
         adapters_by_rank=lora_parameters(info, 1),
         lacking=lacking(info),
-        drafts=info.model_type in mtp.TYPES and mtp.layers(info.config.get("text_config") or info.config) == 1,
+        drafts=info.model_type in mtp.TYPES and mtp.layers(text_part(info.config)) == 1,
         bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")) or BF16 * table.parameters,
     )
 

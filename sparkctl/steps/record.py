@@ -12,7 +12,7 @@ from sparkctl.errors import Interrupted, SparkError
 from sparkctl.files import sweep_stages
 from sparkctl.hardware.measurements import Kind
 from sparkctl.hardware.software import versions
-from sparkctl.manifest.schema import BaseTable, Checkpoint, Course, Manifest, TrainTable
+from sparkctl.manifest.schema import BaseTable, Checkpoint, Course, Manifest, Resume, TrainTable
 from sparkctl.manifest.store import Run, now
 from sparkctl.manifest.table import CheckpointKind, EngineName
 from sparkctl.progress import Progress, silent
@@ -113,6 +113,20 @@ def open_session(job: Training, checkpoint: Path | None, ranks: Ranks, progress:
         sweep_stages(job.checkpoints)
     session.rehearse(job.checkpoints)
     return session
+
+
+def newest_whole(job: Training, progress: Progress) -> Path | None:
+    """The checkpoint to go on from, and a word about each that is damaged; None: there is nothing whole."""
+    found, damaged = state.newest_complete(job.checkpoints)
+    for error in damaged:
+        progress.say(f"{error.message}; taking the one before it")
+    return found
+
+
+def resumed(checkpoint: Path | None, reason: str) -> Resume:
+    """The entry of a training that goes on from `checkpoint`, now."""
+    step, id = (state.step_of(checkpoint), checkpoint.name) if checkpoint else (0, None)
+    return Resume(step=step, checkpoint=id, reason=reason, when=now())
 
 
 def note_rate(job: Training, processes: int) -> None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparkctl.errors import UsageError
-from sparkctl.manifest.schema import Manifest, Resume, TrainTable
-from sparkctl.manifest.store import Run, now
+from sparkctl.manifest.schema import Manifest, TrainTable
+from sparkctl.manifest.store import Run
 from sparkctl.progress import Progress, silent
 from sparkctl.steps import gate as gates
-from sparkctl.steps.record import carry_out
+from sparkctl.steps.record import carry_out, newest_whole, resumed
 from sparkctl.steps.training import Job, claimed, complete, planned
 from sparkctl.train import state
 from sparkctl.words import quoted
@@ -51,14 +51,12 @@ def resume(
             if rival is not None and limit is not None and trained.gate is None and not dry_run:  # killed before it
                 gates.settle(job, rival, trained, limit, ranks, progress)
             return Result(run.root, trained, trained.last_checkpoint, True, ranks.rank)
-        start = _named(job, checkpoint) if checkpoint else _newest(job, progress)
+        start = _named(job, checkpoint) if checkpoint else newest_whole(job, progress)
         id = start.name if start else None
         if dry_run:
             return Result(run.root, trained, id, rank=ranks.rank)
         progress.say(f"resuming from {id}" if id else "nothing whole was saved: resuming from the beginning")
-        entry = Resume(
-            step=state.step_of(start) if start else 0, checkpoint=id, reason=_reason(trained, checkpoint), when=now()
-        )
+        entry = resumed(start, f"--from {checkpoint}" if checkpoint else trained.ended_by)
 
         def record(manifest: Manifest) -> None:
             manifest.resumes = [*manifest.resumes, entry]
@@ -79,17 +77,3 @@ def _named(job: Job, id: str) -> Path:
         )
     state.verify(there[id])
     return there[id]
-
-
-def _newest(job: Job, progress: Progress) -> Path | None:
-    found, damaged = state.newest_complete(job.checkpoints)
-    for error in damaged:
-        progress.say(f"{error.message}; taking the one before it")
-    return found
-
-
-def _reason(trained: TrainTable, named: str | None) -> str:
-    """Why the training has to be resumed: a status of `running` that nobody holds is a kill."""
-    if named:
-        return f"--from {named}"
-    return "killed" if trained.status == "running" else trained.stopped or trained.status

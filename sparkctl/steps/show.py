@@ -11,10 +11,10 @@ from sparkctl.errors import SparkError, UsageError
 from sparkctl.manifest.lineage import ancestors, missing_parent
 from sparkctl.manifest.schema import MergeTable, MtpTable, ServedTable
 from sparkctl.manifest.store import Run
-from sparkctl.merge.seal import intact, read_seal
+from sparkctl.merge.seal import sealed_as
 from sparkctl.model import mtp
 from sparkctl.mtp.inject import ServedSeal
-from sparkctl.steps.inputs import analyze_command
+from sparkctl.steps.inputs import TOKENS, analyze_command
 from sparkctl.steps.training import Job, check_fresh, complete, planned
 from sparkctl.words import counted, here, quoted
 
@@ -93,7 +93,7 @@ def _analyze(run: Run, shown: Path) -> Step:
     if analysis is None:
         return Step("analyze", "not run", mend=f"sparkctl analyze DATA --run {quoted(shown)} --model MODEL")
     detail = f"{counted(analysis.examples, 'example')}, {counted(analysis.tokens, 'token')}"
-    if stored_digest(run.root / "tokens") != analysis.digest:
+    if stored_digest(run.root / TOKENS) != analysis.digest:
         mend = analyze_command(run, "--force", shown=shown)
         return Step("analyze", "stale", detail, mend, "; tokens/ is not what was written")
     return Step("analyze", "done", detail)
@@ -127,8 +127,7 @@ def _train(run: Run, shown: Path) -> Step:
         return Step("train", "stopped", detail, f"sparkctl resume {quoted(shown)}", "; a checkpoint is damaged or gone")
     if trained.status == "done":
         return Step("train", "done", detail)
-    why = "killed" if trained.status == "running" else trained.stopped or trained.status
-    return Step("train", "stopped", detail, f"sparkctl resume {quoted(shown)}", f", {why}")
+    return Step("train", "stopped", detail, f"sparkctl resume {quoted(shown)}", f", {trained.ended_by}")
 
 
 def _job(run: Run) -> Job | None:
@@ -181,8 +180,7 @@ def _head(run: Run, table: MtpTable | None, mend: str) -> Step:
 def _served(run: Run, table: ServedTable, mend: str) -> Step:
     folder = run.resolve(table.folder)
     detail = f"{table.mode} head, {counted(table.draft_length, 'token')} to draft → {here(folder)}"
-    seal = read_seal(folder, ServedSeal)
-    if seal is None or seal.made_from != table.made_from or not intact(folder, seal):
+    if sealed_as(folder, table.made_from, ServedSeal) is None:
         return Step("mtp inject", "stale", detail, f"{mend} --force", "; the folder is not what was written")
     return Step("mtp inject", "done", detail)
 
@@ -194,8 +192,7 @@ def _merge(name: str, run: Run, table: MergeTable | None, mend: str) -> Step:
     entry = run.manifest.checkpoint(table.checkpoint)
     gone = " (not there)" if entry and not run.resolve(entry.path).exists() else ""
     detail = f"{table.checkpoint}{gone} → {here(folder)}"
-    seal = read_seal(folder)
-    if seal is None or seal.made_from != table.made_from or not intact(folder, seal):
+    if sealed_as(folder, table.made_from) is None:
         return Step(name, "stale", detail, f"{mend} --force", "; the folder is not what was written")
     if trained and not run.manifest.checkpoint(table.checkpoint):
         return Step(name, "stale", detail, f"{mend} --force", "; that checkpoint is gone")

@@ -17,7 +17,7 @@ from sparkctl.manifest.store import Run
 from sparkctl.manifest.table import CheckpointKind, EngineName
 from sparkctl.progress import Progress
 from sparkctl.steps.bases import read_base, require_whole, same_base
-from sparkctl.steps.inputs import analysed, analyze_command, recorded_parent
+from sparkctl.steps.inputs import TOKENS, analysed, analyze_command, recorded_parent
 from sparkctl.train import state
 from sparkctl.train.ranks import Ranks, joined
 from sparkctl.words import quoted
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sparkctl.data.tokens import TokenStore
     from sparkctl.train.session import Session
 
-TOKENS, CHECKPOINTS = "tokens", "checkpoints"
+CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 # how a plan is carried out, not what comes of it: these may change between a start and a resume
 FREE = {

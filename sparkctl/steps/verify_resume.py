@@ -17,6 +17,7 @@ from sparkctl.errors import SparkError, UsageError
 from sparkctl.files import sweep_stages
 from sparkctl.manifest.store import Run
 from sparkctl.progress import Progress, silent
+from sparkctl.steps.inputs import TOKENS
 from sparkctl.steps.killing import killed_training
 from sparkctl.steps.training import Job, planned
 from sparkctl.words import quoted
@@ -78,7 +79,7 @@ def _copy(job: Job, root: Path, progress: Progress) -> Path:
     run, model = job.run, job.model_folder(progress)
     parent = job.parent[0] if job.parent else None
     made = Run.create(root, parent=parent, continues=run.manifest.run.continues)
-    (root / "tokens").symlink_to(run.root / "tokens", target_is_directory=True)
+    (root / TOKENS).symlink_to(run.root / TOKENS, target_is_directory=True)
     short = {"max_steps": STEPS, "steps": STEPS, "save_every": SAVE_EVERY, "keep": 2}
     with made.edit() as manifest:
         manifest.data, manifest.analysis = run.manifest.data, run.manifest.analysis

@@ -10,7 +10,8 @@ from mtp_server import Server, pack
 
 from sparkctl.errors import SparkError
 from sparkctl.model import mtp
-from sparkctl.mtp.drafter import Drafter, read_head, text_config
+from sparkctl.model.inspect import read_config, text_part
+from sparkctl.mtp.drafter import Drafter, read_head
 from sparkctl.mtp.head import Head
 
 STEPS = 3
@@ -83,22 +84,24 @@ def test_drafts_of_some_rows_are_those_of_all(drafter: Drafter) -> None:
 def test_names_shapes_and_values_are_the_published_ones(qwen35_folder: Path, drafter: Drafter) -> None:
     published, mine = read_head(qwen35_folder), drafter.head.published()
     assert len(published) == 15
-    assert {name: tuple(value.shape) for name, value in mine.items()} == mtp.shapes(text_config(qwen35_folder))
+    assert {name: tuple(value.shape) for name, value in mine.items()} == mtp.shapes(
+        text_part(read_config(qwen35_folder))
+    )
     assert all(torch.equal(mine[name], value.float()) for name, value in published.items())
 
 
 def test_a_head_that_does_not_fit_is_named(qwen35_folder: Path) -> None:
-    head, tensors = Head(text_config(qwen35_folder), CPU), read_head(qwen35_folder)
+    head, tensors = Head(text_part(read_config(qwen35_folder)), CPU), read_head(qwen35_folder)
     with pytest.raises(SparkError, match=r"has no `mtp.norm.weight`"):
         head.load({name: value for name, value in tensors.items() if name != "mtp.norm.weight"}, "there")
     with pytest.raises(SparkError, match=r"another shape \[32, 32\] of `mtp.fc.weight`"):
         head.load(tensors | {"mtp.fc.weight": tensors["mtp.fc.weight"][:, :32]}, "there")
     with pytest.raises(SparkError, match="2 layers of MTP head"):
-        Head(text_config(qwen35_folder) | {"mtp_num_hidden_layers": 2}, CPU)
+        Head(text_part(read_config(qwen35_folder)) | {"mtp_num_hidden_layers": 2}, CPU)
 
 
 def test_a_fresh_head_is_the_seeds(qwen35_folder: Path) -> None:
-    heads = [Head(text_config(qwen35_folder), CPU) for _ in range(3)]
+    heads = [Head(text_part(read_config(qwen35_folder)), CPU) for _ in range(3)]
     for head, seed in zip(heads, (1, 1, 2), strict=True):
         head.begin_anew(seed)
     one, same, other = (torch.cat([p.flatten() for p in head.parameters()]) for head in heads)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkctl.data.batches import Document
-from sparkctl.errors import UsageError
 from sparkctl.manifest.schema import PlanTable
 from sparkctl.train.engines import cpu
+from sparkctl.train.engines.device import planned_device
 from sparkctl.train.engines.rows import RowEngine, padded
 
 if TYPE_CHECKING:
@@ -40,11 +40,7 @@ def load(
     from sparkctl.model.names import NameMap
     from sparkctl.model.plain import plain_layers
 
-    if plan.machine.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "the plan is for a GPU, and torch finds none", f"plan for this machine: `sparkctl recommend {name}`"
-        )
-    device, dtype = torch.device(plan.machine.device), dtype or torch.bfloat16
+    device, dtype = planned_device(plan.machine.device, name), dtype or torch.bfloat16
     if plan.lora:
         base = load_text_model(folder, dtype=dtype, device=device)
         targets = inspect(folder, allow_unknown=True).targets

@@ -10,6 +10,7 @@ from sparkctl.data.batches import Pack
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.manifest.schema import Lora, PlanTable
 from sparkctl.train.engines import cpu
+from sparkctl.train.engines.device import planned_device
 
 if TYPE_CHECKING:
     import torch
@@ -32,11 +33,7 @@ def load(
     from sparkctl.model.load import load_text_model
     from sparkctl.model.names import NameMap
 
-    if plan.machine.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "the plan is for a GPU, and torch finds none", f"plan for this machine: `sparkctl recommend {name}`"
-        )
-    device, dtype = torch.device(plan.machine.device), dtype or torch.bfloat16
+    device, dtype = planned_device(plan.machine.device, name), dtype or torch.bfloat16
     check_served(folder, name)
     base = load_text_model(folder, dtype=dtype if plan.lora else torch.float32, device=device)
     return from_model(
@@ -54,19 +51,12 @@ def from_model(
     names: what its parts are called in its checkpoint; without one they are called as they are.
     """
     import torch
-    from sparkctl_kernels.gated_delta import op as gated_delta
 
     from sparkctl.train.engines.native.model import NativeModel
 
-    device = next(base.parameters()).device
-    if device.type == "cpu":
-        cpu.settle(base.config.hidden_size, choices or {})
-    else:
-        gated_delta.pin(choices or {})
+    if next(base.parameters()).device.type != "cpu":
         take_ways(choices or {}, base.config, lora)
-    parts = kernels(base, device)
-    if not allow_slow:
-        refuse_slow(parts)
+    parts = settle(base, choices or {}, allow_slow)
     base.requires_grad_(lora is None)
     trained, adapters = trainable(base, lora, seed, names or AsTheyAre())
     model = NativeModel(
@@ -74,6 +64,24 @@ def from_model(
         dtype=dtype or torch.bfloat16,
     )  # fmt: skip
     return NativeEngine(model, trained, parts)
+
+
+def settle(base: Any, choices: dict[str, str], allow_slow: bool) -> list[Choice]:
+    """Compute as an earlier start did, or as this device does best; what each operator of the model runs on.
+
+    Raises SparkError where a GPU would run a slow fallback and `allow_slow` does not let it.
+    """
+    from sparkctl_kernels.gated_delta import op as gated_delta
+
+    device = next(base.parameters()).device
+    if device.type == "cpu":
+        cpu.settle(base.config.hidden_size, choices)
+    else:
+        gated_delta.pin(choices)
+    parts = kernels(base, device)
+    if not allow_slow:
+        refuse_slow(parts)
+    return parts
 
 
 def take_ways(choices: dict[str, str], config: Any, lora: Lora | None) -> None:

@@ -60,27 +60,27 @@ class NativeModel:
     @torch.inference_mode()
     def loss(self, pack: Pack) -> torch.Tensor:
         """Σ of the label tokens' losses, fp32."""
-        self._refresh()
         inputs = self.inputs(pack)
-        last, residual = self._embedded(inputs), None
-        for layer in self.layers:
-            for half in layer:
-                last, residual, _ = half.forward(last, residual, inputs.place)
+        last, residual = self._through(inputs)
         hidden, _ = self._final(last, residual, inputs)
         return linear_cross_entropy.forward(hidden, self.head, inputs.labels, 1.0)
 
     @torch.no_grad()
     def hidden(self, pack: Pack) -> torch.Tensor:
         """The states of all tokens after the final norm: [T, D] in the compute dtype."""
+        last, residual = self._through(self.inputs(pack))
+        out = torch.empty_like(last, dtype=self.dtype)
+        self.final.forward(last, residual, out)
+        return out
+
+    def _through(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(last, residual) behind the last layer; nothing is kept for a backward."""
         self._refresh()
-        inputs = self.inputs(pack)
         last, residual = self._embedded(inputs), None
         for layer in self.layers:
             for half in layer:
                 last, residual, _ = half.forward(last, residual, inputs.place)
-        out = torch.empty_like(last, dtype=self.dtype)
-        self.final.forward(last, residual, out)
-        return out
+        return last, residual
 
     @torch.no_grad()
     def loss_and_gradients(self, pack: Pack, scale: float) -> torch.Tensor:
