@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from sparkctl.bench.subjects import BF16, Sizes, Subject, graded
@@ -24,28 +25,24 @@ def attention(z: Sizes) -> Subject:
     q, k = (z.tokens, z.heads, z.head_dim), (z.tokens, z.kv_heads, z.head_dim)
     window = None if z.window is None or z.window >= packed.longest else z.window
 
-    def ours(t: Tensors) -> Run:
+    def by(module: ModuleType, t: Tensors) -> Run:
         import torch
 
         def run() -> Tensors:
-            o, saved = op.forward(t["q"], t["k"], t["v"], packed, window)
+            o, saved = module.forward(t["q"], t["k"], t["v"], packed, window)
             dv = torch.empty_like(t["v"])
-            dq, dk = op.backward(t["do"], saved, packed, window, dv)
+            dq, dk = module.backward(t["do"], saved, packed, window, dv)
             return dict(o=o, dq=dq, dk=dk, dv=dv)
 
         return run
+
+    def ours(t: Tensors) -> Run:
+        return by(op, t)
 
     def triton(t: Tensors) -> Run:
-        import torch
         from sparkctl_kernels.attention import kernel
 
-        def run() -> Tensors:
-            o, saved = kernel.forward(t["q"], t["k"], t["v"], packed, window)
-            dv = torch.empty_like(t["v"])
-            dq, dk = kernel.backward(t["do"], saved, packed, window, dv)
-            return dict(o=o, dq=dq, dk=dk, dv=dv)
-
-        return run
+        return by(kernel, t)
 
     def eager(t: Tensors) -> Run:
         def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from analyzing import Analyze, Answer
@@ -20,5 +22,16 @@ def analyze(capsys: pytest.CaptureFixture[str], qwen35_folder: Path) -> Analyze:
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err
         return Answer(status, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def bench(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a part of `bench` with --json: (status, the object)."""
+
+    def run(*arguments: object) -> tuple[int, dict[str, Any]]:
+        status = app.run(["bench", *map(str, arguments), "--json"])
+        return status, json.loads(capsys.readouterr().out)
 
     return run

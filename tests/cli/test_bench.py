@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,6 @@ import ready
 
 from sparkctl.bench import clock, step, workload
 from sparkctl.bench.predict import predict
-from sparkctl.cli import app
-
-
-@pytest.fixture
-def bench(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run a part of the command with --json: (status, the object)."""
-
-    def run(*arguments: object) -> tuple[int, dict[str, Any]]:
-        status = app.run(["bench", *map(str, arguments), "--json"])
-        return status, json.loads(capsys.readouterr().out)
-
-    return run
 
 
 def test_two_stacks_compute_the_same_on_a_tiny_shape(bench: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from sparkctl.bench import workload
 from sparkctl.bench.head_rival import Rival
 from sparkctl.bench.mtp import mtp_setting
 from sparkctl.bench.workload import Workload
-from sparkctl.cli import app
 from sparkctl.data.batches import Document, Pack
 from sparkctl.hardware import heads
 from sparkctl.hardware.shape import Shape
@@ -25,17 +23,6 @@ from sparkctl.mtp.engine import HeadEngine, step_weights
 
 CPU, DECAY = torch.device("cpu"), 0.6
 LIMIT = 0.04  # of a gradient's norm, both in bf16; observed 0.023
-
-
-@pytest.fixture
-def bench(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run a part of the command with --json: (status, the object)."""
-
-    def run(*arguments: object) -> tuple[int, dict[str, Any]]:
-        status = app.run(["bench", *map(str, arguments), "--json"])
-        return status, json.loads(capsys.readouterr().out)
-
-    return run
 
 
 def work(steps: int = 1) -> Workload:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -23,17 +22,6 @@ from sparkctl.hardware.measurements import Layers
 from sparkctl.train.engines.native import engine as native
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def bench(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run a part of the command with --json: (status, the object)."""
-
-    def run(*arguments: object) -> tuple[int, dict[str, Any]]:
-        status = app.run(["bench", *map(str, arguments), "--json"])
-        return status, json.loads(capsys.readouterr().out)
-
-    return run
 
 
 @pytest.fixture(scope="module")
