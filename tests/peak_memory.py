@@ -45,13 +45,13 @@ def model_of(kind: str, mode: str) -> Any:
     return model
 
 
-def reference(model: Any, mode: str, plan: Any) -> ReferenceEngine:
+def reference(model: Any, mode: str, plan: Any, rank: int = RANK) -> ReferenceEngine:
     """The reference engine on it."""
     from peft import LoraConfig, get_peft_model
 
     if mode == "lora":
         targets = {name.rpartition(".")[2] for name, _ in model.named_modules()} & PROJECTIONS
-        get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
+        get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return ReferenceEngine(model, trained, plan, torch.bfloat16)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 CHUNK = 64  # tokens the delta rule takes at once
-QUERY_BLOCKS, KEY_BLOCKS = (32, 64), (32,)  # sizes that attention kernels cut documents into
+QUERY_BLOCKS, KEY_BLOCKS = (32, 64, 128), (32, 64)  # sizes that attention kernels cut documents into
 
 
 @dataclass(frozen=True)

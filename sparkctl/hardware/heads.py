@@ -44,21 +44,27 @@ def parameters(shape: Shape) -> int:
     return projections(shape) + shape.hidden * shape.queries + 3 * shape.hidden * shape.ffn
 
 
-def peak(shape: Shape, area: int, longest: int, labels: int, steps: int, device: str, *, packs: int, fla: bool) -> int:
+def peak(
+    shape: Shape, area: int, longest: int, labels: int, steps: int, device: str, *, packs: int, fla: bool,
+    multiprocessors: int = 0,
+) -> int:  # fmt: skip
     """Peak bytes: the frozen model, the head with masters, gradients, moments and rounded copies, what all draft steps
     keep, a chunk of logits of the teacher and of one student, and the frozen model's layer in hand.
 
     area: tokens of a pack, of which `labels` are trained; longest: those of the longest document; packs: of the whole
-    training.
+    training; multiprocessors: see `Load`.
     """
     frozen = shape.parameters * BF16 + shape.float32_parameters * (FP32 - BF16)
     head = parameters(shape) * (4 * FP32 + BF16)
-    logits = min(labels, native.HEAD_ROWS) * shape.vocabulary * (2 * BF16 if device == "cuda" else CPU_LOGITS)
-    load = Load("lora", 0, 0, area, area, labels, True, device, fla, "native")  # forward alone keeps one layer
-    forward = native.saved(shape, replace(load, labels=0)) - area * shape.layers * BF16 * shape.hidden
+    load = Load("lora", 0, 0, area, longest, labels, True, device, fla, "native", multiprocessors)
     drafts = kept(shape, area, labels, steps, device)
     if device == "cuda":
-        return int(frozen + head + logits + max(drafts, forward) + CUDA_RUNTIME)
+        backward = max(
+            2 * min(labels, native.HEAD_ROWS) * shape.vocabulary * BF16, area * native.attention_hand(shape, load)
+        )
+        return int(frozen + head + max(drafts + backward, area * native.passing(shape, load)) + CUDA_RUNTIME)
+    logits = min(labels, native.HEAD_ROWS) * shape.vocabulary * CPU_LOGITS
+    forward = native.saved(shape, replace(load, labels=0)) - area * shape.layers * BF16 * shape.hidden  # of one layer
     tensors = logits + max(drafts + scores(shape, area, longest, steps), forward)
     shapes = min(packs * CPU_PACK, CPU_PACKS)
     return int(frozen + head + (1 + native.CPU_SLACK) * tensors + shapes + CPU_RUNTIME)

@@ -15,7 +15,8 @@ class Load:
 
     trainable: parameters with gradients. rank: of the adapters, 0 in full fine-tuning. area: tokens computed at once,
     padding included. longest: the longest document. labels: label tokens among them. fla: GatedDeltaNet runs on
-    flash-linear-attention. engine: what computes it.
+    flash-linear-attention. engine: what computes it. multiprocessors: of a GPU whose attention's backward splits its
+    sums among them, see `splitting`.
     """
 
     mode: Mode
@@ -28,3 +29,17 @@ class Load:
     device: str
     fla: bool = False
     engine: EngineName = "reference"
+    multiprocessors: int = 0
+
+
+# of GPUs with enough shared memory for FlashAttention-2's backward at any head dim, the largest of each kind
+MULTIPROCESSORS = {"8.0": 108, "8.7": 16, "9.0": 132, "10.0": 148, "10.3": 160}
+
+
+def splitting(capability: str | None, head_dim: int) -> int:
+    """Multiprocessors among which torch's FlashAttention-2 splits a deterministic backward on such a GPU; 0 where this
+    project's own kernel computes attention (a DGX Spark; Hopper at head dims of 256), which splits nothing.
+    """
+    if capability == "9.0" and head_dim == 256:
+        return 0
+    return MULTIPROCESSORS.get(capability or "", 0)

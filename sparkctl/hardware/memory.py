@@ -38,6 +38,8 @@ def peak(shape: Shape, load: Load) -> MemoryTerms:
     Full: fp32 masters, which autocast copies to bf16. Gradients fp32, AdamW 2 x fp32.
     """
     base = shape.parameters * BF16 + shape.float32_parameters * (FP32 - BF16)
+    if load.engine == "native" and load.mode == "lora":
+        base += BF16 * native.widening(shape, load.rank)
     activations = saved(shape, load)
     logits = logit_bytes(shape, load)
     return MemoryTerms(
@@ -55,9 +57,10 @@ def logit_bytes(shape: Shape, load: Load) -> int:
     """All the logits, or the chunk of them that the native engine has at a time: on a GPU turned to their gradient in
     place.
     """
+    if load.engine == "native" and load.device == "cuda":
+        return native.logit_bytes(shape, load)
     if load.engine == "native":
-        each = BF16 if load.device == "cuda" else LOGITS
-        return min(load.labels, native.HEAD_ROWS) * shape.vocabulary * each
+        return min(load.labels, native.HEAD_ROWS) * shape.vocabulary * LOGITS
     return load.labels * shape.vocabulary * LOGITS
 
 

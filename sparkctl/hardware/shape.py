@@ -40,6 +40,11 @@ class Shape:
         return self.attention_layers + self.rule_layers
 
     @property
+    def head_dim(self) -> int:
+        """Of attention."""
+        return self.queries // self.heads
+
+    @property
     def head_parameters(self) -> int:
         """lm_head, which works on label tokens alone."""
         return self.vocabulary * self.hidden

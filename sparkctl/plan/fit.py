@@ -41,6 +41,7 @@ class Memory:
     documents: Documents
     seed: int
     engine: EngineName
+    multiprocessors: int = 0
 
     def load(self, variant: Variant) -> Load:
         """What a variant puts into memory."""
@@ -56,6 +57,7 @@ class Memory:
             device=self.device,
             fla=self.fla,
             engine=self.engine,
+            multiprocessors=self.multiprocessors,
         )
 
     def terms(self, variant: Variant) -> MemoryTerms:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sparkctl.data.batches import Schedule
 from sparkctl.hardware import heads
-from sparkctl.hardware.load import Load
+from sparkctl.hardware.load import Load, splitting
 from sparkctl.hardware.measurements import Kind, lookup
 from sparkctl.hardware.shape import Shape
 from sparkctl.hardware.throughput import MARGIN, operations
@@ -74,7 +74,7 @@ def plan_head(plan: PlanTable, shape: Shape, store: TokenStore, wishes: HeadWish
         estimated_seconds=seconds(plan, shape, documents, wishes, model_key),
         estimated_peak_memory=heads.peak(
             shape, length, documents.longest, labels, wishes.steps, plan.machine.device, packs=steps * accumulation,
-            fla=fla,
+            fla=fla, multiprocessors=splitting(plan.machine.capability, shape.head_dim),
         ),
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ from pathlib import PurePath
 
 from sparkctl.data.batches import Schedule
 from sparkctl.errors import UsageError
+from sparkctl.hardware.load import splitting
 from sparkctl.hardware.machine import identity
 from sparkctl.hardware.measurements import Kind, lookup
 from sparkctl.hardware.throughput import Rate, expected
@@ -72,7 +73,7 @@ class _Planner:
         made.decide("tokens_per_step", rules.tokens_per_step(at.analysis))
         self._memory = Memory(
             at.machine.memory, at.machine.device, at.fla, at.model, self._documents, self._values["seed"],
-            self._values["engine"],
+            self._values["engine"], splitting(at.machine.capability, at.model.shape.head_dim),
         )  # fmt: skip
         variant = self._variant()
         accumulation = rules.accumulation(self._values["tokens_per_step"], variant.pack_length)

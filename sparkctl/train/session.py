@@ -78,6 +78,7 @@ class Session:
         with guard.memory("the model and its optimiser", advice.model):
             made = engine()
             optimizer = Optimizer(made.parameters(), plan)
+        guard.release()  # the blocks of loading: torch would keep them, too small for what a pack wants
         random.seed_all(plan.seed)  # last: libraries draw from Python's generator when they are first imported
         held_out = eval_packs(store, plan.pack_length)
         return cls(plan, store, made, schedule, optimizer, held_out, start, ranks, advice)

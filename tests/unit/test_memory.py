@@ -71,13 +71,13 @@ NATIVE = replace(H200, labels=1900, engine="native")
 @pytest.mark.parametrize(
     ("load", "gib"),
     [
-        (NATIVE, 12.54),
-        (replace(NATIVE, checkpointing=True), 6.49),
-        (replace(NATIVE, mode="full", trainable=1_881_825_088, rank=0), 26.05),
+        (NATIVE, 13.32),
+        (replace(NATIVE, checkpointing=True), 5.97),
+        (replace(NATIVE, mode="full", trainable=1_881_825_088, rank=0), 26.85),
     ],
 )
 def test_the_native_engine_as_measured_on_an_h200(load: Load, gib: float) -> None:
-    """torch's peak over micro-steps of Qwen3.5-2B, 5,376 tokens: no moments yet, no libraries. Seen: 0.5 % off."""
+    """torch's peak over micro-steps of Qwen3.5-2B, 5,376 tokens: no moments yet, no libraries. Seen: 1.3 % under."""
     terms = peak(plans.model("2b").shape, load)
     total = (terms.total - terms.optimizer - terms.runtime) / GIB
     assert 0.97 * gib <= total <= 1.1 * gib

@@ -57,6 +57,8 @@ def forward(
             _divergence_(logits, teacher, sums, *to)
             if gradient is not None:
                 gradient.index_add_(0, rows, logits @ weight_VD)  # rows that are present are named once each
+            del logits  # before the next student's are made
+        del teacher
     return losses.sum(1)
 
 

@@ -3,8 +3,8 @@
 The library's function takes 1.4 + 3.7 ms of Python a layer, most of it in wrappers around 20 kernels: guards, caches
 keyed by tensors, dispatch between backends, autotuners and heuristics that run at every call. The kernels are the same
 here, launched with the arguments of fla 0.6.0's ops/gated_delta_rule/chunk.py and what it calls in ops/common; chunk
-tables are made once a pack, gates and unit lengths in our own kernels. What backward can compute again (w, u, the
-states h) it does, as the library's own does.
+tables are made once a pack, gates and unit lengths in our own kernels. Backward computes w again, as the library's own
+does; states and corrected values, which that makes again too, are kept.
 
 T tokens · K key heads · N value heads · D key dim · E value dim · C chunks of 64 tokens. q, k, v, A, h in bf16, g and β
 in fp32. A batch dimension of 1 stands in front, as the kernels' strides have it without saying so.
@@ -13,7 +13,7 @@ in fp32. A batch dimension of 1 stands in front, as the kernels' strides have it
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fla.ops.common import chunk_delta_h, chunk_o
@@ -159,26 +159,38 @@ class Rule:
         return o
 
 
+class Kept(NamedTuple):
+    """What backward wants of forward: the systems [T, N, 64], the states before each chunk [C, N, D, E] and the
+    corrected values [T, N, E].
+
+    States and values are 13 KB a token and layer of the 2B.
+    """
+
+    a_TNC: torch.Tensor
+    h_CNDE: torch.Tensor
+    v_new_TNE: torch.Tensor
+
+
 def forward(
     q_TKD: torch.Tensor, k_TKD: torch.Tensor, v_TNE: torch.Tensor, g_TN: torch.Tensor, beta_TN: torch.Tensor,
     documents: Documents,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(o [T, N, E], A [T, N, 64], which backward wants). q and k of unit length; g: running sums in base 2."""
+) -> tuple[torch.Tensor, Kept]:  # fmt: skip
+    """(o [T, N, E], what backward wants). q and k of unit length; g: running sums in base 2."""
     rule = Rule(k_TKD, v_TNE, documents)
     a = rule.solve(k_TKD, g_TN, beta_TN)
     w, u = rule.wy(k_TKD, v_TNE, g_TN, beta_TN, a)
     h, v_new = rule.states(k_TKD, w, u, g_TN)
-    return rule.output(q_TKD, k_TKD, v_new, h, g_TN), a
+    return rule.output(q_TKD, k_TKD, v_new, h, g_TN), Kept(a, h, v_new)
 
 
 def backward(
     do_TNE: torch.Tensor, q_TKD: torch.Tensor, k_TKD: torch.Tensor, v_TNE: torch.Tensor, g_TN: torch.Tensor,
-    beta_TN: torch.Tensor, a_TNC: torch.Tensor, documents: Documents,
+    beta_TN: torch.Tensor, kept: Kept, documents: Documents,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """(dq, dk, dk2 [T, N, D], dv [T, N, E], dβ, dg, dg2 [T, N] fp32): dk and dg come in two parts, to be added."""
     rule = Rule(k_TKD, v_TNE, documents)
-    w, u = rule.wy(k_TKD, v_TNE, g_TN, beta_TN, a_TNC)
-    h, v_new = rule.states(k_TKD, w, u, g_TN)
+    a, h, v_new = kept
+    w, _ = rule.wy(k_TKD, v_TNE, g_TN, beta_TN, a)
     sizes, shape, values = rule.sizes, rule.shape, dict(V=rule.value_dim)
     chunk_tile = _tile(k_TKD, rule)
 
@@ -209,7 +221,7 @@ def backward(
     )
     tile = 64 if check_shared_mem() else 32
     WY_BACKWARD(
-        rule.each_chunk, shape, k=k_TKD, v=v_TNE, beta=beta_TN, g=g_TN, A=a_TNC, dw=dw, du=dv_new, dk=dk2, dv=dv,
+        rule.each_chunk, shape, k=k_TKD, v=v_TNE, beta=beta_TN, g=g_TN, A=a, dw=dw, du=dv_new, dk=dk2, dv=dv,
         db=dbeta, dg=dg2, BK=min(rule.key_dim, tile), BV=min(rule.value_dim, tile), **values, **rule.pack, **sizes,
     )  # fmt: skip
     return dq, dk, dk2, dv, dbeta, dg[0] if parts == 1 else dg.sum(0), dg2

@@ -84,8 +84,8 @@ def forward(
         from sparkctl_kernels.gated_delta import fla_rule, kernel
 
         g, beta = kernel.forward(a_TN, b_TN, log_a_N, dt_bias_N, packed)
-        o, a = fla_rule.forward(q_TKD, k_TKD, v_TNE, g, beta, packed)
-        return o, (g, beta, a)
+        o, kept = fla_rule.forward(q_TKD, k_TKD, v_TNE, g, beta, packed)
+        return o, (g, beta, *kept)
     call = _library if kernel_name == "fla" else _reference
     tape = Tape(partial(call, packed=packed), inputs)
     return tape.outputs[0], tape
@@ -107,8 +107,10 @@ def backward(
         return dq, dk, None, dv, torch.stack([dlog_a.float(), dbias.float()]) if want_weights else None
     from sparkctl_kernels.gated_delta import fla_rule, kernel
 
-    g, beta, a = saved
-    dq, dk, dk2, dv, dbeta, dg, dg2 = fla_rule.backward(do_TNE, q_TKD, k_TKD, v_TNE, g, beta, a, packed)
+    g, beta, *kept = saved
+    dq, dk, dk2, dv, dbeta, dg, dg2 = fla_rule.backward(
+        do_TNE, q_TKD, k_TKD, v_TNE, g, beta, fla_rule.Kept(*kept), packed
+    )
     dweights = kernel.backward(
         dg, dg2, dbeta, a_TN, b_TN, log_a_N, dt_bias_N, packed, da_TN, db_TN, want_weights
     )  # fmt: skip

@@ -43,6 +43,7 @@ def forward(
             torch.mm(logits, weight_VD, out=dhidden_ND[some])
         if dweight_VD is not None:
             add_product(dweight_VD, logits.T, rows, add=add or start > 0)
+        del logits  # before the next chunk's are made
     return losses.sum()
 
 

@@ -94,6 +94,7 @@ class NativeModel:
         for layer in self.layers:
             last, residual, keeps = self._layer(layer, last, residual, inputs.place)
             kept.append(keeps[0].s_TD if self.checkpointing else keeps)
+            del keeps  # where only the layer's input is kept
         hidden, rows = self._final(last, residual, inputs)
         del last, residual
         loss, d_rows = self._head(hidden, rows, inputs, scale)
