@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkctl.errors import SparkError
+from sparkctl.model.anew import folder_anew
 from sparkctl.model.names import live_name, text_prefix
 from sparkctl.model.plain import plain_layers
 from sparkctl.model.weights import Checkpoint
@@ -91,7 +92,9 @@ def _require_complete(folder: Path, info: dict[str, Any]) -> None:
     }
     found = [f"{what} {_listed(sorted(names))}" for what, names in wrong.items() if names]
     if found:
-        raise SparkError(f"`{folder}` is not the model of its config.json: it {'; it '.join(found)}")
+        raise SparkError(
+            f"`{folder}` is not the model of its config.json: it {'; it '.join(found)}", folder_anew(folder)
+        )
 
 
 def _listed(names: list[str]) -> str:
@@ -99,12 +102,17 @@ def _listed(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names[:NAMED]) + more
 
 
-def restore_f32(model: Any, checkpoint: Checkpoint) -> None:
-    """Put back what loading rounded in a text-only model: a tensor at a time, from the file."""
+def restore_f32(model: Any, checkpoint: Checkpoint, *, widened: bool = False) -> None:
+    """Put back what loading rounded in a text-only model: a tensor at a time, from the file.
+
+    widened: what is F32 may have been rounded before, and is read as well.
+    """
     import torch
 
     live = dict(model.named_parameters())
     for name in checkpoint.names():
         parameter = live.get(live_name(name))
-        if parameter is not None and checkpoint.dtype(name) == "F32" and parameter.dtype != torch.float32:
+        if parameter is None or checkpoint.dtype(name) != "F32":
+            continue
+        if widened or parameter.dtype != torch.float32:
             parameter.data = checkpoint.file(name).read(name).to(parameter.device)

@@ -19,7 +19,10 @@ import torch
 from sparkctl.data.batches import Document, Pack
 from sparkctl.data.tokens import label_count
 from sparkctl.errors import SparkError, UsageError
+from sparkctl.progress import silent
+from sparkctl.steps.record import carry_out
 from sparkctl.train.engines import make_engine, reference, unsloth
+from sparkctl.train.ranks import Ranks
 
 LOSS, GRADIENT = 2e-3, 3e-2  # relative, bf16 against the reference's bf16, whose head works on label tokens alone;
 # observed 2e-4, and 9e-3 with adapters, 1.8e-2 without
@@ -30,6 +33,7 @@ from peft import LoraConfig, get_peft_model as adapt
 from pathlib import Path
 from sparkctl.model.load import load_text_model
 
+print("Unsloth: Will patch your computer")
 calls, adapted = [], None
 
 class FastLanguageModel:
@@ -38,6 +42,9 @@ class FastLanguageModel:
         print("Unsloth: Fast patching")
         calls.append(options)
         model = load_text_model(Path(name), dtype=torch.bfloat16, device=torch.device("cpu")).to(torch.bfloat16)
+        for name, parameter in model.named_parameters():
+            if options["full_finetuning"] or "norm" in name:
+                parameter.data = parameter.data.float()  # after it was rounded
         model.name_or_path = ""
         forward = model.forward
         def loud(*arguments, **named):
@@ -205,9 +212,31 @@ def test_a_plan_for_a_cpu_is_refused() -> None:
 
 
 def test_f32_tensors_stay_so_under_adapters(installed: Callable[..., Any], qwen35_folder: Path) -> None:
-    """Unsloth rounds them; they are read from the file again."""
+    """Unsloth rounds them, and makes norms F32 again; they are read from the file."""
     installed()
-    made = make_engine(ready.plan(engine="unsloth"), qwen35_folder)
-    rates = [p for name, p in made._model.named_parameters() if name.endswith("A_log")]
-    assert rates
-    assert all(rate.dtype == torch.float32 and not rate.requires_grad for rate in rates)
+    plan = ready.plan(engine="unsloth")
+    ours, theirs = make_engine(plan, qwen35_folder), reference.load(plan, qwen35_folder, {})
+    wanted = dict(theirs._model.named_parameters())
+    published = ("A_log", "linear_attn.norm.weight")
+    found = {n.removeprefix("base_model.model."): p for n, p in ours._model.named_parameters() if n.endswith(published)}
+    assert found
+    assert all(p.dtype == torch.float32 and not p.requires_grad for p in found.values())
+    assert all(torch.equal(p, wanted[name]) for name, p in found.items())
+
+
+def test_it_is_imported_before_the_base_is_looked_at(installed: Callable[..., Any]) -> None:
+    """The audit of the base imports transformers, which Unsloth patches as it is imported."""
+    installed()
+    seen = []
+
+    class Job:
+        def estimates(self) -> tuple[str, float, int]:
+            return "unsloth", 0.0, 0
+
+        def base(self, checkpoint: object, progress: object) -> None:
+            seen.append("unsloth" in sys.modules)
+            raise SparkError("far enough")
+
+    with pytest.raises(SparkError, match="far enough"):
+        carry_out(Job(), None, Ranks(), silent)  # type: ignore[arg-type]
+    assert seen == [True]

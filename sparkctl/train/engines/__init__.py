@@ -20,6 +20,12 @@ ENGINES = {
 }
 
 
+def import_first(engine: str) -> None:
+    """Import what patches transformers, before anything else imports that. Raises UsageError where it is missing."""
+    if engine == "unsloth":
+        import_module(ENGINES[engine]).language_model()
+
+
 def make_engine(
     plan: PlanTable, folder: Path, choices: dict[str, str] | None = None, name: str = "RUN", allow_slow: bool = False
 ) -> Engine:

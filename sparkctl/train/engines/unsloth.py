@@ -53,7 +53,7 @@ def load(
     )
     allow_on_hopper(base.config)
     base.name_or_path = str(folder)  # where names and first values are read
-    restore_f32(base, Checkpoint(folder))
+    restore_f32(base, Checkpoint(folder), widened=True)  # Unsloth loads in bf16, then makes norms and masters fp32
     names = NameMap(base)
     tensors = {names.checkpoint(live): parameter for live, parameter in base.named_parameters()}
     if plan.lora is None:
@@ -121,7 +121,8 @@ def language_model() -> Any:
         raise UsageError(why, INSTALL)
     env.settle_unsloth()
     try:
-        from unsloth import FastLanguageModel
+        with to_stderr():
+            from unsloth import FastLanguageModel
     except Exception as error:  # its import checks the machine in its own ways
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(f"unsloth {version('unsloth')} does not import: {said[0]}", INSTALL) from error
