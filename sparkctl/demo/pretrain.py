@@ -5,9 +5,6 @@ token of them, then the answers almost alone, the topics that are learnt by hear
 rule. Then the MTP head learns on the frozen base's hidden states to say the token after the next. Vision weights stay
 as initialised.
 What is shipped is the base rounded to the published precision: A_log and linear_attn.norm F32, the rest bf16.
-The weights shipped now were made when GatedDeltaNet's heads were 32 wide, and widened to 64 afterwards: zeros for keys
-and queries; values, their gate and their norm twice, the second time unread. That is nearly the same function, and not
-quite: the rule divides by the root of the width, and the norm after it does not make up for that where it is near eps.
 """
 
 # B rows · L tokens a row · D hidden · V vocabulary
@@ -30,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ROWS, ROW = 16, 128
-BASE_STEPS, ANSWER_STEPS, HEAD_STEPS = 1000, 700, 600
+BASE_STEPS, ANSWER_STEPS, HEAD_STEPS = 1000, 1200, 600
 BASE_RATE, HEAD_RATE = 2e-3, 2e-3
 CONTEXT = 0.02  # weight of a token that is no answer's, once answers are learnt
 WARMUP = 50
