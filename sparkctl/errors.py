@@ -6,6 +6,11 @@ A ValueError that reaches the boundary is a bug of ours, never a message.
 
 from __future__ import annotations
 
+import errno
+import re
+import signal
+from typing import Any
+
 
 class SparkError(Exception):
     """Something the user can mend. `message`: what and where; `hint`: the command or the change that mends it."""
@@ -27,11 +32,54 @@ class UsageError(SparkError):
 class Interrupted(SparkError):
     """The work stopped before its end, where it can go on: at a step's boundary, saved.
 
-    For a signal the exit status is 128 + signal (130 or 143), else 1. `reason` says in a few words why.
+    For a signal the exit status is 128 + signal (130 or 143), else 1. `reason` says in a few words why. answer: what
+    was found until then, as the command's JSON object would say it.
     """
 
-    def __init__(self, message: str, hint: str | None, signal: int | None = None, reason: str = "interrupted") -> None:
+    def __init__(
+        self, message: str, hint: str | None, signal: int | None = None, reason: str = "interrupted",
+        answer: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(message, hint)
-        self.reason = reason
+        self.reason, self.answer = reason, answer or {}
         if signal is not None:
             self.exit_status = 128 + signal
+
+
+AGAIN = "run the same command again: nothing was left half-written"
+
+
+class Terminated(BaseException):
+    """SIGTERM. No Exception, so that no `except` on its way takes it for a failure of the work."""
+
+
+def interruption(stop: BaseException, answer: dict[str, Any] | None = None) -> Interrupted:
+    """What Ctrl-C or SIGTERM comes to where nothing is to be saved. answer: what was found before it."""
+    number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+    return Interrupted("interrupted", AGAIN, number, answer=answer)
+
+
+NO_MEMORY = re.compile(r"out of memory|can(?:no|')t allocate memory|STATUS_ALLOC_FAILED", re.IGNORECASE)
+GPU_MEMORY = re.compile(r"CUDA|CUBLAS|CUDNN|HIP")
+ASKED_AND_FREE = re.compile(r"Tried to allocate ([\d.]+ \w+).*?total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is")
+
+
+def memory_ended(error: BaseException) -> bool:
+    """Whether memory ended, a device's or the host's: the world's fault. torch's own class is known by its name."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    named = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, RuntimeError) and (named or NO_MEMORY.search(str(error)) is not None)
+
+
+def memory_error(error: BaseException) -> SparkError:
+    """An allocation that failed, as a message: how much was asked for and free, where that was said, and who has it."""
+    text = str(error)
+    gpu = GPU_MEMORY.search(text)
+    said = ASKED_AND_FREE.search(text)
+    message = "not enough GPU memory" if gpu else "not enough memory"
+    if said:
+        asked, total, free = said.groups()
+        message += f": {asked} were asked for, {free} of {total} are free"
+    holders = "nvidia-smi" if gpu else "ps -eo rss,args --sort=-rss | head"
+    return SparkError(message, f"`{holders}` shows who holds it; end that, or ask for less, then {AGAIN}")

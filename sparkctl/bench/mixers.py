@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from sparkctl.bench.subjects import BF16, Sizes, Subject, graded
+from sparkctl.bench.subjects import BF16, Library, Sizes, Subject, graded
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from sparkctl.bench.subjects import Form, Run, Tensors
 
 # T tokens · N query or value heads · K kv or key heads · H head dim · D key dim · E value dim · C channels
+
+TUNES = "flash-linear-attention tunes its kernels, about two minutes the first time (`--no-library` does without)"
 
 
 def attention(z: Sizes) -> Subject:
@@ -51,11 +53,12 @@ def attention(z: Sizes) -> Subject:
         inputs = {name: t[name] for name in ("q", "k", "v")}
         return graded(call, inputs, ("o",), (t["do"],), dict(q="dq", k="dk", v="dv"))
 
+    rival = Library("own triton", triton) if kernel == "flash" else None
     seen = sum(n * (n + 1) / 2 if window is None else n * min(n, window) for n in z.lengths)
     return Subject(
         "attention", kernel, lambda: z.random(q=q, k=k, v=k, do=q), ours, eager,
         bytes=BF16 * z.tokens * z.head_dim * (6 * z.heads + 6 * z.kv_heads),
-        operations=14 * seen * z.heads * z.head_dim, library=("own triton", triton) if kernel == "flash" else None,
+        operations=14 * seen * z.heads * z.head_dim, library=rival,
     )  # fmt: skip
 
 
@@ -99,7 +102,7 @@ def causal_conv(z: Sizes) -> Subject:
     return Subject(
         "causal_conv", op.choice(z.device).kernel,
         lambda: z.random(x=(z.tokens, channels), w=(channels, z.taps), dq=keys, dk=keys, dv=(z.tokens, values)),
-        ours, by(eager), bytes=5 * BF16 * z.tokens * channels, library=("fla causal_conv1d", by(library)),
+        ours, by(eager), bytes=5 * BF16 * z.tokens * channels, library=Library("fla causal_conv1d", by(library)),
     )  # fmt: skip
 
 
@@ -155,5 +158,5 @@ def gated_delta(z: Sizes) -> Subject:
         "gated_delta", kernel, inputs, ours, eager,
         bytes=4 * BF16 * z.tokens * (3 * z.key_heads * z.key_dim + 4 * z.value_heads * z.value_dim),
         operations=30 * z.tokens * z.value_heads * z.key_dim * z.value_dim, fixed=frozenset({"log_a", "bias"}),
-        library=("fla's function", library) if on_fla else None, judged_by_library=on_fla,
+        library=Library("fla's function", library, TUNES) if on_fla else None, judged_by_library=on_fla,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sparkctl.bench.subjects import BF16, Sizes, Subject, graded
+from sparkctl.bench.subjects import BF16, Library, Sizes, Subject, graded
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ def silu_mul(z: Sizes) -> Subject:
     return Subject(
         "silu_mul", op.choice(z.device).kernel,
         lambda: z.random(gate_up=(z.tokens, 2 * z.ffn), dy=(z.tokens, z.ffn)), ours, eager,
-        bytes=9 * BF16 * z.tokens * z.ffn, library=("fla swiglu", library),
+        bytes=9 * BF16 * z.tokens * z.ffn, library=Library("fla swiglu", library),
     )  # fmt: skip
 
 

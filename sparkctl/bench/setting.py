@@ -10,6 +10,7 @@ import numpy as np
 
 from sparkctl.bench.workload import Workload, synthetic
 from sparkctl.errors import UsageError
+from sparkctl.files import sha256_file
 from sparkctl.hardware.machine import find_gpu, this_machine, torch_has_cuda
 from sparkctl.manifest.schema import Machine
 from sparkctl.manifest.store import Run
@@ -24,13 +25,19 @@ DOCUMENTS = 12
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured where. name: of the shape; parameters: of the text model; note: what a reader must know."""
+    """What is measured where. name: of the shape; parameters: of the text model; note: what a reader must know.
+
+    model_key and pack_length: of the trainings that a rate tells of, as measurements are kept; None for a shape whose
+    config.json is not here.
+    """
 
     name: str
     work: Workload
     parameters: int
     machine: Machine
     note: str | None = None
+    model_key: str | None = None
+    pack_length: int = 0
 
 
 def setting(
@@ -50,7 +57,8 @@ def setting(
     else:
         require_room(documents, pack)
         work = synthetic(config, mode, pack, documents, rank=rank, checkpointing=checkpointing)
-    return Setting(name, work, text_parameters(config), machine, note)
+    key = sha256_file(model / "config.json") if model else None
+    return Setting(name, work, text_parameters(config), machine, note, key, pack)
 
 
 def require_room(documents: int, pack: int) -> None:

@@ -7,10 +7,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 from sparkctl import env
 from sparkctl.bench.heads import stacks_of
@@ -18,10 +19,12 @@ from sparkctl.bench.setting import Setting
 from sparkctl.bench.worker import Measured
 from sparkctl.bench.workload import Workload
 from sparkctl.errors import SparkError, UsageError
-from sparkctl.hardware import heads
+from sparkctl.hardware import heads, measurements
 from sparkctl.hardware.load import Load
 from sparkctl.hardware.shape import Shape
 from sparkctl.hardware.throughput import operations
+from sparkctl.manifest.store import now
+from sparkctl.manifest.table import Mode
 from sparkctl.progress import Progress, silent
 
 CACHES = {  # variables that say where a stack keeps compiled kernels
@@ -30,6 +33,7 @@ CACHES = {  # variables that say where a stack keeps compiled kernels
 }  # fmt: skip
 
 
+KEPT = 5  # micro-steps at least of a rate that is kept
 COMPARED = {"stock": None, "peft-fla": "fla", "unsloth": "unsloth", "native": None}  # stack: the package it wants
 CLASS = re.compile(r"^(\w+\.)*[A-Z]\w*: ")  # of an exception, in front of its message
 
@@ -65,21 +69,38 @@ def installed() -> tuple[list[str], list[str]]:
 
 def bench_step(
     at: Setting, stacks: Sequence[str], *, steps: int = 20, cold: bool = False, progress: Progress = silent
-) -> list[Row]:
-    """Measure each stack. Raises UsageError at a name that is no stack; one that fails is a row that says why."""
+) -> Iterator[Row]:
+    """Measure each stack; its row comes when it is there. One that fails is a row that says why.
+
+    The native engine's rate is kept for plans of the same model at once. Raises UsageError at a name that is no stack.
+    """
     known = stacks_of(at.work)
     unknown = [name for name in stacks if name not in known]
     if unknown:
         command = f"sparkctl bench {'mtp' if at.work.draft_steps else 'step'} --help"
         raise UsageError(f"no stack `{unknown[0]}`; there are {', '.join(known)}", command)
-    rows = []
     for name in stacks:
         progress.say(f"measuring {name}")
         try:
-            rows.append(_row(name, at, steps, cold))
+            row = _row(name, at, steps, cold)
         except SparkError as error:
-            rows.append(Row(name, at.work.tokens, None, failed=error.message))
-    return rows
+            row = Row(name, at.work.tokens, None, failed=error.message)
+        if steps >= KEPT:
+            _keep(at, row)
+        yield row
+
+
+def _keep(at: Setting, row: Row) -> None:
+    """For `recommend`, where it has no training's own rate: of the one stack that is an engine as it trains."""
+    work, rate = at.work, row.rate()
+    if at.model_key is None or row.stack != "native" or not rate:
+        return
+    mode: Mode | Literal["mtp"] = "mtp" if work.draft_steps else work.mode
+    rank = work.draft_steps or (work.rank if work.lora else 0)
+    kind = measurements.Kind(at.model_key, mode, rank, work.checkpointing)
+    known = measurements.lookup(at.machine, kind)
+    if not any(one.engine == "native" and one.pack_length == at.pack_length for one in known):
+        measurements.record(at.machine, kind, "native", rate, at.pack_length, now())
 
 
 def _row(name: str, at: Setting, steps: int, cold: bool) -> Row:

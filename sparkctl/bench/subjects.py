@@ -20,11 +20,20 @@ BF16 = 2  # bytes
 
 
 @dataclass(frozen=True)
+class Library:
+    """Another version of an operator. first_time: what it does at its first call that takes minutes."""
+
+    name: str
+    form: Form
+    first_time: str | None = None
+
+
+@dataclass(frozen=True)
 class Subject:
     """An operator at one size. inputs: fp32, made on the device; ours: as the engine calls it.
 
     fixed: inputs that stay fp32. bytes and operations: of forward and backward, each tensor read or written once.
-    library: (its name, the form). judged_by_library: plain torch computes in fp32 throughout, so the library's error
+    judged_by_library: plain torch computes in fp32 throughout, so the library's error
     is what ours is held against.
     """
 
@@ -36,7 +45,7 @@ class Subject:
     bytes: float
     operations: float = 0.0
     fixed: frozenset[str] = frozenset()
-    library: tuple[str, Form] | None = None
+    library: Library | None = None
     judged_by_library: bool = False
 
 

@@ -15,14 +15,13 @@ import typer
 
 from sparkctl import __version__
 from sparkctl.cli import console
-from sparkctl.errors import Interrupted, SparkError, UsageError
+from sparkctl.errors import AGAIN, SparkError, Terminated, UsageError, interruption, memory_ended, memory_error
 
 # a command's file in sparkctl/cli, in the order that --help shows: groups of commands come last there
 COMMANDS = ("analyze", "recommend", "train", "resume", "merge", "show", "demo", "doctor", "mtp", "verify", "bench")
 
 BUG = 70
 INTERRUPTED = 130
-AGAIN = "run the same command again: nothing was left half-written"
 
 app = typer.Typer(
     name="sparkctl",
@@ -31,10 +30,6 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Terminated(BaseException):
-    """SIGTERM. No Exception, so that no `except` on its way takes it for a failure of the work."""
 
 
 def _version(asked: bool) -> None:
@@ -79,17 +74,28 @@ def run(arguments: Sequence[str]) -> int:
         console.failure(error, json=json)
         return error.exit_status
     except OSError as error:
+        if memory_ended(error):
+            return _no_memory(error, json)
         if error.errno is None or (error.filename is None and error.errno not in DISK_FULL):
             raise
         console.failure(system_error(error), json=json)
         return 1
     except (KeyboardInterrupt, typer.Abort, Terminated) as error:
-        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
-        interrupted = Interrupted("interrupted", AGAIN, number)
-        console.failure(interrupted, json=json)
-        return interrupted.exit_status
+        stopped = interruption(error)
+        console.failure(stopped, json=json)
+        return stopped.exit_status
     except SystemExit as ended:  # whoever read our stdout has gone (`| head`): Typer ends quietly
         return ended.code if isinstance(ended.code, int) else 1
+    except (MemoryError, RuntimeError) as error:
+        if not memory_ended(error):
+            raise
+        return _no_memory(error, json)
+
+
+def _no_memory(error: BaseException, json: bool) -> int:
+    short = memory_error(error)
+    console.failure(short, json=json)
+    return short.exit_status
 
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparkctl.cli import bench_mtp, bench_parts, console, timings
+from sparkctl.cli import bench_mtp, bench_parts, console, predictions, timings
 from sparkctl.cli.options import JsonOpt
 from sparkctl.manifest.table import Mode
 
@@ -65,9 +65,7 @@ def step(
     elif absent:
         progress.say(f"left out, not installed: {', '.join(absent)}")
     rows = bench_step(at, names, steps=steps, cold=cold, progress=progress)
-    console.answer(timings.step_json(at, rows), timings.step_table(at, rows), json=json)
-    if all(row.failed for row in rows):
-        raise typer.Exit(1)
+    timings.answer(at, rows, json=json, progress=progress)
 
 
 @group.command()
@@ -84,4 +82,4 @@ def predict(
     from sparkctl.bench.predict import predict as work
 
     found = work(device, shape, mode, pack, documents, checkpointing)
-    console.answer(timings.predict_json(found), timings.predict_table(found), json=json)
+    console.answer(predictions.as_json(found), predictions.as_table(found), json=json)

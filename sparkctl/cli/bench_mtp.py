@@ -40,7 +40,5 @@ def mtp(
 
     at = mtp_setting(shape=shape, pack=pack, documents=documents, draft_steps=steps, model=model, run=run)
     names = [name.strip() for name in stacks.split(",") if name.strip()]
-    rows = bench_step(at, names, steps=calls, progress=console.progress())
-    console.answer(timings.step_json(at, rows), timings.step_table(at, rows), json=json)
-    if all(row.failed for row in rows):
-        raise typer.Exit(1)
+    progress = console.progress()
+    timings.answer(at, bench_step(at, names, steps=calls, progress=progress), json=json, progress=progress)

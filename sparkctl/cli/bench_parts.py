@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sparkctl.cli import console, measured
+from sparkctl.cli import arriving, console, measured, timings
 from sparkctl.cli.options import JsonOpt
 from sparkctl.manifest.table import Mode
 
@@ -32,6 +33,7 @@ def kernels(
     documents: DocumentsOpt = 12,
     operators: Annotated[str | None, typer.Option("--operators", help="Names, with commas; else all.")] = None,
     calls: Annotated[int, typer.Option("--calls", min=1, help="Calls to time.")] = 20,
+    library: Annotated[bool, typer.Option("--library/--no-library", help="Time a library's version beside it.")] = True,
     json: JsonOpt = False,
 ) -> None:
     """Each operator, checked first, beside plain torch, a library's version and what the machine can do at best."""
@@ -40,9 +42,13 @@ def kernels(
 
     at = setting(shape=shape, mode="lora", pack=tokens, documents=documents, model=model)
     names = [name.strip() for name in (operators or "").split(",") if name.strip()]
-    rows = bench_kernels(at, names, calls=calls, progress=console.progress())
-    console.answer(measured.kernels_json(at, rows), measured.kernels_table(at, rows), json=json)
-    if not all(row.right for row in rows):
+    progress = console.progress()
+    found = bench_kernels(at, names, calls=calls, library=library, progress=progress)
+    rows = arriving.answer(
+        found, measured.kernel_line, partial(measured.kernels_json, at), partial(measured.kernels_table, at), json=json,
+        progress=progress,
+    )  # fmt: skip
+    if any(row.right is False for row in rows):
         raise typer.Exit(1)
 
 
@@ -85,6 +91,4 @@ def synthetic(
     elif absent:
         progress.say(f"left out, not installed: {', '.join(absent)}")
     rows = bench_step(at, names, steps=steps, progress=progress)
-    console.answer(measured.synthetic_json(at, rows), measured.synthetic_table(at, rows), json=json)
-    if all(row.failed for row in rows):
-        raise typer.Exit(1)
+    timings.answer(at, rows, measured.synthetic_json, measured.synthetic_table, json=json, progress=progress)

@@ -26,7 +26,7 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
-from sparkctl.errors import SparkError
+from sparkctl.errors import Interrupted, SparkError
 from sparkctl.progress import Progress, Task
 
 QUIET_SECONDS = 15.0  # between progress lines where stderr is no terminal
@@ -90,9 +90,10 @@ def _show(console: Console, item: RenderableType) -> None:
 
 
 def failure(error: SparkError, *, json: bool) -> None:
-    """`error:` and `hint:` on stderr; under --json also one object on stdout."""
+    """`error:` and `hint:` on stderr; under --json also one object on stdout, what was found before it included."""
     if json:
-        _json({"ok": False, "error": error.message, "hint": error.hint, "exit_status": error.exit_status})
+        found = error.answer if isinstance(error, Interrupted) else {}
+        _json({**found, "ok": False, "error": error.message, "hint": error.hint, "exit_status": error.exit_status})
     _line(err(), error.message, "error:", "bold red")
     if error.hint:
         _line(err(), error.hint, "hint:", "bold cyan")

@@ -7,14 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+INTERRUPTED = "was not tried: interrupted"
 LINE = 300  # characters of an error that are passed on
 _running: set[subprocess.Popen[str]] = set()
+_pools: list[ThreadPoolExecutor] = []  # that are open
+_over = threading.Event()  # a signal has ended the work of every pool: nothing is started any more
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ def answer(name: str, *arguments: str, seconds: float, input: str = "") -> tuple
 
 def run(command: Sequence[str], *, seconds: float, input: str = "") -> Ended:
     """The command in a session of its own, which ends as a whole when its time is over."""
+    if _over.is_set():
+        return Ended(problem=INTERRUPTED)
     try:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -54,6 +60,8 @@ def run(command: Sequence[str], *, seconds: float, input: str = "") -> Ended:
     except OSError as error:
         return Ended(problem=f"`{command[0]}` does not start: {(error.strerror or str(error)).lower()}")
     _running.add(process)
+    if _over.is_set():  # since it was looked at
+        _kill(process)
     try:
         out, err = process.communicate(input, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -69,15 +77,28 @@ def run(command: Sequence[str], *, seconds: float, input: str = "") -> Ended:
 
 @contextmanager
 def at_once(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that each wait for a process; a signal in the block ends them all, and what they wait for."""
-    with ThreadPoolExecutor(count) as pool:
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in tuple(_running):
-                _kill(process)
-            raise
+    """Threads that each wait for a process, or open such a pool themselves.
+
+    A signal, which is heard in the outermost block, ends all that any of them waits for; an error ends this pool alone.
+    """
+    pool = ThreadPoolExecutor(count)
+    _pools.append(pool)
+    try:
+        yield pool
+    except Exception:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    except BaseException:
+        _over.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in tuple(_running):
+            _kill(process)
+        raise
+    finally:
+        pool.shutdown()
+        _pools.remove(pool)
+        if not _pools:
+            _over.clear()
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

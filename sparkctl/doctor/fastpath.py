@@ -1,4 +1,8 @@
-"""Whether the fast path is taken, right, repeatable and fast here: three questions, a process each."""
+"""Whether the fast path is taken, right, repeatable and fast here: three questions, a process each.
+
+Rates come first, with the GPU to themselves; the two others, most of whose time goes into imports and into compiling
+kernels, run side by side.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from sparkctl.doctor.findings import Finding, Weight
 from sparkctl.progress import Progress, silent
 
 SECONDS = {"kernels": 120.0, "proof": 400.0, "speed": 60.0}  # a cold start compiles kernels for a minute
+RATES = "speed"
 RATIO = 2.0  # times the reference's distance from fp32, as in `verify lossless`
 SHARE = 0.7  # of what the device should reach, below which something holds it back
 RACE = "https://github.com/triton-lang/triton/issues/10590"
@@ -88,21 +93,29 @@ class FastPath:
     problems: dict[str, str] = field(default_factory=dict)
 
 
-def look(progress: Progress = silent) -> FastPath:
-    """Ask all three."""
+def look(progress: Progress = silent, usable: Callable[[], bool] = lambda: True) -> FastPath | None:
+    """Ask all three. usable: whether torch can be imported, asked where the first has no answer; None where not."""
     said, problems = {}, {}
-    with progress.task("trying the fast path", len(SECONDS)) as task:
-        for part, seconds in SECONDS.items():
-            task.note(part)
-            said[part], problem = child.answer("sparkctl.doctor.exercise", part, seconds=seconds)
+    with progress.task("trying the fast path", len(SECONDS)) as task, child.at_once(len(SECONDS)) as pool:
+
+        def ask(part: str) -> None:
+            said[part], problem = child.answer("sparkctl.doctor.exercise", part, seconds=SECONDS[part])
             if problem:
                 problems[part] = problem
             task.advance()
+
+        task.note(RATES)
+        ask(RATES)
+        if RATES in problems and not usable():
+            return None
+        others = [part for part in SECONDS if part != RATES]
+        task.note(" and ".join(others))
+        list(pool.map(ask, others))
     return FastPath(
         [Operator(**one) for one in said["kernels"].get("operators", [])],
         Proof(**said["proof"]) if said["proof"] else None,
         Speed(**said["speed"]) if said["speed"] else None,
-        problems,
+        {part: problems[part] for part in SECONDS if part in problems},
     )
 
 

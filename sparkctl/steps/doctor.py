@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from sparkctl.doctor import chip, device, device_rules, fastpath, findings, nvml, ptx, rules, software, targets
+from sparkctl.doctor import child, chip, device, device_rules, fastpath, findings, nvml, ptx, rules, software, targets
 from sparkctl.doctor.chip import Row
 from sparkctl.doctor.device import Device
 from sparkctl.doctor.fastpath import FastPath
@@ -59,18 +59,36 @@ def doctor(target: str | None = None, *, quick: bool = False, progress: Progress
     seen = device.look(seconds=QUICK_SECONDS if quick else device.SECONDS, toolkit=_toolkit(assemblers))
     if quick and seen.claims and seen.claims.problem and "did not end" in seen.claims.problem:
         seen = replace(seen, claims=None)
-    installed = software.look(importing=not quick, progress=progress)
     here = targets.of_capability(seen.gpu.capability) if seen.gpu else None
-    report = Report(here, seen, assemblers, installed, quick=quick)
-    wrong = device_rules.judge(seen) + list(rules.missing(installed, seen.gpu is not None))
-    wrong += rules.judge(_facts(report))
-    if here:
-        features, problem = _features(here, report, progress)
-        report, wrong = replace(report, features=features), wrong + problem
-    if not quick and seen.usable and _usable_torch(installed):
-        path = fastpath.look(progress)
-        report, wrong = replace(report, fast_path=path), wrong + fastpath.judge(path)
+    report = Report(here, seen, assemblers, software.look(importing=False), quick=quick)
+    if quick:
+        features, wrong = _features(report, progress)
+        report = replace(report, features=features)
+    else:
+        report, wrong = _side_by_side(report, progress)
+    wrong += device_rules.judge(seen) + list(rules.missing(report.software, seen.gpu is not None))
+    wrong += rules.judge(_facts(report)) + (fastpath.judge(report.fast_path) if report.fast_path else [])
     return replace(report, findings=findings.by_weight(wrong))
+
+
+def _side_by_side(report: Report, progress: Progress) -> tuple[Report, list[Finding]]:
+    """Imports, probes and the fast path into the report, each in processes of its own; what is wrong with the probes.
+
+    One after the other they took 96 to 120 s on a busy H200 (2026-11-26).
+    """
+    tried = bool(report.device and report.device.usable and _installed(report.software, "torch"))
+    with progress.task("looking at this machine", 2 + tried) as task, child.at_once(2) as pool:
+        imports = pool.submit(software.look, importing=True, progress=progress)
+        probes = pool.submit(_features, report, progress)
+        if report.target is None:
+            imports.result()  # a CPU's rates want the CPU to themselves
+        path = fastpath.look(progress, lambda: _usable_torch(imports.result())) if tried else None
+        task.advance(tried)
+        features, wrong = probes.result()
+        task.advance()
+        found = replace(report, software=imports.result(), features=features, fast_path=path)
+        task.advance()
+        return found, wrong
 
 
 def _of_target(target: Target, assemblers: list[Assembler], quick: bool, progress: Progress) -> Report:
@@ -84,8 +102,11 @@ def _of_target(target: Target, assemblers: list[Assembler], quick: bool, progres
     return replace(report, findings=findings.by_weight(wrong))
 
 
-def _features(target: Target, report: Report, progress: Progress) -> tuple[list[Row], list[Finding]]:
-    """The GPU's features; that no assembler knows it is a finding here."""
+def _features(report: Report, progress: Progress) -> tuple[list[Row], list[Finding]]:
+    """The GPU's features, none without one; that no assembler knows it is a finding here."""
+    target = report.target
+    if target is None:
+        return [], []
     launching = report.device is not None and report.device.usable and not report.quick
     try:
         rows = chip.rows(target, report.assemblers, launching=launching, progress=progress)
@@ -119,6 +140,11 @@ def _carried(assemblers: list[Assembler], target: Target | None) -> Iterator[Ass
     """The one that Triton calls for the target."""
     name = ptx.TRITON["ptxas-blackwell" if target and target.number >= ptx.BLACKWELL else "ptxas"]
     return (one for one in assemblers if one.name == name)
+
+
+def _installed(installed: list[Installed], name: str) -> bool:
+    """Whether a library is there, by its metadata."""
+    return any(one.library.name == name and one.version for one in installed)
 
 
 def _usable_torch(installed: list[Installed]) -> bool:

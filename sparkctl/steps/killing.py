@@ -17,6 +17,7 @@ from tempfile import TemporaryFile
 from sparkctl.errors import SparkError
 from sparkctl.manifest.store import Run
 from sparkctl.progress import Task
+from sparkctl.words import quoted
 
 TRAINING = "training"  # what the loop calls its own task
 
@@ -41,7 +42,7 @@ def killed_training(run: Path, after: int, *, allow_slow: bool = False) -> int:
             log.seek(0)
             raise SparkError(
                 f"the training ended with status {process.returncode} before it could be killed:\n{log.read().strip()}",
-                f"sparkctl train {run}",
+                f"sparkctl train {quoted(run)}",
             )
     return last_step(run)
 

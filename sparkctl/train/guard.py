@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from sparkctl.errors import Interrupted, SparkError
+from sparkctl.errors import Interrupted, SparkError, memory_ended
 from sparkctl.hardware.machine import HOST_RESERVE, available_memory
 
 if TYPE_CHECKING:
@@ -125,14 +125,10 @@ class Signals:
 @contextmanager
 def memory(what: str, hint: str) -> Iterator[None]:
     """Turn an allocation that failed into SparkError: `what` did not fit."""
-    import torch
-
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise SparkError(f"not enough memory for {what}", hint) from None
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not memory_ended(error):
             raise
         raise SparkError(f"not enough memory for {what}", hint) from None
 

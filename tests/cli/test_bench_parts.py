@@ -13,7 +13,7 @@ from sparkctl_kernels import gemm, ways
 
 from sparkctl.bench import kernels, products, synthetic, workload
 from sparkctl.bench.setting import setting
-from sparkctl.bench.subjects import Sizes, Subject
+from sparkctl.bench.subjects import Library, Sizes, Subject
 from sparkctl.cli import app
 from sparkctl.demo.model import config as tiny
 from sparkctl.hardware import measurements
@@ -93,6 +93,40 @@ def test_what_gives_no_number_or_raises_is_a_row(bench: Any, monkeypatch: pytest
     monkeypatch.setattr(kernels, "measure", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory\nat x")))
     status, said = bench("kernels", "--operators", "rms_norm", "--tokens", 60, "--documents", 3)
     assert (status, said["operators"][0]["failed"], said["operators"][0]["right"]) == (1, "out of memory", False)
+
+
+@pytest.mark.parametrize("library", [True, False])
+def test_a_library_that_tunes_for_minutes_says_so_or_is_left_out(library: bool, sizes: Sizes) -> None:
+    """As gated_delta on a GPU, where the library's error is the measure of ours."""
+    said: list[str] = []
+
+    class Words:
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    subject = made("rms_norm", sizes)
+    rival = Library("a library", subject.eager, "it tunes its kernels") if library else None
+    subject = replace(subject, library=rival, judged_by_library=True)
+    row = kernels.measure(subject, CPU, measurements.Probe(1e12, 1e11), 1, Words())  # type: ignore[arg-type]
+    assert said == (["rms_norm: it tunes its kernels"] if library else [])
+    assert row.ours
+    assert (row.right, row.library is None, bool(row.errors)) == (
+        (True, False, True) if library else (None, True, False)
+    )
+
+
+def test_what_nobody_checked_is_neither_right_nor_wrong(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = kernels.measure
+    monkeypatch.setattr(
+        kernels, "measure", lambda subject, *rest: real(replace(subject, judged_by_library=True), *rest)
+    )
+    line = ("kernels", "--operators", "rms_norm", "--tokens", 60, "--documents", 3, "--calls", 1, "--no-library")
+    status, said = bench(*line)
+    assert (status, said["ok"], said["operators"][0]["right"]) == (0, True, None)
+    assert app.run(["bench", *map(str, line)]) == 0
+    assert f"rms_norm: {kernels.UNCHECKED}" in capsys.readouterr().out
 
 
 def test_a_dense_model_has_fewer_operators(bench: Any, llama_folder: Path) -> None:

@@ -11,13 +11,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from sparkctl import __version__
 from sparkctl.cli import app
-from sparkctl.errors import Interrupted, SparkError
+from sparkctl.errors import Interrupted, SparkError, Terminated
 from sparkctl.steps import show
+
+OUT_OF_MEMORY = torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139.81 GiB of which 1.19 GiB is "
+    "free. Process 4711 has 130.00 GiB memory in use. Of the allocated memory 100.00 MiB is allocated by PyTorch"
+)
 
 
 def test_help_lists_the_commands_in_the_order_of_the_job() -> None:
@@ -85,7 +91,14 @@ def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureF
         (OSError(errno.ENOTDIR, "Not a directory", "/x"), 1, "hint: a part of that path is a file"),
         (OSError(errno.EIO, "Input/output error", "/x"), 1, "hint: mend what the system says there"),
         (KeyboardInterrupt(), 130, "error: interrupted\nhint: run the same command again"),
-        (app.Terminated(), 143, "error: interrupted\nhint: run the same command again"),
+        (Terminated(), 143, "error: interrupted\nhint: run the same command again"),
+        (OUT_OF_MEMORY, 1, "error: not enough GPU memory: 2.00 GiB were asked for, 1.19 GiB of 139.81 GiB are free\n"),
+        (OUT_OF_MEMORY, 1, "hint: `nvidia-smi` shows who holds it; end that, or ask for less, then run the same"),
+        (torch.OutOfMemoryError("of another device"), 1, "error: not enough memory\nhint: `ps "),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), 1, "error: not enough GPU memory\n"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), 1, "error: not enough GPU memory\n"),
+        (MemoryError(), 1, "error: not enough memory\nhint: `ps -eo rss,args --sort=-rss | head` shows who holds it"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "error: not enough memory\n"),
         (OSError(errno.EPIPE, "Broken pipe"), 1, ""),
     ],
 )
@@ -125,9 +138,12 @@ def test_help_names_the_parts_of_bench_that_there_are() -> None:
     assert set(re.findall(r"`(\w+)`", group.help)) == set(group.commands)
 
 
-def test_a_bug_is_a_traceback_and_70(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("bug", [ValueError("a bug of ours"), RuntimeError("The size of tensor a must match")])
+def test_a_bug_is_a_traceback_and_70(
+    bug: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(folder: Path) -> None:
-        raise ValueError("a bug of ours")
+        raise bug
 
     monkeypatch.setattr(show, "show", fail)
     monkeypatch.setattr(sys, "argv", ["sparkctl", "show", "r"])

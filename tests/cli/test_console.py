@@ -20,7 +20,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from sparkctl.cli import analyze, app, console, timings
+from sparkctl import errors
+from sparkctl.cli import analyze, console, timings
 from sparkctl.errors import SparkError
 from sparkctl.manifest.schema import Histogram
 
@@ -155,7 +156,7 @@ def test_sigterm_leaves_through_the_boundary(tmp_path: Path, qwen35_folder: Path
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert err.endswith(f"error: interrupted\nhint: {app.AGAIN}\n")
+    assert err.endswith(f"error: interrupted\nhint: {errors.AGAIN}\n")
     assert json.loads(out)["exit_status"] == 143
     assert list(run.glob(".tokens.*")) == []
 

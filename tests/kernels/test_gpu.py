@@ -116,6 +116,20 @@ def test_every_way_to_multiply_is_as_right_as_torch_s(tokens: int) -> None:
     ways.pin({})
 
 
+@pytest.mark.parametrize("rows", [512, 2048, 6144])
+def test_every_way_is_right_for_an_adapter_s_gradient(rows: int) -> None:
+    """B of k_proj and of wider ones: few tiles over a long sum, which cuBLAS splits and this project's kernel does not,
+    from columns of wider buffers.
+    """
+    dy = torch.randn(5376, rows + 512, device=GPU).bfloat16()[:, 512:]
+    u = torch.randn(5376, 384, device=GPU).bfloat16()[:, 128:256]
+    with ways.measuring() as found:
+        gemm.add_product(torch.empty(rows, 128, device=GPU), dy.T, u, add=False)
+    (timed,) = found.values()
+    assert timed.wrong == {}
+    assert set(timed.seconds) == set(ways.WAYS)
+
+
 def plan(**changes: Any) -> Any:
     made = ready.plan(engine="native", **changes)
     return made.model_copy(update={"machine": made.machine.model_copy(update={"device": "cuda"})})

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from document_cases import small
+from document_cases import attention_case, small
 from kernel_cases import Case, Plant, Tensors, distances, run
 from operators import OPERATORS, results, schemas
 from sparkctl_kernels.attention import op as attention
@@ -25,6 +25,7 @@ from sparkctl_kernels.causal_conv import op as causal_conv
 from sparkctl_kernels.dispatch import interpreted
 from sparkctl_kernels.documents import documents
 from sparkctl_kernels.lora_linear.layer import Copies
+from sparkctl_kernels.matmul import op as matmul
 
 from sparkctl.bench.kernels import WHERE
 
@@ -120,6 +121,31 @@ def test_gradients_of_the_public_operators(name: str) -> None:
 @pytest.mark.parametrize(("name", "arguments"), schemas(), ids=lambda value: value if isinstance(value, str) else "")
 def test_torch_s_own_check(name: str, arguments: tuple[Any, ...]) -> None:
     torch.library.opcheck(getattr(torch.ops.sparkctl, name).default, arguments)
+
+
+@inside
+@pytest.mark.parametrize("window", [None, 30])
+def test_attention_in_hopper_s_tiles(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads' parts of their keys' gradients made apart and added up; 64 dims in the tiles of 256."""
+    from sparkctl_kernels.attention import kernel
+
+    monkeypatch.setattr(kernel, "tiles", lambda _: kernel.HOPPER[256])
+    errors = compare(attention_case([5, 150, 63, 1], 4, 2, 64, window))
+    assert max(errors.values()) < LIMIT, errors
+
+
+@inside
+@pytest.mark.parametrize("first", [64, 63])
+def test_a_gradient_of_columns_of_wider_buffers_over_a_pack_s_length(first: int) -> None:
+    """As for k_proj's B: dyᵀ·u in fp32, both with neighbours on either side, which are NaN here."""
+    torch.manual_seed(0)
+    dy, u = torch.full((1344, 256), float("nan")), torch.full((1344, 192), float("nan"))
+    a, b = dy[:, first : first + 128], u[:, first : first + 64]
+    a.normal_()
+    b.normal_()
+    c = torch.full((128, 64), float("nan"))
+    matmul.forward(a.T, b, c, 0.5)
+    assert float((c - 0.5 * a.T @ b).norm()) < LIMIT * float(c.norm())
 
 
 @inside

@@ -108,6 +108,17 @@ def test_one_percent_in_a_way_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(set(timed.seconds) == set(TORCHS) for timed in found.values())
 
 
+def test_what_gives_no_number_is_wrong_without_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, scale: float = 1.0, add: bool = False) -> None:
+        c.fill_(float("nan"))
+
+    monkeypatch.setitem(ways.WAYS, "nothing", nothing)
+    with ways.measuring(lambda work: 1.0) as found:
+        three()
+    assert all(timed.wrong == {"nothing": ways.ENDLESS} for timed in found.values())
+    assert all(set(timed.errors) == set(TORCHS) for timed in found.values())
+
+
 def test_the_faster_way_is_chosen_where_it_is_clearly_faster() -> None:
     def clock(times: dict[str, float]) -> Callable[[Callable[[], None]], float]:
         order = iter(4 * [times[name] for name in TORCHS])
@@ -139,3 +150,47 @@ def test_what_is_pinned_for_one_length_leaves_others_alone() -> None:
     assert called == []
     gemm.product(x[:40], w.T, output_gradient((40, 32), x))
     assert called == [40]
+
+
+def cut_off(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, scale: float = 1.0, add: bool = False) -> None:
+    """One unbroken fp32 sum as a tensor core makes it: 16 products at a time, each sum cut off towards zero."""
+    total = torch.zeros(c.shape, dtype=torch.float64)
+    for k in range(0, a.shape[1], ways.STEP):
+        exact = total + a[:, k : k + ways.STEP].double() @ b[k : k + ways.STEP].double()
+        total = ((exact.view(torch.int64) >> 29) << 29).view(torch.float64)
+    c.copy_(scale * total + (c if add else 0))
+
+
+def through_bf16(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, scale: float = 1.0, add: bool = False) -> None:
+    """Rounded before it is added, as eager's gradients are."""
+    c.copy_((scale * (a.float() @ b.float())).bfloat16().float() + (c if add else 0))
+
+
+def one_token_lost(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, scale: float = 1.0, add: bool = False) -> None:
+    """Of thousands."""
+    ways.by_torch(a[:, :-1], b[:-1], c, scale, add)
+
+
+@pytest.mark.parametrize("depth", [768, 5376])
+def test_a_long_sum_in_one_piece_is_right_and_nothing_worse_is(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """k_proj's B has 512 x 128 sums of a pack's length, which cuBLAS splits; torch's sums are exact here."""
+    for way in (cut_off, through_bf16, one_token_lost):
+        monkeypatch.setitem(ways.WAYS, way.__name__, way)
+    torch.manual_seed(0)
+    dy, u, total = randn(depth, 640).bfloat16(), randn(depth, 384).bfloat16(), torch.zeros(512, 128)
+    with ways.measuring(lambda work: 1.0) as found:
+        gemm.add_product(total, dy[:, 64:576].T, u[:, 128:256], add=False)
+    (timed,) = found.values()
+    assert set(timed.seconds) == {*TORCHS, "cut_off"}
+    assert set(timed.wrong) == {"through_bf16", "one_token_lost"}
+    assert 2 * ways.SLACK * (depth > 4096) < timed.errors["cut_off"] < ways.rounding(depth) / 2  # 7.0e-6 seen at 5,376
+    assert min(timed.wrong.values()) > 50  # 83 seen at 5,376, 582 at 768
+
+
+def test_what_torch_itself_refuses_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(ways.WAYS, "torch", refused)
+    with pytest.raises(torch.OutOfMemoryError), ways.measuring(lambda work: 1.0):
+        three()

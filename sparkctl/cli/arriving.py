@@ -1,0 +1,36 @@
+"""Results that come one by one, as a benchmark's do: none is lost where a signal ends the work before its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from rich.console import RenderableType
+
+from sparkctl.cli import console
+from sparkctl.errors import Terminated, interruption
+from sparkctl.progress import Progress
+
+T = TypeVar("T")
+
+
+def answer(
+    rows: Iterable[T], line: Callable[[T], str], as_json: Callable[[list[T]], dict[str, Any]],
+    table: Callable[[list[T]], RenderableType], *, json: bool, progress: Progress,
+) -> list[T]:  # fmt: skip
+    """Say each row on stderr as soon as it is there, and all of them as the command's answer.
+
+    On Ctrl-C or SIGTERM the rows that are there are the answer, under --json within the failure's one object. Raises
+    Interrupted then.
+    """
+    done: list[T] = []
+    try:
+        for row in rows:
+            done.append(row)
+            progress.say(line(row))
+    except (KeyboardInterrupt, Terminated) as stop:
+        if done and not json:
+            console.answer({}, table(done), json=False)
+        raise interruption(stop, as_json(done) if done else None) from None
+    console.answer(as_json(done), table(done), json=json)
+    return done
