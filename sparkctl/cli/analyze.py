@@ -69,7 +69,7 @@ def _json(result: Result, dry_run: bool) -> dict[str, Any]:
 
 def _human(result: Result, dry_run: bool) -> RenderableType:
     a, model = result.analysis, result.model
-    title = f"analysis of {result.run.name}" + (" (dry run: nothing written)" if dry_run else "")
+    title = f"analysis of {result.run.absolute().name}" + (" (dry run: nothing written)" if dry_run else "")
     pairs: list[tuple[str, object]] = [
         ("model", f"{model.model_type}, {model.parameters:,} parameters"),
         ("examples", f"{a.examples:,}: {a.train_examples:,} to train on, {a.eval_examples:,} held out"),

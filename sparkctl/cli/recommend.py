@@ -83,7 +83,7 @@ def _json(result: Result, dry_run: bool) -> dict[str, Any]:
 
 def _human(result: Result, dry_run: bool) -> Group:
     plan = result.plan
-    title = f"plan of {result.run.name}" + (" (dry run: nothing written)" if dry_run else "")
+    title = f"plan of {result.run.absolute().name}" + (" (dry run: nothing written)" if dry_run else "")
     table = Table(box=None, pad_edge=False)
     for column in ("choice", "value", "from", "why"):
         table.add_column(column, overflow="fold", no_wrap=column != "why", style="dim" if column != "value" else None)

@@ -14,6 +14,7 @@ from sparkctl.cli import console, verdicts
 from sparkctl.cli.options import JsonOpt, RunArg, SlowOpt
 from sparkctl.errors import SparkError
 from sparkctl.manifest.table import EngineName
+from sparkctl.words import quoted
 
 HELP = "Prove on this machine: an engine is lossless, documents never meet, trainings resume, a model is complete."
 group = typer.Typer(help=HELP)
@@ -58,7 +59,8 @@ def leaks(
     found = verify_leaks(run, engine=engine, allow_slow=allow_slow, progress=console.progress())
     problems = [f"{f.subject}, {f.part}: " + ("leaks" if f.leaks else "blind to a leak") for f in found if f.failed]
     rows = [{**asdict(f), "leaks": f.leaks, "failed": f.failed} for f in found]
-    _answer({"findings": rows}, verdicts.leaks(found), problems, "sparkctl recommend RUN --engine reference", json)
+    hint = f"sparkctl recommend {quoted(run or 'RUN')} --engine reference"
+    _answer({"findings": rows}, verdicts.leaks(found), problems, hint, json)
 
 
 @group.command()
@@ -70,20 +72,22 @@ def resume(run: RunArg, allow_slow: SlowOpt = False, json: JsonOpt = False) -> N
     how = f"killed at step {made.killed_at}, resumed from step {made.resumed_from}"
     bytes = "equal: metrics, weights, moments" if not made.differences else f"{len(made.differences)} differences"
     human = console.rows("resume", ("trained", f"{made.steps} steps straight, and again {how}"), ("bytes", bytes))
-    _answer({**asdict(made), "run": str(made.run)}, human, made.differences, None, json)
+    hint = f"sparkctl verify resume {quoted(run)}, once more; what differs again is a bug of this program"
+    _answer({**asdict(made), "run": str(made.run)}, human, made.differences, hint, json)
 
 
 @group.command()
 def model(folder: Annotated[Path, typer.Argument(help="A checkpoint's folder.")], json: JsonOpt = False) -> None:
     """Whether a checkpoint holds every tensor that its config.json promises, and nothing besides."""
+    from sparkctl.model.anew import folder_anew
     from sparkctl.steps.verify_model import verify_model
 
     problems = verify_model(folder)
     human = console.rows("model", ("folder", folder), ("problems", len(problems) or "none"))
-    _answer({"folder": str(folder)}, human, problems, "copy or download that model again", json)
+    _answer({"folder": str(folder)}, human, problems, folder_anew(folder), json)
 
 
-def _answer(answer: dict[str, Any], human: RenderableType, problems: list[str], hint: str | None, json: bool) -> None:
+def _answer(answer: dict[str, Any], human: RenderableType, problems: list[str], hint: str, json: bool) -> None:
     """Print what was found; exit status 1 where a check found something, each on a line of its own."""
     answer = _finite({"ok": not problems, **answer, "problems": problems, "hint": hint if problems else None})
     console.answer(answer, human, json=json)

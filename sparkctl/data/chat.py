@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sparkctl.data.fewest import Fewest
 from sparkctl.data.markers import Markers
 from sparkctl.data.messages import BadLine, Example
 from sparkctl.data.speech import NotFound, Speech
@@ -36,12 +37,22 @@ class Encoded(NamedTuple):
     assistant_turns: int
 
 
+class TooLong(NamedTuple):
+    """A conversation of more tokens than are wanted, which was not tokenised: of this many at least."""
+
+    tokens: int
+
+
+Rendered = tuple[Rendering, list[tuple[int, int]]]  # with its trained spans
+
+
 class ChatFormat:
     """A tokenizer and a chat template."""
 
     def __init__(self, loaded: Loaded, template: str) -> None:
         self._tokenizer, vocabulary = loaded.backend, loaded.vocabulary
         self._stops = [self._tokenizer.token_to_id(token) for token in sorted(vocabulary.stops)]
+        self._fewest = Fewest(self._tokenizer)
         self._template = Template(template, vocabulary.variables)
         self._speech = Speech(self._template, vocabulary)
         self._markers = Markers(self._template.literals, self._speech.usual.given(), vocabulary)
@@ -59,14 +70,24 @@ class ChatFormat:
             raise SparkError(f"the model in `{folder}` has no chat template", "give one: `--chat-template FILE`")
         return cls(loaded, template)
 
-    def encode(self, examples: Sequence[Example]) -> list[Encoded | BadLine]:
-        """Each example's ids and mask, or why it has none. All cores are used for a long list."""
-        rendered = [self._render(example) for example in examples]
-        encodings = self._tokenized([r[0].text for r in rendered if not isinstance(r, BadLine)])
+    def encode(self, examples: Sequence[Example], most: int | None = None) -> list[Encoded | BadLine | TooLong]:
+        """Each example's ids and mask, or why it has none. All cores are used for a long list.
+
+        most: tokens that are wanted. What is sure to have more is not tokenised; the others may still have more.
+        """
+        rendered = [self._measured(self._render(example), most) for example in examples]
+        encodings = self._tokenized([r[0].text for r in rendered if not isinstance(r, BadLine | TooLong)])
         return [
-            r if isinstance(r, BadLine) else self._encoded(example, *r, next(encodings))
+            r if isinstance(r, BadLine | TooLong) else self._encoded(example, *r, next(encodings))
             for example, r in zip(examples, rendered, strict=True)
         ]
+
+    def _measured(self, rendered: Rendered | BadLine, most: int | None) -> Rendered | BadLine | TooLong:
+        """What was rendered, unless it is so long that to tokenise it would be in vain."""
+        if most is None or isinstance(rendered, BadLine) or len(rendered[0].text) < CHARACTERS:
+            return rendered
+        fewest = self._fewest(rendered[0].text)
+        return TooLong(fewest) if fewest > most else rendered
 
     def _tokenized(self, texts: list[str]) -> Iterator[Any]:
         """The encoding of each text; those of a piece of the texts exist at a time."""
@@ -88,7 +109,7 @@ class ChatFormat:
             texts[-1] += whole[len(said) :]
         return texts
 
-    def _render(self, example: Example) -> tuple[Rendering, list[tuple[int, int]]] | BadLine:
+    def _render(self, example: Example) -> Rendered | BadLine:
         messages, kwargs = example.messages, example.template_kwargs
         try:
             rendering = self._template.render(messages, example.tools, kwargs)

@@ -114,15 +114,15 @@ def _is_built_as(backend: Tokenizer, name: str) -> bool:
     letter = LETTER[name]
     split = SPLIT.replace("LETTERS", letter.strip("[]")).replace("LETTER", letter)
     model, first = backend.model, backend.get_vocab_size(with_added_tokens=False)
-    steps = _state(backend.pre_tokenizer).get("pretokenizers", [])
+    steps = state_of(backend.pre_tokenizer).get("pretokenizers", [])
     cut = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
     bytewise = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     return (
-        _state(backend.normalizer) == {"type": "NFC"}
+        state_of(backend.normalizer) == {"type": "NFC"}
         and len(steps) == 2
         and steps[0] == cut
         and {key: value for key, value in steps[1].items() if key != "trim_offsets"} == bytewise
-        and _state(backend.decoder).get("type") == "ByteLevel"
+        and state_of(backend.decoder).get("type") == "ByteLevel"
         and type(model).__name__ == "BPE"
         and not any((model.dropout, model.unk_token, model.continuing_subword_prefix, model.end_of_word_suffix))
         and not any((model.fuse_unk, model.byte_fallback, model.ignore_merges))
@@ -130,7 +130,8 @@ def _is_built_as(backend: Tokenizer, name: str) -> bool:
     )
 
 
-def _state(part: Any) -> dict[str, Any]:
+def state_of(part: Any) -> dict[str, Any]:
+    """A normalizer, a pre-tokenizer or a decoder as tokenizer.json has it; empty where there is none."""
     return json.loads(part.__getstate__()) if part is not None else {}
 
 

@@ -6,6 +6,7 @@ other holds the interpreter. What is kept of each document for the statistics is
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sparkctl.data.chat import TooLong
 from sparkctl.data.read import BadLine, Example, read_examples
 from sparkctl.data.split import prompt_key, row_hash, text_of
 from sparkctl.data.tokens import Row, TokenStore, label_count
@@ -31,7 +33,7 @@ IN_FLIGHT = 2
 SHOWN_BAD = 5
 SHOWN_MARKERS = 20
 
-Slot = tuple[Row | BadLine, bool]  # what became of an example, and whether an earlier store had it
+Slot = tuple[Row | BadLine | TooLong, bool]  # what became of an example, and whether an earlier store had it
 
 
 @dataclass
@@ -128,7 +130,7 @@ class Ingest:
         """Rows of a batch: known ones looked up, the others encoded together."""
         known = [self._known(example) for example in examples]
         new = [example for example, row in zip(examples, known, strict=True) if row is None]
-        encoded = iter(self._format.encode(new) if new else [])
+        encoded = iter(self._format.encode(new, self._max_seq_length) if new else [])
         return [
             (row, True) if row is not None else (self._row(example, next(encoded)), False)
             for example, row in zip(examples, known, strict=True)
@@ -141,20 +143,20 @@ class Ingest:
         found = (store.find(hash, key, example.place) for store in self._earlier)
         return next((row for row in found if row is not None), None)
 
-    def _row(self, example: Example, encoded: Encoded | BadLine) -> Row | BadLine:
-        if isinstance(encoded, BadLine):
+    def _row(self, example: Example, encoded: Encoded | BadLine | TooLong) -> Row | BadLine | TooLong:
+        if isinstance(encoded, BadLine | TooLong):
             return encoded
         key, hash = prompt_key(example, self._seed), row_hash(example)
         turns, markers = encoded.assistant_turns, encoded.holds_markers
         return Row(encoded.input_ids, encoded.trained, key, hash, example.place, turns, markers)
 
-    def _take(self, row: Row | BadLine, reused: bool) -> None:
+    def _take(self, row: Row | BadLine | TooLong, reused: bool) -> None:
         dropped = self.tally.dropped
         if isinstance(row, BadLine):
             if not self._skip_bad:
                 raise row
             self.tally.drop_bad(row)
-        elif self._max_seq_length is not None and len(row.input_ids) > self._max_seq_length:
+        elif isinstance(row, TooLong) or len(row.input_ids) > (self._max_seq_length or math.inf):
             dropped.too_long += 1
         elif label_count(row.trained) == 0:
             dropped.no_trained_token += 1

@@ -49,7 +49,7 @@ class Example:
 class BadLine(SparkError):
     """A line, or a row, that cannot be an example. `place`: "chats.jsonl:12"; its message begins with the path."""
 
-    def __init__(self, message: str, hint: str | None, place: str) -> None:
+    def __init__(self, message: str, hint: str, place: str) -> None:
         super().__init__(message, hint)
         self.place = place
 

@@ -6,7 +6,7 @@ Two locks, both released by the kernel when their process dies: `.manifest.lock`
 
 from __future__ import annotations
 
-import errno
+import fcntl
 import json
 import os
 import tomllib
@@ -28,6 +28,7 @@ from sparkctl.manifest.schema import SCHEMA, Manifest, RunTable
 from sparkctl.words import quoted
 
 NAME = "run.toml"
+STEP_LOCK = ".step.lock"
 
 
 def now() -> str:
@@ -36,11 +37,15 @@ def now() -> str:
 
 
 class Run:
-    """A run's folder and its manifest as last read. Steps change it only through `edit`."""
+    """A run's folder and its manifest as last read. Steps change it only through `edit`.
+
+    `root` is the folder as the user named it, for messages and the commands in their hints.
+    """
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
         self.root = root
         self.manifest = manifest
+        self.read_only = False  # a step found that nothing can be written here
 
     @classmethod
     def create(cls, root: Path, *, parent: Run | None = None, continues: bool = False) -> Run:
@@ -48,7 +53,7 @@ class Run:
 
         Raises OSError where it cannot be written; a folder that was made for it goes away again.
         """
-        root = Path(root).absolute()
+        root = Path(root)
         if root.exists() and not root.is_dir():
             raise UsageError(f"`{root}` is a file; a run is a folder", "name a folder with `--run`")
         made = not root.exists()
@@ -56,10 +61,10 @@ class Run:
         link = os.path.relpath(parent.root, root) if parent else None
         table = RunTable(
             id=uuid.uuid4().hex[:12],
-            name=root.name,
+            name=root.absolute().name,
             created=now(),
             sparkctl=__version__,
-            folder=str(root),
+            folder=str(root.absolute()),
             parent=link,
             continues=continues,
         )
@@ -76,54 +81,65 @@ class Run:
     @classmethod
     def open(cls, root: Path) -> Run:
         """The run in `root`. Raises UsageError where it is absent, broken or from a newer sparkctl."""
-        root = Path(root).absolute()
+        root = Path(root)
         return cls(root, read_manifest(root))
 
     @contextmanager
     def edit(self) -> Iterator[Manifest]:
         """The manifest as it is on disk now, under the lock; what the block changes is written whole at its end."""
+        self.require_writable()
         with self._manifest_lock():
             manifest = read_manifest(self.root)
             yield manifest
             manifest.run.sparkctl = __version__
-            manifest.run.folder = str(self.root)
+            manifest.run.folder = str(self.root.absolute())
             self._write(manifest)
             self.manifest = manifest
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Hold the run for one step. Raises SparkError where another process works in it."""
-        lock = FileLock(self.root / ".step.lock")
+        """Hold the run for one step. Raises SparkError where another process works in it.
+
+        On a read-only file system there is no lock to hold: a step may still find that its work is done. One that has
+        something to write calls `require_writable` before it begins.
+        """
         try:
-            lock.acquire(timeout=0)
+            lock = self._take_step_lock()
         except Timeout:
             raise SparkError(
                 f"{self._holder()} in `{self.root}`", "wait for it, or stop it with Ctrl-C: it saves before it ends"
             ) from None
+        self.read_only = lock is None
         try:
             with suppress(OSError):  # it only names the holder; a full disk is reported by the work itself
                 (self.root / ".step.json").write_text(json.dumps({"step": name, "pid": os.getpid()}))
             self.manifest = read_manifest(self.root)
             yield
         finally:
-            lock.release()
+            if lock:
+                lock.release()
+
+    def require_writable(self) -> None:
+        """Raise SparkError where the step at work here has found that nothing can be written."""
+        if self.read_only:
+            raise SparkError(
+                f"nothing can be written to `{self.root}`: it is read-only",
+                f"work on a copy: `cp -r {quoted(self.root)} FOLDER`",
+            )
 
     def running(self) -> str | None:
         """Which step works in this run right now ("train", …), or None."""
-        lock = FileLock(self.root / ".step.lock")
         try:
-            with lock.acquire(timeout=0):
-                return None
+            lock = self._take_step_lock()
         except Timeout:
             return str(self._claim().get("step", "a step"))
-        except OSError as error:
-            if error.errno in (errno.EROFS, errno.EACCES):  # nobody works where nothing can be written
-                return None
-            raise
+        if lock:
+            lock.release()
+        return None
 
     def resolve(self, path: str) -> Path:
         """A manifest's path as one that can be opened: relative to the run, or to where the run was before a move."""
-        return _find(path, self.root, Path(self.manifest.run.folder))
+        return _find(path, self.root.absolute(), Path(self.manifest.run.folder))
 
     def relative(self, path: Path) -> str:
         """A path as the manifest keeps it: relative to the run's folder."""
@@ -149,6 +165,22 @@ class Run:
         with FileLock(self.root / ".manifest.lock", timeout=60):
             yield
 
+    def _take_step_lock(self) -> FileLock | None:
+        """The lock, taken; None where nothing can be written. Raises Timeout where another process has it."""
+        path = self.root / STEP_LOCK
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise
+        except OSError:
+            if os.access(self.root, os.W_OK):
+                raise
+            if _is_locked(path):  # the same folder may be writable for others: a read-only mount of it
+                raise Timeout(str(path)) from None
+            return None
+        return lock
+
     def _claim(self) -> dict[str, Any]:
         try:
             claim = json.loads((self.root / ".step.json").read_text())
@@ -159,6 +191,18 @@ class Run:
     def _holder(self) -> str:
         claim = self._claim()
         return f"`{claim.get('step', 'a step')}` is running (process {claim.get('pid', 'unknown')})"
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process of this machine holds the lock in `path`; asked without writing."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or not for us to read
+        return False
+    return False
 
 
 def read_manifest(root: Path) -> Manifest:

@@ -80,7 +80,10 @@ def _targets(modules: dict[str, str], checkpoint: Checkpoint) -> list[str]:
         module for module in matched - set(modules) if not module.startswith("mtp.")
     ]  # the classes have no MTP head
     if more:
-        raise SparkError(f"`{sorted(more)[0]}` shares its last name with an adapted module, but has no adapter")
+        raise SparkError(
+            f"`{sorted(more)[0]}` shares its last name with an adapted module, but has no adapter",
+            "merge the whole model: leave out `--adapter-only`",
+        )
     return ends
 
 

@@ -20,7 +20,7 @@ from sparkctl.errors import SparkError
 from sparkctl.files import staged_folder
 from sparkctl.manifest.schema import Lora
 from sparkctl.merge.companions import copy_companions
-from sparkctl.merge.updates import Update, listed, updates
+from sparkctl.merge.updates import Update, another, listed, updates
 from sparkctl.model.families import tied
 from sparkctl.model.weights import INDEX, Checkpoint, TensorFile
 from sparkctl.progress import Progress, Task, silent
@@ -144,7 +144,10 @@ def _write_changed(shard: TensorFile, name: str, update: Update, target: BinaryI
         trained_OI = update.rows(base_OI.float(), start, stop)
         # of the two extremes, not of every value: a tenth of the time, and NaN shows in them too
         if not torch.isfinite(torch.stack(torch.aminmax(trained_OI)).to(base_OI.dtype)).all():
-            raise SparkError(f"the merged `{name}` is not finite: NaN, or too large for {shard.dtype(name)}")
+            raise SparkError(
+                f"the merged `{name}` is not finite: NaN, or too large for {shard.dtype(name)}",
+                another(update.file.path),
+            )
         data = trained_OI.to(base_OI.dtype).reshape(-1).view(torch.uint8).numpy().data
         target.write(data)
         task.advance(data.nbytes)

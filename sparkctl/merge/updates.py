@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from sparkctl.errors import SparkError
 from sparkctl.manifest.schema import Lora
 from sparkctl.model.weights import Checkpoint, TensorFile
+from sparkctl.train import state
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +24,11 @@ NAMED = 5  # names that a message lists
 
 class Update(Protocol):
     """The change of one base tensor."""
+
+    @property
+    def file(self) -> TensorFile:
+        """The training checkpoint's."""
+        ...
 
     def rows(self, base_OI: Tensor, start: int, stop: int) -> Tensor:
         """The trained rows [start, stop) in fp32, given the base's in fp32, which may be overwritten."""
@@ -69,7 +76,7 @@ def adapted_modules(file: TensorFile) -> list[str]:
     halves = [name for module in ends for name in (module + LORA_A, module + LORA_B) if name not in file.names()]
     strays = [name for name in file.names() if not name.endswith((LORA_A, LORA_B))]
     if halves or strays:
-        raise SparkError(f"`{file.path}` is no set of adapters: {listed(halves or strays)}")
+        raise SparkError(f"`{file.path}` is no set of adapters: {listed(halves or strays)}", another(file.path))
     return list(ends)
 
 
@@ -84,7 +91,9 @@ def _product(file: TensorFile, module: str, lora: Lora) -> tuple[int, ...]:
     """Shape of B·A."""
     a, b = file.shape(module + LORA_A), file.shape(module + LORA_B)
     if len(a) != 2 or len(b) != 2 or a[0] != lora.r or b[1] != lora.r:
-        raise SparkError(f"the adapter of `{module}` has shapes {a} and {b}, which is not rank {lora.r}")
+        raise SparkError(
+            f"the adapter of `{module}` has shapes {a} and {b}, which is not rank {lora.r}", another(file.path)
+        )
     return b[0], a[1]
 
 
@@ -107,6 +116,15 @@ def _fit(path: Path, base: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> No
     other = [f"{n} {shape}, the base {base.shape(n)}" for n, shape in wanted.items() if base.shape(n) != shape]
     if other:
         raise SparkError(f"`{path}` was trained on tensors of other shapes: {listed(other)}", hint)
+
+
+def another(trained: Path) -> str:
+    """The hint where the weights in `trained` cannot be merged: their checkpoint lies two folders below its run."""
+    checkpoint, run = trained.parent, str(trained.parents[2])
+    others = [path.name for path in state.listed(checkpoint.parent) if path != checkpoint]
+    if others:
+        return shlex.join(["sparkctl", "merge", run, "--checkpoint", others[-1]])
+    return f"{shlex.join(['sparkctl', 'train', run, '--force'])} begins anew: there is no other checkpoint"
 
 
 def listed(names: list[str]) -> str:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from sparkctl.errors import SparkError
 from sparkctl.model import mtp
+from sparkctl.model.anew import file_anew
 from sparkctl.model.load import silence
 from sparkctl.model.names import LIVE, NESTED, nested_name, text_prefix
 from sparkctl.model.weights import INDEX, Layout, read_layout
@@ -105,7 +106,10 @@ def _build(folder: Path) -> Any:
                 return named[0](config)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever transformers stumbles over in a config, it means the same here
-        raise SparkError(f"config.json describes no model that transformers can build ({error})") from error
+        raise SparkError(
+            f"config.json describes no model that transformers can build ({error})",
+            f"{file_anew(folder / 'config.json')}; of a newer model, `pip install --upgrade transformers`",
+        ) from error
 
 
 def _misplaced(layout: Layout) -> list[str]:

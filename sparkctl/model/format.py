@@ -44,35 +44,35 @@ class Readable(Protocol):
     def read(self, count: int, /) -> bytes: ...
 
 
-def read_header(path: Path, file: Readable, size: int) -> bytes:
-    """The length and the JSON behind it, as they are in the file."""
+def read_header(path: Path, file: Readable, size: int, hint: str) -> bytes:
+    """The length and the JSON behind it, as they are in the file. hint: how another one is had, for the SparkError."""
     first = file.read(8)
     length = struct.unpack("<Q", first)[0] if len(first) == 8 else None
     if length is None or length > HEADER_LIMIT:
-        raise SparkError(f"`{path}` is no safetensors file")
+        raise SparkError(f"`{path}` is no safetensors file", hint)
     if 8 + length > size:
-        raise SparkError(f"`{path}` is cut short: its header says {length} bytes, and {size - 8} follow")
+        raise SparkError(f"`{path}` is cut short: its header says {length} bytes, and {size - 8} follow", hint)
     return first + file.read(length)
 
 
-def read_entries(path: Path, header: bytes, size: int) -> dict[str, Entry]:
+def read_entries(path: Path, header: bytes, size: int, hint: str) -> dict[str, Entry]:
     """The tensors by their place; their bytes have to cover the file's `size` bytes of data, each once."""
     try:
         values = json.loads(header[8:].decode(), object_pairs_hook=_unique)
         values.pop("__metadata__", None)
         entries = {name: _entry(value) for name, value in values.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise SparkError(f"`{path}` has a header that cannot be read ({error})") from None
+        raise SparkError(f"`{path}` has a header that cannot be read ({error})", hint) from None
     end = 0
     ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
     for name, entry in ordered.items():
         if entry.start != end:
             what = "overlap" if entry.start < end else "leave a gap"
-            raise SparkError(f"`{path}` is damaged: the bytes of `{name}` {what} with those before them")
+            raise SparkError(f"`{path}` is damaged: the bytes of `{name}` {what} with those before them", hint)
         end = entry.stop
     if end != size:
         what = "is cut short" if end > size else "has bytes that belong to no tensor"
-        raise SparkError(f"`{path}` {what}: its tensors take {end} bytes, and {size} follow the header")
+        raise SparkError(f"`{path}` {what}: its tensors take {end} bytes, and {size} follow the header", hint)
     return ordered
 
 
@@ -98,7 +98,9 @@ def torch_dtype(dtype: str) -> torch.dtype:
     """torch's dtype for the format's word. Raises SparkError where torch has none."""
     found = _torch_dtypes().get(dtype)
     if found is None:
-        raise SparkError(f"tensors in {dtype} cannot be read")
+        raise SparkError(
+            f"tensors in {dtype} cannot be read", "take the unquantised model, whose tensors are in BF16, F16 or F32"
+        )
     return found
 
 

@@ -20,17 +20,20 @@ ADAPTER = "default"  # what peft calls the one adapter
 A, B = ".lora_A.weight", ".lora_B.weight"
 
 
-def add_adapters(model: Any, r: int, alpha: int, seed: int, targets: Sequence[str]) -> Any:
+def add_adapters(model: Any, r: int, alpha: int, seed: int, targets: Sequence[str], name: str = "RUN") -> Any:
     """`model` (from load_text_model) as a peft model, fp32 adapters on every module whose last name is in `targets`.
 
     Adapters alone require gradients. Torch's random state is neither read nor moved. Raises SparkError where no
-    module has such a name.
+    module has such a name. name: the run in its hint.
     """
     import torch
     from peft import LoraConfig, get_peft_model
 
     if not any(name.rpartition(".")[2] in targets for name, _ in model.named_modules()):
-        raise SparkError(f"the model has no module to adapt: none is called {', '.join(targets)}")
+        raise SparkError(
+            f"the model has no module to adapt: none is called {', '.join(targets)}",
+            f"train it whole: `sparkctl recommend {name} --mode full`",
+        )
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM", target_modules=list(targets)
     )

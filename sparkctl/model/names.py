@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparkctl.errors import SparkError
+from sparkctl.model.anew import folder_anew
 from sparkctl.model.weights import Checkpoint
 
 LIVE, NESTED = "model.", "model.language_model."
@@ -33,7 +34,8 @@ class NameMap:
         name = live.replace(WRAPPER, "")
         name = nested_name(name) if self._nested else name
         if name not in self._checkpoint.names():
-            raise SparkError(f"`{self._checkpoint.folder}` has no `{name}` for the model's `{live}`")
+            folder = self._checkpoint.folder
+            raise SparkError(f"`{folder}` has no `{name}` for the model's `{live}`", folder_anew(folder))
         return name
 
     def module(self, live: str) -> str:

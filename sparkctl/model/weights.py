@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sparkctl.errors import SparkError
 from sparkctl.files import CHUNK
+from sparkctl.model.anew import file_anew, folder_anew
 from sparkctl.model.format import (
     BITS,
     Entry,
@@ -42,10 +43,10 @@ class TensorFile:
         try:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                self.header = read_header(path, file, size)
+                self.header = read_header(path, file, size, file_anew(path))
         except OSError as error:
-            raise SparkError(f"`{path}` cannot be read: {error.strerror}") from error
-        self._entries = read_entries(path, self.header, size - len(self.header))
+            raise SparkError(f"`{path}` cannot be read: {error.strerror}", file_anew(path)) from error
+        self._entries = read_entries(path, self.header, size - len(self.header), file_anew(path))
 
     def names(self) -> KeysView[str]:
         """The tensors in the order of their bytes."""
@@ -111,7 +112,7 @@ class TensorFile:
         while done < len(buffer):
             count = file.readinto(buffer[done:])
             if not count:
-                raise SparkError(f"`{self.path}` was cut short while it was read")
+                raise SparkError(f"`{self.path}` was cut short while it was read", file_anew(self.path))
             done += count
 
 
@@ -124,7 +125,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         layout = read_layout(folder)
         if layout.problems:
-            raise SparkError("; ".join(layout.problems), f"fetch or save the model in `{folder}` again")
+            raise SparkError("; ".join(layout.problems), folder_anew(folder))
         self.folder, self.sharded = folder, layout.sharded
         self._shards, self._where = layout.shards, layout.where
 
@@ -172,7 +173,7 @@ def read_layout(folder: Path) -> Layout:
             f"`{folder}` holds its weights as pickles, which can run code; only safetensors are read",
             "take a revision of the model with safetensors, or convert it where you trust it",
         )
-    raise SparkError(f"`{folder}` holds no weights: neither `{SINGLE}` nor `{INDEX}` is there")
+    raise SparkError(f"`{folder}` holds no weights: neither `{SINGLE}` nor `{INDEX}` is there", folder_anew(folder))
 
 
 def _sharded(folder: Path) -> Layout:
@@ -201,12 +202,12 @@ def read_weight_map(path: Path) -> dict[str, str]:
     try:
         weight_map = dict(json.loads(path.read_bytes())["weight_map"])
     except (ValueError, KeyError, TypeError, OSError):
-        raise SparkError(f"`{path}` is no index: it holds no weight_map that can be read") from None
+        raise SparkError(f"`{path}` is no index: it holds no weight_map that can be read", file_anew(path)) from None
     strays = [shard for shard in weight_map.values() if not isinstance(shard, str) or Path(shard).name != shard]
     if strays:
-        raise SparkError(f"`{path}` names `{strays[0]}`, which is no file beside it")
+        raise SparkError(f"`{path}` names `{strays[0]}`, which is no file beside it", file_anew(path))
     if not weight_map:
-        raise SparkError(f"`{path}` names no tensor")
+        raise SparkError(f"`{path}` names no tensor", file_anew(path))
     return weight_map
 
 

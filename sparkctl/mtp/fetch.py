@@ -129,8 +129,9 @@ def _parts(file: RemoteFile) -> Iterator[_Part]:
     path = Path(file.shown)
     first = file.read(0, 8)
     assert file.size is not None
-    header = read_header(path, _Reader(file, first), file.size)
-    for name, entry in read_entries(path, header, file.size - len(header)).items():
+    hint = "it is damaged where it is published: take the head of another model, `--from HUB_ID`"
+    header = read_header(path, _Reader(file, first), file.size, hint)
+    for name, entry in read_entries(path, header, file.size - len(header), hint).items():
         if name.startswith(mtp.PREFIX):
             yield _Part(name, file, entry, len(header) + entry.start, len(header) + entry.stop)
 

@@ -83,7 +83,8 @@ class Head(nn.Module):
             if found is None or found.shape != parameter.shape:
                 what = "has no" if found is None else f"has another shape {list(found.shape)} of"
                 raise SparkError(
-                    f"`{where}` {what} `{name}`, which this model's MTP head wants as {list(parameter.shape)}"
+                    f"`{where}` {what} `{name}`, which this model's MTP head wants as {list(parameter.shape)}",
+                    "take the head of the model's own base",
                 )
             parameter.copy_(found)
         self.refresh()

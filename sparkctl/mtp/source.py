@@ -9,10 +9,12 @@ from pathlib import Path
 
 from sparkctl.errors import SparkError
 from sparkctl.model import mtp
+from sparkctl.model.anew import folder_anew
 from sparkctl.model.inspect import read_config, text_part
 from sparkctl.model.weights import TensorFile, read_layout
 
 FLOATS = ("BF16", "F16", "F32")
+ONE = "name a model that has one: `--from HUB_ID`"
 NAMED = 3  # tensors that a message names
 Specs = Mapping[str, tuple[str, tuple[int, ...]]]  # name → (dtype, shape)
 
@@ -55,7 +57,7 @@ def from_folder(folder: Path, wanted: mtp.Shapes, origin: str) -> HeadSource:
     layout = read_layout(folder)
     tensors = {name: file for name, file in layout.where.items() if name.startswith(mtp.PREFIX)}
     if layout.problems and wanted.keys() - tensors.keys():
-        raise SparkError("; ".join(layout.problems), f"fetch or save the model in `{folder}` again")
+        raise SparkError("; ".join(layout.problems), folder_anew(folder))
     return _source(origin, tensors, wanted)
 
 
@@ -77,9 +79,9 @@ def require_promise(folder: Path, origin: str) -> None:
     if unknown := mtp.unknown(text):
         raise SparkError(f"`{origin}` has {unknown}, which is unknown here", "take a Qwen3.5 as it was published")
     if config.get("model_type") not in mtp.TYPES:
-        raise NoHead(f"`{origin}` is of type `{config.get('model_type')}`, and only Qwen3.5 has an MTP head")
+        raise NoHead(f"`{origin}` is of type `{config.get('model_type')}`, and only Qwen3.5 has an MTP head", ONE)
     if not mtp.layers(text):
-        raise NoHead(f"`{origin}` has no MTP head: its config.json promises none", "name a model that has one")
+        raise NoHead(f"`{origin}` has no MTP head: its config.json promises none", ONE)
 
 
 def require_fit(origin: str, found: Specs, wanted: mtp.Shapes) -> None:

@@ -21,7 +21,7 @@ from sparkctl.data.tokens import stored_digest
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.files import naming, staged_folder, sweep_stages, write_atomic
 from sparkctl.manifest.schema import AnalysisTable, ChatTemplate, Checkpoint, DataTable, Manifest, ModelTable
-from sparkctl.manifest.store import NAME, Run, now
+from sparkctl.manifest.store import NAME, STEP_LOCK, Run, now
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.inputs import TOKENS, Inputs, Request, analysed, gather
 
@@ -84,6 +84,7 @@ def _claimed(request: Request, run: Run | None, parent: Run | None) -> Iterator[
     made, new = run is None, not request.run.exists()
     run = run or Run.create(request.run, parent=parent, continues=request.continues)
     with run.step("analyze"), ExitStack() as undo:
+        run.require_writable()
         if made:
             undo.callback(_remove, run.root, new)
         _sweep(run.root)
@@ -111,7 +112,7 @@ def _remove(root: Path, new: bool) -> None:
     """Remove what this analysis wrote, and the folder where it was made for it and holds nothing else."""
     _sweep(root)
     shutil.rmtree(root / TOKENS, ignore_errors=True)
-    for name in (NAME, TEMPLATE, ".step.lock", ".step.json", ".manifest.lock"):
+    for name in (NAME, TEMPLATE, STEP_LOCK, ".step.json", ".manifest.lock"):
         (root / name).unlink(missing_ok=True)
     if new:
         with suppress(OSError):
@@ -159,7 +160,7 @@ class _Analysis:
             if len(shown) < self._request.show:
                 shown.append(_as_seen(self._format, row.input_ids, row.trained, row.place))
 
-        root = self._request.run.absolute()
+        root = self._request.run
         tally = self._ingest(keep_first, run)
         held_out = self._held_out(tally)
         return self._result(root, tally, held_out, digest=None, shown=shown)

@@ -8,7 +8,7 @@ from sparkctl.errors import SparkError, UsageError
 from sparkctl.manifest.schema import Gate, TrainTable
 from sparkctl.manifest.store import Run
 from sparkctl.progress import Progress
-from sparkctl.steps.inputs import analysed
+from sparkctl.steps.inputs import analysed, analyze_command
 from sparkctl.steps.training import Job, model_folder, parent_of
 from sparkctl.train import state
 from sparkctl.train.ranks import Ranks
@@ -29,7 +29,8 @@ def rival(run: Run) -> Rival:
         )
     if not ours[2].eval_examples:
         raise UsageError(
-            f"`{run.root}` holds no example out to measure on", "sparkctl analyze … --eval-fraction 0.02 --force"
+            f"`{run.root}` holds no example out to measure on",
+            analyze_command(run, "--eval-fraction", "0.02", "--force"),
         )
     return parent, checkpoint
 
@@ -43,6 +44,7 @@ def score(job: Job, rival: Rival, trained: TrainTable, limit: float, ranks: Rank
 
 def settle(job: Job, rival: Rival, trained: TrainTable, limit: float, ranks: Ranks, progress: Progress) -> None:
     """Score, write it down, judge. Raises SparkError where the gate is passed."""
+    job.run.require_writable()
     gate = trained.gate = score(job, rival, trained, limit, ranks, progress)
     if ranks.writes:
         with job.run.edit() as manifest:

@@ -27,7 +27,7 @@ from sparkctl.progress import Progress
 from sparkctl.steps.inputs import analysed
 from sparkctl.steps.merged import merged_model
 from sparkctl.steps.mtp_eval import SHIPPED, TRAINED
-from sparkctl.words import here
+from sparkctl.words import here, quoted
 
 FORMAT = 1  # of what an injection writes: a change here makes every served folder stale
 FOLDER = "served"
@@ -158,7 +158,7 @@ def _head(run: Run, request: Request, model: Model, wanted: mtp.Shapes, progress
 
 def _trained(run: Run, request: Request, model: Model, progress: Progress) -> Path:
     """The file that `mtp train` left. Raises SparkError where it has not ended, or was for another merged model."""
-    recorded, train = run.manifest.mtp, f"sparkctl mtp train {request.run}"
+    recorded, train = run.manifest.mtp, f"sparkctl mtp train {quoted(request.run)}"
     if recorded is None or recorded.mode == "training" or recorded.head is None:
         raise UsageError(
             f"`{request.run}` has no trained MTP head yet", f"`{train}` trains one; `--mode default` takes the base's"

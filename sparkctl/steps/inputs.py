@@ -22,7 +22,7 @@ from sparkctl.manifest.fingerprint import fingerprint
 from sparkctl.manifest.schema import AnalysisTable, DataFile, DataTable, Dropped, Manifest, ModelTable
 from sparkctl.manifest.store import NAME, Run
 from sparkctl.progress import Progress
-from sparkctl.words import quoted
+from sparkctl.words import here, quoted
 
 if TYPE_CHECKING:
     from sparkctl.data.chat import ChatFormat
@@ -168,7 +168,7 @@ def recorded_parent(run: Run) -> Run | None:
     link = run.manifest.run.parent
     if link is None:
         return None
-    folder = run.resolve(link)
+    folder = Path(here(run.resolve(link)))
     if not (folder / NAME).exists():
         raise UsageError(
             f"the parent of `{run.root}` was `{folder}`, which is no run: was it moved or removed?",

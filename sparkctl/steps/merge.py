@@ -66,13 +66,14 @@ def merge(request: Request, *, force: bool = False, dry_run: bool = False, progr
         job = _decide(run, request, progress)
         sealed = read_seal(job.out)
         if sealed and not force and sealed.made_from == job.made_from and intact(job.out, sealed):
-            if not dry_run:
+            if not (dry_run or run.read_only):
                 _record(job, sealed)
             return job.result(sealed, up_to_date=True)
         _check_target(job, sealed, force)
         state.verify(job.trained)
         if dry_run:
             return _dry_run(job)
+        run.require_writable()
         sweep_stages(job.out.parent, job.out.name)
         return job.result(_write(job, force, progress))
 
@@ -175,7 +176,7 @@ def _checkpoint(run: Run, wanted: str, progress: Progress) -> Path:
 
 def _check_target(job: _Job, sealed: Seal | None, force: bool) -> None:
     """Raise UsageError where the target exists, unless it is a merge's and `force` replaces it."""
-    out, root = job.out, job.run.root
+    out, root = job.out, job.run.root.resolve()
     if not out.exists():
         return
     if not out.is_dir():

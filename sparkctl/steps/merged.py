@@ -7,6 +7,7 @@ from pathlib import Path
 from sparkctl.errors import UsageError
 from sparkctl.manifest.store import Run
 from sparkctl.merge.seal import Seal, sealed_as
+from sparkctl.words import quoted
 
 
 def merged_model(run: Run, shown: Path) -> tuple[Path, Seal]:
@@ -16,9 +17,9 @@ def merged_model(run: Run, shown: Path) -> tuple[Path, Seal]:
     """
     merge = run.manifest.merge
     if merge is None:
-        raise UsageError(f"`{shown}` has no merged model yet", f"sparkctl merge {shown}")
+        raise UsageError(f"`{shown}` has no merged model yet", f"sparkctl merge {quoted(shown)}")
     folder = run.resolve(merge.folder)
     seal = sealed_as(folder, merge.made_from)
     if seal is None:
-        raise UsageError(f"`{folder}` is not what `merge` wrote", f"sparkctl merge {shown} --force")
+        raise UsageError(f"`{folder}` is not what `merge` wrote", f"sparkctl merge {quoted(shown)} --force")
     return folder, seal

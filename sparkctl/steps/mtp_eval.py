@@ -19,6 +19,7 @@ from sparkctl.steps.inputs import TOKENS, analysed, analyze_command
 from sparkctl.steps.merged import merged_model
 from sparkctl.steps.mtp_training import HEAD
 from sparkctl.steps.training import model_folder
+from sparkctl.words import quoted
 
 if TYPE_CHECKING:
     from sparkctl.mtp.accept import Subject
@@ -74,6 +75,8 @@ def mtp_eval(request: Request, *, force: bool = False, dry_run: bool = False, pr
         if done := len(known) == len(job.subjects):
             rows = job.table
         else:
+            if not dry_run and run.manifest.mtp:
+                run.require_writable()
             rows = known if dry_run else measure(job, known, progress)
         if not (dry_run or done):
             job.notes.extend(_record(job, rows))
@@ -133,7 +136,7 @@ def gather(run: Run, request: Request, *, progress: Progress = silent) -> Job:
     if trained and not (subjects and trained == made(TRAINED, shipped.digest())):
         subjects.append(Subject(TRAINED, tuned, own, trained))
     else:  # where training did not help, the file holds the base's head
-        why = "the base's was kept" if trained else f"`sparkctl mtp train {request.run}` makes one"
+        why = "the base's was kept" if trained else f"`sparkctl mtp train {quoted(request.run)}` makes one"
         notes.append(f"no row for a trained head: {why}")
     return Job(run, request, subjects, held_out_prompts(store, request.prompts), notes)
 
@@ -176,7 +179,7 @@ def measure(job: Job, known: Sequence[Acceptance] = (), progress: Progress = sil
         setting = accept.Setting(
             request.max_tokens, request.draft_length, machine.device, request.allow_slow, str(request.run)
         )
-        smaller = f"sparkctl mtp eval {request.run} --prompts {max(1, request.prompts // 4)}"
+        smaller = f"sparkctl mtp eval {quoted(request.run)} --prompts {max(1, request.prompts // 4)}"
         with guard.memory("the model and its answers", smaller):
             made = accept.measure(missing, [prompt.ids for prompt in job.prompts], setting, progress)
         there |= {row.made_from: row for row in made}

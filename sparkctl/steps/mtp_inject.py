@@ -62,12 +62,13 @@ def inject(request: Request, *, force: bool = False, dry_run: bool = False, prog
             return _skip(run, request, skip.why, dry_run, progress)
         sealed = read_seal(job.out, ServedSeal)
         if sealed and not force and sealed.made_from == job.made_from and intact(job.out, sealed):
-            if not dry_run:
+            if not (dry_run or run.read_only):
                 _record(job, sealed)
             return _result(job, sealed, up_to_date=True)
         _check_target(job, sealed, force)
         if dry_run:
             return _result(job, _seal(job, {}), written=False)
+        run.require_writable()
         sweep_stages(job.out.parent, job.out.name)
         return _write(job, force, progress)
 

@@ -25,6 +25,7 @@ from sparkctl.steps.mtp_training import HEAD, HeadJob, head_fingerprint, note_sk
 from sparkctl.steps.record import carry_out, newest_whole, resumed
 from sparkctl.steps.training import claimed, model_folder
 from sparkctl.train import state
+from sparkctl.words import quoted
 
 if TYPE_CHECKING:
     from sparkctl.model.weights import TensorFile
@@ -74,6 +75,7 @@ def mtp_train(request: Request, *, force: bool = False, dry_run: bool = False, p
         done = not force and _done(job, request)
         if done or dry_run:
             return Result(job.plan, run.manifest.mtp, up_to_date=done, rank=ranks.rank)
+        run.require_writable()
         _train(job, ranks, force, progress)
         notes = _settle(job, request, progress) if ranks.writes else ()
         return Result(job.plan, run.manifest.mtp, notes, rank=ranks.rank)
@@ -89,11 +91,11 @@ def _planned(run: Run, request: Request, progress: Progress) -> HeadJob:
 
     if request.wishes.learning_rate == 0:
         raise UsageError(
-            "a learning rate of 0 trains nothing", f"sparkctl mtp train {request.run} --learning-rate 1e-4"
+            "a learning rate of 0 trains nothing", f"sparkctl mtp train {quoted(request.run)} --learning-rate 1e-4"
         )
     model, _, analysis = analysed(run)
     if run.manifest.plan is None:
-        raise UsageError(f"no [plan] in `{request.run}`", f"sparkctl recommend {request.run}")
+        raise UsageError(f"no [plan] in `{request.run}`", f"sparkctl recommend {quoted(request.run)}")
     if analysis.digest not in (None, stored_digest(run.root / TOKENS)):
         raise UsageError(f"`{run.root / TOKENS}` is not what `analyze` wrote", analyze_command(run, "--force"))
     base = model_folder(run, model, progress)
@@ -103,7 +105,7 @@ def _planned(run: Run, request: Request, progress: Progress) -> HeadJob:
         shipped = from_folder(base, mtp.shapes(text_part(read_config(base))), model.source)
     except NoHead as missing:
         if not request.wishes.fresh:
-            raise NoHead(missing.message, f"sparkctl mtp train {request.run} --fresh") from None
+            raise NoHead(missing.message, f"sparkctl mtp train {quoted(request.run)} --fresh") from None
     merged, seal = merged_model(run, request.run)
     info = inspect(merged, allow_unknown=True)
     plan = plan_head(

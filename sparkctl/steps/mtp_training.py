@@ -15,6 +15,7 @@ from sparkctl.progress import Progress
 from sparkctl.steps.inputs import TOKENS
 from sparkctl.steps.training import CHECKPOINTS, METRICS
 from sparkctl.train.ranks import Ranks
+from sparkctl.words import quoted
 
 if TYPE_CHECKING:
     from sparkctl.data.tokens import TokenStore
@@ -69,7 +70,7 @@ class HeadJob:
     @property
     def again(self) -> str:
         """The command that goes on with it."""
-        return f"sparkctl mtp train {self.run.root}"
+        return f"sparkctl mtp train {quoted(self.run.root)}"
 
     def estimates(self) -> tuple[EngineName, float, int]:
         """(engine, seconds, peak memory) as planned."""
@@ -110,7 +111,7 @@ class HeadJob:
         def engine() -> HeadEngine:
             drafter = Drafter.load(
                 self.merged, None, plan.machine.device, choices=choices, allow_slow=self.allow_slow,
-                name=str(self.run.root),
+                name=quoted(self.run.root),
             )  # fmt: skip
             if plan.fresh or self.shipped is None:
                 drafter.head.begin_anew(plan.seed)

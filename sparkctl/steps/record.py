@@ -74,10 +74,12 @@ def carry_out(
     Nothing in the run changes before the rehearsal has passed. `also` edits the manifest when training begins.
     gate_limit: what the result is to be held to; written down, so that a resume after a kill knows it.
     """
+    from sparkctl.train.engines import import_first
     from sparkctl.train.guard import Signals
     from sparkctl.train.metrics import Metrics, truncate
     from sparkctl.train.watch import watched
 
+    import_first(job.estimates()[0])
     progress = progress if ranks.writes else silent
     base = job.base(checkpoint, progress) if ranks.writes else None
     session = open_session(job, checkpoint, ranks, progress)

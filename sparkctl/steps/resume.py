@@ -55,6 +55,7 @@ def resume(
         id = start.name if start else None
         if dry_run:
             return Result(run.root, trained, id, rank=ranks.rank)
+        run.require_writable()
         progress.say(f"resuming from {id}" if id else "nothing whole was saved: resuming from the beginning")
         entry = resumed(start, f"--from {checkpoint}" if checkpoint else trained.ended_by)
 

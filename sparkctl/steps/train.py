@@ -45,6 +45,7 @@ def train(
             return Result(run.root, job.plan, run.manifest.train, done, ranks.rank)
         trained = run.manifest.train
         if not done or trained is None:
+            run.require_writable()
             if certificate:
                 verify_lossless.require(job, ranks, progress)
             trained = carry_out(job, None, ranks, progress, _begin_anew, gate)

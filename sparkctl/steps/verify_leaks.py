@@ -29,6 +29,7 @@ def verify_leaks(
     config, mode = _architecture(folder, progress)
     machine = this_machine()
     device, name = torch.device(machine.device), str(folder or "RUN")
+    stack = stack_leaks(config, device)  # before Unsloth changes its classes in this process
     found = operator_leaks(config, device)
     for one in [engine] if engine else _engines():
         try:
@@ -37,7 +38,7 @@ def verify_leaks(
             if engine:
                 raise
             found.append(Finding(f"{one} engine", "whole model", refused=error.message))
-    return found + stack_leaks(config, device)
+    return found + stack
 
 
 def _engines() -> tuple[EngineName, ...]:

@@ -92,6 +92,7 @@ def _make(job: Job, plan: PlanTable, steps: int, ranks: Ranks, progress: Progres
     from sparkctl.data.batches import Schedule
     from sparkctl.verify.lossless import Setting, certify, chosen_packs
 
+    job.run.require_writable()
     began, folder = time.monotonic(), job.model_folder(progress)
     schedule = Schedule(
         job.store(), pack_length=plan.pack_length, gradient_accumulation=plan.gradient_accumulation,

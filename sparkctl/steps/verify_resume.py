@@ -52,13 +52,14 @@ def verify_resume(folder: Path, *, allow_slow: bool = False, progress: Progress 
         sweep_stages(run.root, SCRATCH)
         scratch = Path(tempfile.mkdtemp(prefix=f".{SCRATCH}.", suffix=".tmp", dir=run.root))
         try:
+            hint = f"mend what it says, then prove it again: `sparkctl verify resume {quoted(folder)}`"
             with progress.task("resuming, proved", 3) as task:
                 straight, resumed = (_copy(job, scratch / name, progress) for name in ("straight", "resumed"))
-                launch("train", straight, "--no-certificate", slow=allow_slow)
+                launch("train", straight, "--no-certificate", hint=hint, slow=allow_slow)
                 task.advance()
                 killed_at = killed_training(resumed, KILL_AFTER, allow_slow=allow_slow)
                 task.advance()
-                launch("resume", resumed, slow=allow_slow)
+                launch("resume", resumed, hint=hint, slow=allow_slow)
                 task.advance()
             resumes = Run.open(resumed).manifest.resumes
             return Result(run.root, STEPS, killed_at, resumes[-1].step, differences(straight, resumed, STEPS))
@@ -66,12 +67,12 @@ def verify_resume(folder: Path, *, allow_slow: bool = False, progress: Progress 
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def launch(command: str, run: Path, *options: str, slow: bool = False) -> None:
-    """`sparkctl COMMAND RUN` in a process of its own. Raises SparkError with what it said where it fails."""
+def launch(command: str, run: Path, *options: str, hint: str, slow: bool = False) -> None:
+    """`sparkctl COMMAND RUN` in a process of its own. Raises SparkError with what it said and `hint` where it fails."""
     line = [sys.executable, "-m", "sparkctl", command, str(run), *options, *["--allow-slow"] * slow]
     done = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise SparkError(f"`sparkctl {command}` ended with status {done.returncode}:\n{done.stderr.strip()}")
+        raise SparkError(f"`sparkctl {command}` ended with status {done.returncode}:\n{done.stderr.strip()}", hint)
 
 
 def _copy(job: Job, root: Path, progress: Progress) -> Path:
@@ -79,7 +80,7 @@ def _copy(job: Job, root: Path, progress: Progress) -> Path:
     run, model = job.run, job.model_folder(progress)
     parent = job.parent[0] if job.parent else None
     made = Run.create(root, parent=parent, continues=run.manifest.run.continues)
-    (root / TOKENS).symlink_to(run.root / TOKENS, target_is_directory=True)
+    (root / TOKENS).symlink_to((run.root / TOKENS).absolute(), target_is_directory=True)
     short = {"max_steps": STEPS, "steps": STEPS, "save_every": SAVE_EVERY, "keep": 2}
     with made.edit() as manifest:
         manifest.data, manifest.analysis = run.manifest.data, run.manifest.analysis

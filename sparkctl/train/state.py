@@ -122,11 +122,14 @@ def verify(checkpoint: Path) -> None:
 
 def _another(checkpoint: Path) -> str:
     """What to do without that checkpoint, whose run is two folders up."""
-    run = checkpoint.parent.parent
     others = [path.name for path in listed(checkpoint.parent) if path.name != checkpoint.name]
     if others:
-        return shlex.join(["sparkctl", "resume", str(run), "--from", others[-1]])
-    return f"{shlex.join(['sparkctl', 'train', str(run), '--force'])}: there is no other checkpoint"
+        return shlex.join(["sparkctl", "resume", str(checkpoint.parent.parent), "--from", others[-1]])
+    return f"{_anew(checkpoint)}: there is no other checkpoint"
+
+
+def _anew(checkpoint: Path) -> str:
+    return shlex.join(["sparkctl", "train", str(checkpoint.parent.parent), "--force"])
 
 
 def intact(checkpoint: Path) -> bool:
@@ -178,7 +181,7 @@ def read_state(checkpoint: Path) -> State:
     try:
         return State.model_validate_json((checkpoint / STATE).read_bytes())
     except (OSError, ValidationError):
-        raise CheckpointDamaged(f"`{checkpoint / STATE}` is missing or broken") from None
+        raise CheckpointDamaged(f"`{checkpoint / STATE}` is missing or broken", _another(checkpoint)) from None
 
 
 def load(checkpoint: Path, optimizer: Optimizer) -> State:
@@ -204,7 +207,10 @@ def load_trainable(checkpoint: Path, parameters: dict[str, Parameter]) -> None:
     with safe_open(checkpoint / TRAINABLE, framework="pt") as file:
         shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         if shapes != {name: list(parameter.shape) for name, parameter in parameters.items()}:
-            raise SparkError(f"`{checkpoint}` holds other tensors than this model trains")
+            raise SparkError(
+                f"`{checkpoint}` holds other tensors than this model trains",
+                f"{_anew(checkpoint)} begins anew",
+            )
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(file.get_tensor(name))

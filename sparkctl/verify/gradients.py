@@ -66,10 +66,12 @@ class Distance:
         return math.inf if self.error else 0.0
 
 
-def add_distances(found: dict[str, Distance], engine: Engine, truth: Mapping[str, torch.Tensor]) -> None:
+def add_distances(
+    found: dict[str, Distance], engine: Engine, truth: Mapping[str, torch.Tensor], name: str = "RUN"
+) -> None:
     """Compare what the engine's last micro-step left with the truth's gradients of the same pack.
 
-    Raises SparkError where the engine trains other tensors than the truth.
+    Raises SparkError where the engine trains other tensors than the truth. name: the run in its hint.
     """
     import torch
 
@@ -78,14 +80,17 @@ def add_distances(found: dict[str, Distance], engine: Engine, truth: Mapping[str
         n for n, p in parameters.items() if n not in truth and p.numel() <= LARGE
     )
     if strange:
-        raise SparkError(f"the {engine.name} engine and the reference train other tensors: `{strange[0]}` …")
-    for name, true in truth.items():
-        wanted, gradient = true.to(engine.device), parameters[name].grad
+        raise SparkError(
+            f"the {engine.name} engine and the reference train other tensors: `{strange[0]}` …",
+            f"train with the reference: `sparkctl recommend {name} --engine reference`",
+        )
+    for tensor, true in truth.items():
+        wanted, gradient = true.to(engine.device), parameters[tensor].grad
         error = -wanted if gradient is None else gradient - wanted
-        at = found.setdefault(together(name, true.numel()), Distance())
+        at = found.setdefault(together(tensor, true.numel()), Distance())
         at.error += float(error.square().sum(dtype=torch.float64))
         at.truth += float(wanted.square().sum(dtype=torch.float64))
-        at.tensors.add(name)
+        at.tensors.add(tensor)
 
 
 def together(name: str, entries: int) -> str:

@@ -16,7 +16,6 @@ import numpy as np
 
 from sparkctl.data.batches import Document, Pack
 from sparkctl.data.tokens import label_count
-from sparkctl.errors import SparkError
 from sparkctl.manifest.schema import Machine
 from sparkctl.manifest.table import EngineName, Mode
 from sparkctl.progress import Progress
@@ -130,7 +129,7 @@ def difference(a: Tensors, b: Tensors) -> float:
     import torch
 
     if a.keys() != b.keys():
-        raise SparkError("two computations of one engine gave different tensors")
+        raise ValueError("two computations of one engine gave different tensors")
     unequal = [name for name in a if not torch.equal(a[name], b[name])]
     return max((_relative(a[name], b[name]) for name in unequal), default=0.0)
 

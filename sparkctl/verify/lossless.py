@@ -168,7 +168,7 @@ def measure(
             if truth is None:
                 found.gradients.append(host_gradients(engine, all=number == 0))
             else:
-                add_distances(found.distances, engine, truth.gradients[number])
+                add_distances(found.distances, engine, truth.gradients[number], setting.name)
             task.advance()
         _clear(engine)
         for pack in documents:

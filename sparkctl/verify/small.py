@@ -51,7 +51,10 @@ def write_model(folder: Path, config: dict[str, Any], part: str) -> Path:
         with silence():
             model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
     except Exception as error:  # a class that we know nothing of may fail in any way on sizes that are not its own
-        raise UsageError(f"no small model of type `{kind}` can be made to look for leaks ({error})") from error
+        raise UsageError(
+            f"no small model of type `{kind}` can be made to look for leaks ({error})",
+            "`sparkctl verify leaks`, without a run, looks at Qwen3.5's architecture",
+        ) from error
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _fill(name.split(".")[-2:], parameter, part)

@@ -280,25 +280,31 @@ def test_interrupted_or_killed_it_leaves_nothing_half_written(
     assert not list((tmp_path / "r2").glob(".tokens*"))
 
 
+def peak(data: Path, run: Path, model: Path, *options: str) -> int:
+    """kB that `analyze` needs in a process of its own."""
+    script = (
+        "import re, sys; from sparkctl.cli.app import run; assert run(sys.argv[1:]) == 0\n"
+        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"  # ru_maxrss has the parent's
+    )
+    arguments = ["analyze", str(data), "--run", str(run), "--model", str(model), "--json", *options]
+    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    return int(result.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize(("few", "times", "words"), [(4_000, 10, 20), (300, 4, 12_000)])  # short chats; 60 kB each
 def test_memory_does_not_follow_the_file(tmp_path: Path, qwen35_folder: Path, few: int, times: int, words: int) -> None:
     peaks = []
     for count in (few, times * few):
         data = lines(tmp_path / f"{count}.jsonl", *(chat(f"question {i}", "word " * words) for i in range(count)))
-        script = (
-            "import re, sys; from sparkctl.cli.app import run; assert run(sys.argv[1:]) == 0\n"
-            "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"  # ru_maxrss has the parent's
-        )
-        arguments = [
-            "analyze",
-            str(data),
-            "--run",
-            str(tmp_path / f"r{count}"),
-            "--model",
-            str(qwen35_folder),
-            "--json",
-        ]
-        command = [sys.executable, "-c", script, *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks.append(int(result.stdout.splitlines()[-1]))
+        peaks.append(peak(data, tmp_path / f"r{count}", qwen35_folder))
     assert peaks[1] < 1.05 * peaks[0], peaks
+
+
+def test_memory_does_not_follow_a_line_that_is_dropped(tmp_path: Path, qwen35_folder: Path) -> None:
+    """5 MB in one line: 50 MB more than without it were seen, 1,040 MB where it was tokenised."""
+    chats = [chat(f"question {i}", "word") for i in range(100)]
+    without = lines(tmp_path / "without.jsonl", *chats)
+    with_it = lines(tmp_path / "with.jsonl", *chats, chat("word " * 1_000_000, "word"))
+    limit = ("--max-seq-length", "4096")
+    peaks = [peak(data, tmp_path / f"{data.stem}-run", qwen35_folder, *limit) for data in (without, with_it)]
+    assert peaks[1] < peaks[0] + 150_000, peaks

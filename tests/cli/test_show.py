@@ -142,6 +142,7 @@ def test_a_mount_that_cannot_be_written_is_shown(
         return opened(path, flags, *rest, **named)
 
     monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: not mode & os.W_OK)
     assert states(say, trained)["train"] == "done"
 
 

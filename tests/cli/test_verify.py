@@ -171,6 +171,7 @@ def test_leaks_of_a_run_s_architecture(run: Run, say: Callable[..., Said], monke
         "transformers",
     }
     assert "error: operator, attention: leaks" in err
+    assert f"hint: sparkctl recommend {run.root} --engine reference\n" in err
 
 
 def test_resume_is_proved_in_processes_of_their_own(run: Run, say: Callable[..., Said]) -> None:
@@ -192,6 +193,7 @@ def test_what_differs_after_a_resume_is_listed(
     assert status == 1
     assert "1 differences" in out
     assert "error: metrics.jsonl: step 3: loss 1.0 straight, 1.1 resumed" in err
+    assert f"hint: sparkctl verify resume {run.root}, once more; " in err
 
 
 def test_a_whole_model_and_one_that_lacks_a_tensor(
@@ -209,6 +211,7 @@ def test_a_whole_model_and_one_that_lacks_a_tensor(
     assert status == 1
     assert json.loads(out)["problems"] == [f"config.json promises `{gone}`, and it is missing"]
     assert f"error: config.json promises `{gone}`" in err
+    assert f"hint: hf download ORG/NAME --local-dir {folder}, or " in err
     assert say("verify", "model", tmp_path / "nothing")[0] == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 from typing import Any
@@ -65,6 +66,37 @@ def test_answers_that_do_not_come_are_problems(monkeypatch: pytest.MonkeyPatch) 
     assert found == FastPath(
         [Operator("rms_norm", "triton", "fused")], problems={"proof": "proof died", "speed": "speed died"}
     )
+
+
+def test_rates_have_the_gpu_to_themselves_and_the_others_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the two waits for the other to have begun: one after the other, they would wait in vain."""
+    order: list[str] = []
+    both = threading.Barrier(2, timeout=20)
+
+    def answer(name: str, part: str, seconds: float) -> tuple[dict[str, Any], str | None]:
+        order.append(part)
+        if part != fastpath.RATES:
+            both.wait()
+        order.append(f"{part} ended")
+        return {}, "no answer"
+
+    monkeypatch.setattr(child, "answer", answer)
+    found = fastpath.look()
+    assert found
+    assert order[:2] == ["speed", "speed ended"]
+    assert list(found.problems) == list(fastpath.SECONDS)
+
+
+def test_without_a_torch_that_can_be_imported_nothing_more_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def answer(name: str, part: str, seconds: float) -> tuple[dict[str, Any], str | None]:
+        asked.append(part)
+        return {}, "ImportError: libcudart.so.13"
+
+    monkeypatch.setattr(child, "answer", answer)
+    assert fastpath.look(usable=lambda: False) is None
+    assert asked == ["speed"]
 
 
 def test_every_operator_of_a_hybrid_is_told() -> None:

@@ -40,6 +40,7 @@ def test_a_kernel_that_traps_costs_one_answer() -> None:
 
 def test_the_fast_path() -> None:
     found = fastpath.look()
+    assert found
     assert found.problems == {}
     assert fastpath.judge(found) == []
     assert found.proof

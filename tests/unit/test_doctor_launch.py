@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -106,3 +108,36 @@ def test_a_command_that_is_not_there() -> None:
 
 def test_a_module_that_ends_without_an_answer() -> None:
     assert child.answer("this", seconds=20) == ({}, "ended without an answer")
+
+
+def sleepers(count: int) -> list[child.Ended]:
+    """A pool within a pool, as a look at something opens one: two at a time, each for half a minute."""
+    with child.at_once(2) as pool:
+        return list(pool.map(lambda _: child.run(["sleep", "30"], seconds=60), range(count)))
+
+
+def test_a_signal_ends_what_inner_pools_wait_for_and_nothing_new_begins() -> None:
+    began, both = time.monotonic(), list[Future[list[child.Ended]]]()
+
+    def work() -> None:
+        with child.at_once(2) as pool:
+            both.extend(pool.submit(sleepers, 6) for _ in range(2))
+            while len(child._running) < 4:
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    ended = [one.problem for future in both for one in future.result()]
+    assert time.monotonic() - began < 10
+    assert ended.count("died of SIGKILL") == 4
+    assert ended.count(child.INTERRUPTED) == 8
+    assert child.run(["true"], seconds=5).problem is None  # that was then
+
+
+def test_an_error_ends_its_own_pool_alone() -> None:
+    with child.at_once(1) as pool:
+        other = pool.submit(child.run, ["sleep", "1"], seconds=20)
+        with pytest.raises(ValueError, match="a bug"), child.at_once(1):
+            raise ValueError("a bug")
+        assert other.result().problem is None

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sparkctl.data.chat import TooLong
 from sparkctl.data.ingest import BATCH, CHARACTERS, Earlier, Ingest
 from sparkctl.data.read import BadLine, Example
 from sparkctl.data.tokens import Row, TokenStore, TokenStoreWriter
@@ -23,14 +24,19 @@ class Encoded:
 
 
 class Format:
-    """Ids are the bytes of the user's text; what begins with "refuse" is refused, "untrained" has no trained token."""
+    """Ids are the bytes of the user's text; what begins with "refuse" is refused, "untrained" has no trained token.
+
+    "endless" is told to be too long, untokenised, where there is a limit.
+    """
 
     def __init__(self) -> None:
         self.encoded: list[str] = []
         self.batches: list[int] = []
+        self.most: int | None = None
 
-    def encode(self, examples: Sequence[Example]) -> list[Any]:
+    def encode(self, examples: Sequence[Example], most: int | None = None) -> list[Any]:
         self.batches.append(len(examples))
+        self.most = most
         if len(examples) == BATCH and not self.encoded:
             time.sleep(0.05)  # the first batch is the slowest
         return [self._one(example) for example in examples]
@@ -38,6 +44,8 @@ class Format:
     def _one(self, example: Example) -> Any:
         text = example.messages[0]["content"]
         self.encoded.append(text)
+        if text.startswith("endless") and self.most is not None:
+            return TooLong(self.most + 1)
         if text.startswith("refuse"):
             return BadLine(f"{example.place}: refused", "mend it", example.place)
         made = Encoded(text)
@@ -85,6 +93,15 @@ def test_what_the_template_refuses_is_named_or_counted(tmp_path: Path) -> None:
     assert [text(row) for row in rows] == ["fine", "fine again"]
     assert (tally.dropped.bad_lines, tally.dropped.no_trained_token) == (7, 1)
     assert len(tally.bad) == 5
+
+
+def test_what_was_not_tokenised_counts_as_too_long(tmp_path: Path) -> None:
+    data = write(tmp_path / "a.jsonl", "fine", "endless", "not fine", "fine")
+    rows: list[Row] = []
+    tally = Ingest(Format(), rows.append, max_seq_length=4).run([data])
+    assert ([text(row) for row in rows], tally.dropped.too_long, tally.read) == (["fine", "fine"], 2, [4])
+    assert [r.place for r in rows] == ["a.jsonl:1", "a.jsonl:4"]
+    assert Ingest(Format(), lambda row: None).run([data]).dropped.too_long == 0
 
 
 def test_long_examples_make_smaller_batches(tmp_path: Path) -> None:

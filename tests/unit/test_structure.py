@@ -208,3 +208,51 @@ def test_the_environment_is_read_in_one_module() -> None:
 def test_reading_the_environment_is_seen() -> None:
     assert environment(ast.parse("from os import environ")) == ["os.environ"]
     assert environment(ast.parse("x = {**os.environ, 'A': '1'}")) == ["os.environ"]
+
+
+def told() -> set[str]:
+    """SparkError and every class that derives from it: what a user meets as `error:` and `hint:`."""
+    bases = {
+        node.name: {ast.unparse(base).split(".")[-1] for base in node.bases}
+        for file in files("sparkctl")
+        for node in ast.walk(tree(file))
+        if isinstance(node, ast.ClassDef)
+    }
+    found = {"SparkError"}
+    while more := {name for name, above in bases.items() if above & found} - found:
+        found |= more
+    return found
+
+
+def unhinted(source: ast.AST, names: set[str]) -> list[str]:
+    """Errors of these classes that are made without a hint, or with an empty one."""
+    found = []
+    for node in ast.walk(source):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in names:
+            hints = [*node.args[1:2], *(keyword.value for keyword in node.keywords if keyword.arg == "hint")]
+            if not any(not isinstance(hint, ast.Constant) or hint.value for hint in hints):
+                found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+# nobody meets these as errors: what they say becomes a row of a table
+ROWS_OF_A_TABLE = {"sparkctl/bench/step.py"}
+
+
+def test_every_error_has_a_hint() -> None:
+    found = per_file(lambda file: unhinted(tree(file), told()), "sparkctl")
+    assert {name: errors for name, errors in found.items() if name not in ROWS_OF_A_TABLE} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["SparkError('x')", "errors.UsageError(f'{x}')", "SparkError('x', None)", "SparkError('x', hint='')", "NoHead(x)"],
+)
+def test_an_error_without_a_hint_is_seen(line: str) -> None:
+    assert told() >= {"SparkError", "UsageError", "Interrupted", "BadLine", "CheckpointDamaged", "NoHead"}
+    assert len(unhinted(ast.parse(f"raise {line} from None"), told())) == 1
+
+
+@pytest.mark.parametrize("line", ["SparkError('x', 'y')", "UsageError('x', hint=y)", "ValueError('x')", "Other('x')"])
+def test_an_error_with_a_hint_is_right(line: str) -> None:
+    assert unhinted(ast.parse(f"raise {line}"), told()) == []

@@ -36,7 +36,7 @@ def run(tmp_path: Path, llama_folder: Path) -> Run:
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings run in this process, and die of an exception."""
 
-    def launch(command: str, root: Path, *options: str, slow: bool = False) -> None:
+    def launch(command: str, root: Path, *options: str, hint: str, slow: bool = False) -> None:
         train(root, certificate=False) if command == "train" else resume(root)
 
     def kill(*_: object) -> None:
@@ -104,7 +104,7 @@ def test_a_training_that_fails_says_why(run: Run) -> None:
     """In processes of their own: what the command said is in the message."""
     shutil.rmtree(run.root / "tokens")
     with pytest.raises(SparkError, match=r"`sparkctl train` ended with status 2:\n(.|\n)*tokens"):
-        verify_resume.launch("train", run.root)
+        verify_resume.launch("train", run.root, hint="again")
     with pytest.raises(SparkError, match=r"before it could be killed:\n(.|\n)*tokens"):
         killed_training(run.root, 1)
 

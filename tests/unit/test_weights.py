@@ -236,6 +236,7 @@ def test_a_damaged_file_is_named(what: str, tmp_path: Path) -> None:
     with pytest.raises(SparkError, match=named) as caught:
         TensorFile(path)
     assert str(path) in caught.value.message
+    assert caught.value.hint == f"cp WHOLE_COPY {path}, or take the model from its publisher again"
     with pytest.raises(SparkError, match=named):
         Checkpoint(tmp_path)
     path.write_bytes(crafted({"__metadata__": {"a": "b"}, "a": F4, "b": entry("F4", [2], 4, 5)}, bytes(5)))
@@ -346,11 +347,13 @@ def test_an_index_that_does_not_hold_is_named(change: Callable[[Path, dict], Non
         Checkpoint(tmp_path)
     assert named in caught.value.message
     assert str(tmp_path) in caught.value.message
+    assert str(tmp_path) in (caught.value.hint or "")
 
 
 def test_a_folder_without_safetensors_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SparkError, match="holds no weights"):
+    with pytest.raises(SparkError, match="holds no weights") as caught:
         Checkpoint(tmp_path)
+    assert caught.value.hint == f"hf download ORG/NAME --local-dir {tmp_path}, or save the model there again"
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
     with pytest.raises(SparkError, match="only safetensors are read") as caught:
         Checkpoint(tmp_path)

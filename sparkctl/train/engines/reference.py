@@ -44,7 +44,7 @@ def load(
     if plan.lora:
         base = load_text_model(folder, dtype=dtype, device=device)
         targets = inspect(folder, allow_unknown=True).targets
-        model = add_adapters(base, plan.lora.r, plan.lora.alpha, plan.seed, targets)
+        model = add_adapters(base, plan.lora.r, plan.lora.alpha, plan.seed, targets, name)
         trained = adapter_tensors(model)
     else:
         base = model = load_text_model(folder, dtype=torch.float32, device=device)
