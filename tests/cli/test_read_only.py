@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import holding
 import merging_run
 import pytest
 import ready
@@ -81,19 +80,8 @@ def test_a_step_that_works_on_the_other_side_is_seen(
 ) -> None:
     """A folder mounted twice, read-only here: the lock is asked without writing."""
     run = merging_run.trained_run(tmp_path / "r1", qwen35_folder)
-    script = (
-        "import sys, time; from pathlib import Path; from sparkctl.manifest.store import Run\n"
-        "with Run.open(Path(sys.argv[1])).step('train'):\n"
-        "    print('held', flush=True); time.sleep(60)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script, str(run.root)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    assert process.stdout.readline() == "held\n"
-    try:
+    with holding.training(run.root) as process:
         read_only(run.root)
         assert run.running() == "train"
         assert sparkctl(["merge", str(run.root)]) == 1
         assert f"`train` is running (process {process.pid})" in capsys.readouterr().err
-    finally:
-        process.kill()
-        process.wait()

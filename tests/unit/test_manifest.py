@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import holding
 import pytest
 import ready
 from filelock import FileLock
@@ -113,20 +114,16 @@ def test_two_writers_lose_nothing(run: Run) -> None:
 
 
 def test_a_running_step_is_told_from_a_killed_one(run: Run) -> None:
-    script = (
-        "import sys, time; from pathlib import Path; from sparkctl.manifest.store import Run\n"
-        "with Run.open(Path(sys.argv[1])).step('train'):\n"
-        "    print('held', flush=True); time.sleep(60)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script, str(run.root)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    assert process.stdout.readline() == "held\n"
-    assert run.running() == "train"
-    with pytest.raises(SparkError, match=f"`train` is running .process {process.pid}.") as caught, run.step("merge"):
-        pass
-    assert caught.value.hint
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with holding.training(run.root) as process:
+        assert run.running() == "train"
+        with (
+            pytest.raises(SparkError, match=f"`train` is running .process {process.pid}.") as caught,
+            run.step("merge"),
+        ):
+            pass
+        assert caught.value.hint
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     deadline = time.monotonic() + 10
     while run.running() and time.monotonic() < deadline:
         time.sleep(0.01)
