@@ -19,8 +19,8 @@ TUNES = "flash-linear-attention tunes its kernels, about two minutes the first t
 
 
 def attention(z: Sizes) -> Subject:
-    """Causal within documents. Where dispatch takes torch's FlashAttention-2 its rival is this project's kernel."""
-    from sparkctl_kernels.attention import op
+    """Causal within documents. Torch's FlashAttention-2 and this project's kernel are each other's rival."""
+    from sparkctl_kernels.attention import flash, op
     from sparkctl_kernels.attention.reference import attention as reference
 
     packed, kernel = z.packed, op.choice(z.device, z.head_dim).kernel
@@ -53,7 +53,11 @@ def attention(z: Sizes) -> Subject:
         inputs = {name: t[name] for name in ("q", "k", "v")}
         return graded(call, inputs, ("o",), (t["do"],), dict(q="dq", k="dk", v="dv"))
 
-    rival = Library("own triton", triton) if kernel == "flash" else None
+    rival = None
+    if kernel == "flash":
+        rival = Library("own triton", triton)
+    elif flash.serves(z.device, z.head_dim):
+        rival = Library("torch's flash", lambda t: by(flash, t))
     seen = sum(n * (n + 1) / 2 if window is None else n * min(n, window) for n in z.lengths)
     return Subject(
         "attention", kernel, lambda: z.random(q=q, k=k, v=k, do=q), ours, eager,

@@ -91,16 +91,20 @@ def bench_step(
 
 
 def _keep(at: Setting, row: Row) -> None:
-    """For `recommend`, where it has no training's own rate: of the one stack that is an engine as it trains."""
+    """For `recommend`, where it has no training's own rate: of the one stack that is an engine as it trains.
+
+    Not of full fine-tuning, whose optimiser takes a tenth and more of a step of one pack. An earlier benchmark's is
+    replaced.
+    """
     work, rate = at.work, row.rate()
-    if at.model_key is None or row.stack != "native" or not rate:
+    if at.model_key is None or row.stack != "native" or not rate or (work.mode == "full" and not work.draft_steps):
         return
     mode: Mode | Literal["mtp"] = "mtp" if work.draft_steps else work.mode
     rank = work.draft_steps or (work.rank if work.lora else 0)
     kind = measurements.Kind(at.model_key, mode, rank, work.checkpointing)
     known = measurements.lookup(at.machine, kind)
-    if not any(one.engine == "native" and one.pack_length == at.pack_length for one in known):
-        measurements.record(at.machine, kind, "native", rate, at.pack_length, now())
+    if not any(one.engine == "native" and one.pack_length == at.pack_length and not one.benched for one in known):
+        measurements.record(at.machine, kind, "native", rate, at.pack_length, now(), benched=True)
 
 
 def _row(name: str, at: Setting, steps: int, cold: bool) -> Row:

@@ -1,7 +1,7 @@
 """Whether the fast path is taken, right, repeatable and fast here: three questions, a process each.
 
-Rates come first, with the GPU to themselves; the two others, most of whose time goes into imports and into compiling
-kernels, run side by side.
+Rates come first, without the two others on the GPU, most of whose time goes into imports and into compiling kernels:
+they run side by side.
 """
 
 from __future__ import annotations

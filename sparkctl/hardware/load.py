@@ -32,14 +32,18 @@ class Load:
     multiprocessors: int = 0
 
 
-# of GPUs with enough shared memory for FlashAttention-2's backward at any head dim, the largest of each kind
-MULTIPROCESSORS = {"8.0": 108, "8.7": 16, "9.0": 132, "10.0": 148, "10.3": 160}
+# of the largest GPU of each kind
+MULTIPROCESSORS = {
+    "8.0": 108, "8.6": 84, "8.7": 16, "8.9": 142, "9.0": 132, "10.0": 148, "10.3": 160, "12.0": 188, "12.1": 48,
+}  # fmt: skip
+NARROW = {"8.6", "8.9", "12.0", "12.1"}  # too little shared memory for FlashAttention-2's backward at wide heads
+WIDEST = 192  # of head dims that it takes there
 
 
 def splitting(capability: str | None, head_dim: int) -> int:
     """Multiprocessors among which torch's FlashAttention-2 splits a deterministic backward on such a GPU; 0 where this
-    project's own kernel computes attention (a DGX Spark; Hopper at head dims of 256), which splits nothing.
+    project's own kernel computes attention (at head dims of 256 a DGX Spark and Hopper), which splits nothing.
     """
-    if capability == "9.0" and head_dim == 256:
+    if (capability in NARROW and head_dim > WIDEST) or (capability == "9.0" and head_dim == 256):
         return 0
     return MULTIPROCESSORS.get(capability or "", 0)

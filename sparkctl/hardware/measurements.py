@@ -39,12 +39,13 @@ class Kind(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """A finished training's rate."""
+    """A finished training's rate; benched: a benchmark's, of micro-steps without their optimiser."""
 
     engine: EngineName
     pack_length: int
     tokens_per_second: float
     when: str
+    benched: bool = False
 
 
 class Probe(NamedTuple):
@@ -61,19 +62,27 @@ def record(
     tokens_per_second: float,
     pack_length: int,
     when: str,
+    *,
+    benched: bool = False,
 ) -> bool:
     """Keep a training's rate, in place of an earlier one like it. False where that could not be written.
 
-    when: as the manifest writes instants.
+    when: as the manifest writes instants. benched: see `Measurement`.
     """
     alike = dict(machine=_key(machine), **kind._asdict(), engine=engine, pack_length=pack_length)
-    return _put("training", alike, dict(tokens_per_second=round(tokens_per_second, 2), when=when, name=machine.name))
+    values: dict[str, Any] = dict(tokens_per_second=round(tokens_per_second, 2), when=when, name=machine.name)
+    return _put("training", alike, {**values, "benched": True} if benched else values)
 
 
 def lookup(machine: Machine, kind: Kind) -> list[Measurement]:
-    """All rates of this kind that were measured here."""
+    """All rates of this kind that were measured here; where an engine has trained, no benchmark's of it beside them."""
     found = (entry for entry in _read()["training"] if _is(entry, machine=_key(machine), **kind._asdict()))
-    return [Measurement(e["engine"], e["pack_length"], e["tokens_per_second"], e["when"]) for e in found]
+    measured = [
+        Measurement(e["engine"], e["pack_length"], e["tokens_per_second"], e["when"], e.get("benched", False))
+        for e in found
+    ]
+    trained = {one.engine for one in measured if not one.benched}
+    return [one for one in measured if not (one.benched and one.engine in trained)]
 
 
 def probe(machine: Machine) -> Probe:

@@ -52,7 +52,8 @@ def expected(
     here = [m for m in lookup(machine, kind) if m.engine == engine]
     if here:
         nearest = min(here, key=lambda m: abs(m.pack_length - pack_length))
-        source = f"measured on this machine, {nearest.when}, with packs of {nearest.pack_length:,}"
+        how = "benchmarked" if nearest.benched else "measured"
+        source = f"{how} on this machine, {nearest.when}, with packs of {nearest.pack_length:,}"
         return Rate(MARGIN * nearest.tokens_per_second, source, measured=True)
     if machine.device == "cuda":
         return from_table(machine, shape, load, engine, parameters)

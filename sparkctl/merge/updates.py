@@ -120,11 +120,10 @@ def _fit(path: Path, base: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> No
 
 def another(trained: Path) -> str:
     """The hint where the weights in `trained` cannot be merged: their checkpoint lies two folders below its run."""
-    checkpoint, run = trained.parent, str(trained.parents[2])
-    others = [path.name for path in state.listed(checkpoint.parent) if path != checkpoint]
-    if others:
-        return shlex.join(["sparkctl", "merge", run, "--checkpoint", others[-1]])
-    return f"{shlex.join(['sparkctl', 'train', run, '--force'])} begins anew: there is no other checkpoint"
+    checkpoint = trained.parent
+    if names := state.others(checkpoint):
+        return shlex.join(["sparkctl", "merge", str(checkpoint.parent.parent), "--checkpoint", names[-1]])
+    return f"{state.anew(checkpoint)} begins anew: there is no other checkpoint"
 
 
 def listed(names: list[str]) -> str:

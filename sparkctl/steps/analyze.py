@@ -24,6 +24,7 @@ from sparkctl.manifest.schema import AnalysisTable, ChatTemplate, Checkpoint, Da
 from sparkctl.manifest.store import NAME, STEP_LOCK, Run, now
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.inputs import TOKENS, Inputs, Request, analysed, gather
+from sparkctl.words import quoted
 
 if TYPE_CHECKING:
     from sparkctl.data.chat import ChatFormat
@@ -67,7 +68,7 @@ def analyze(request: Request, *, force: bool = False, dry_run: bool = False, pro
     if run and run.manifest.train and not force:
         raise UsageError(
             f"`{request.run}` has been trained on the data it holds; other data would make that result untrue",
-            f"analyze into a new run with `--run NEW --parent {request.run}`, or add `--force` to start this one anew",
+            f"analyze into a new run with `--run NEW --parent {quoted(request.run)}`, or begin this anew: `--force`",
         )
     if dry_run:
         return _Analysis(inputs, request, progress).dry_run(run)

@@ -177,7 +177,7 @@ def measure(job: Job, known: Sequence[Acceptance] = (), progress: Progress = sil
         guard.release()  # what a training in this process has left
         guard.limit_memory(machine)
         setting = accept.Setting(
-            request.max_tokens, request.draft_length, machine.device, request.allow_slow, str(request.run)
+            request.max_tokens, request.draft_length, machine.device, request.allow_slow, quoted(request.run)
         )
         smaller = f"sparkctl mtp eval {quoted(request.run)} --prompts {max(1, request.prompts // 4)}"
         with guard.memory("the model and its answers", smaller):

@@ -12,6 +12,7 @@ from sparkctl.progress import Progress, silent
 from sparkctl.steps.inputs import analysed
 from sparkctl.steps.training import model_folder
 from sparkctl.verify.leaks import Finding, engine_leaks
+from sparkctl.words import quoted
 
 DEFAULT = "qwen3.5-0.8b"  # whose architecture is looked at without a run
 
@@ -28,7 +29,7 @@ def verify_leaks(
 
     config, mode = _architecture(folder, progress)
     machine = this_machine()
-    device, name = torch.device(machine.device), str(folder or "RUN")
+    device, name = torch.device(machine.device), quoted(folder or "RUN")
     stack = stack_leaks(config, device)  # before Unsloth changes its classes in this process
     found = operator_leaks(config, device)
     for one in [engine] if engine else _engines():

@@ -122,13 +122,18 @@ def verify(checkpoint: Path) -> None:
 
 def _another(checkpoint: Path) -> str:
     """What to do without that checkpoint, whose run is two folders up."""
-    others = [path.name for path in listed(checkpoint.parent) if path.name != checkpoint.name]
-    if others:
-        return shlex.join(["sparkctl", "resume", str(checkpoint.parent.parent), "--from", others[-1]])
-    return f"{_anew(checkpoint)}: there is no other checkpoint"
+    if names := others(checkpoint):
+        return shlex.join(["sparkctl", "resume", str(checkpoint.parent.parent), "--from", names[-1]])
+    return f"{anew(checkpoint)}: there is no other checkpoint"
 
 
-def _anew(checkpoint: Path) -> str:
+def others(checkpoint: Path) -> list[str]:
+    """Names of the checkpoints beside it, oldest first."""
+    return [path.name for path in listed(checkpoint.parent) if path.name != checkpoint.name]
+
+
+def anew(checkpoint: Path) -> str:
+    """The command that trains its run from the start."""
     return shlex.join(["sparkctl", "train", str(checkpoint.parent.parent), "--force"])
 
 
@@ -209,7 +214,7 @@ def load_trainable(checkpoint: Path, parameters: dict[str, Parameter]) -> None:
         if shapes != {name: list(parameter.shape) for name, parameter in parameters.items()}:
             raise SparkError(
                 f"`{checkpoint}` holds other tensors than this model trains",
-                f"{_anew(checkpoint)} begins anew",
+                f"{anew(checkpoint)} begins anew",
             )
         with torch.no_grad():
             for name, parameter in parameters.items():

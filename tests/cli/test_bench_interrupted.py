@@ -186,6 +186,13 @@ def test_a_training_s_own_rate_stands(at: Setting, rows: Any) -> None:
     assert kept(at) == [("native", 64, 77.0)]
 
 
+def test_a_later_benchmark_replaces_an_earlier_one(at: Setting, rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    list(rows(at, ["native"]))
+    monkeypatch.setattr(step, "_measure", lambda name, *_: measured(name, seconds=0.25))
+    list(rows(at, ["native"]))
+    assert kept(at) == [("native", 64, 256.0)]
+
+
 def test_two_micro_steps_or_a_shape_alone_are_no_rate_to_keep(at: Setting, rows: Any) -> None:
     list(rows(at, ["native"], steps=2))
     assert kept(at) == []

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from sparkctl_kernels import gemm, ways
+from sparkctl_kernels.dispatch import Choice
 
 from sparkctl.bench import kernels, products, synthetic, workload
 from sparkctl.bench.setting import setting
@@ -113,6 +114,20 @@ def test_a_library_that_tunes_for_minutes_says_so_or_is_left_out(library: bool, 
     assert (row.right, row.library is None, bool(row.errors)) == (
         (True, False, True) if library else (None, True, False)
     )
+
+
+@pytest.mark.parametrize(("kernel", "serves", "rival"), [
+    ("flash", True, "own triton"), ("triton", True, "torch's flash"), ("triton", False, None),
+])  # fmt: skip
+def test_attention_s_two_kernels_are_rivals(
+    kernel: str, serves: bool, rival: str | None, sizes: Sizes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparkctl_kernels.attention import flash, op
+
+    monkeypatch.setattr(op, "choice", lambda *_: Choice("attention", kernel, "as on a GPU"))
+    monkeypatch.setattr(flash, "serves", lambda *_: serves)
+    library = made("attention", sizes).library
+    assert (library and library.name) == rival
 
 
 def test_what_nobody_checked_is_neither_right_nor_wrong(

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from sparkctl_kernels.attention import op as attention
 
 from sparkctl.bench.setting import text_parameters
 from sparkctl.bench.workload import synthetic
 from sparkctl.hardware import heads, memory, native
-from sparkctl.hardware.load import BF16, FP32, Load, splitting
+from sparkctl.hardware.load import BF16, FP32, MULTIPROCESSORS, Load, splitting
 from sparkctl.hardware.shape import Shape
 from sparkctl.model import catalog
 
@@ -96,3 +98,16 @@ def test_one_long_document_costs_more_where_attention_splits_its_sums() -> None:
     assert one - none == 14 * FP32 * shape.queries + BF16 * shape.keys
     assert splitting(None, 256) == splitting("9.0", 256) == SPARK == 0
     assert splitting("9.0", 128) == 132
+    assert splitting("12.1", 128) == 48
+
+
+@pytest.mark.parametrize("capability", [*MULTIPROCESSORS, "7.5"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_sums_are_split_where_dispatch_takes_flash(
+    capability: str, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the memory model believes of a GPU that need not be here, and what the operator would choose on it."""
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: tuple(map(int, capability.split("."))))
+    chosen = attention.choice(torch.device("cuda"), head_dim).kernel
+    assert (chosen == "flash") == bool(splitting(capability, head_dim))

@@ -41,6 +41,17 @@ def test_the_published_table(size: str) -> None:
     assert "published recipe" in rate.source
 
 
+def test_a_benchmark_s_rate_serves_until_a_training_has_its_own() -> None:
+    """Micro-steps alone are faster than a training, at whatever length."""
+    record(plans.SPARK, KIND, "native", 2000.0, 1024, "2026-11-26T00:00:00Z", benched=True)
+    rate = ask(plans.SPARK, engine="native")
+    assert rate.tokens_per_second == pytest.approx(throughput.MARGIN * 2000)
+    assert rate.source.startswith("benchmarked on this machine")
+    record(plans.SPARK, KIND, "native", 1800.0, 4096, "2026-11-26T01:00:00Z")
+    assert [one.tokens_per_second for one in lookup(plans.SPARK, KIND)] == [1800.0]
+    assert ask(plans.SPARK, engine="native").source.startswith("measured on this machine")
+
+
 def test_other_sizes_are_scaled_from_the_2b() -> None:
     rate = from_table(plans.SPARK, plans.model("2b").shape, LOAD, "native", 1_106_500_000)
     assert rate.tokens_per_second == pytest.approx(throughput.MARGIN * 2 * 3568)

@@ -14,11 +14,12 @@ Tiles. A GB10's block has 101,376 bytes of shared memory and mma.sync, so accumu
 instead of 16 it spills 72 bytes), and backward has two accumulators of 32 rows. Backward runs twice over the scores
 instead of adding atomically: a pass per key block for dK and dV, a pass per query block for dQ; no two programs write
 one value, so the bits repeat. The pass for dK and dV has its scores transposed, so that P and dS are left operands and
-come from registers. 4 warps there: more of them race on compute capability 12.x (triton#10590). Programs of one block's
-heads run side by side and share its keys in L2; blocks with most work come first.
-Hopper's wgmma wants 64 rows and 8 warps. On an H200 six layers of the 2B at 5,376 tokens of 12 documents take .43 ms
+come from registers. 4 warps on a GB10: more of them race on compute capability 12.x (triton#10590). Programs of one
+block's heads run side by side and share its keys in L2; blocks with most work come first.
+Hopper's wgmma wants 64 rows and 8 warps. On an H200 six layers of the 2B at 5,376 tokens of 12 documents took .43 ms
 forward and 2.2 ms backward; FlashAttention-2 as torch has it .67 and 4.5 (its deterministic backward gives a document's
-head to few of 132 multiprocessors), with one document 1.7 and 9.8 instead of 3.1 and 15.5 (2026-11-26).
+head to few of 132 multiprocessors), with one document 1.7 and 9.8 instead of 3.1 and 15.5 (2026-11-26; the pass for dK
+and dV before its pointers stepped along). Strides are constants in that pass: as arguments they cost it 2 to 13 spills.
 
 Keys that a row has to itself (`own`, for drafts), P of them with values, folded into what attention gave it, O₁ and L₁:
 

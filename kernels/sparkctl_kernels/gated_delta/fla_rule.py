@@ -163,7 +163,7 @@ class Kept(NamedTuple):
     """What backward wants of forward: the systems [T, N, 64], the states before each chunk [C, N, D, E] and the
     corrected values [T, N, E].
 
-    States and values are 13 KB a token and layer of the 2B.
+    States and values are 12 KB a token and layer of the 2B.
     """
 
     a_TNC: torch.Tensor
