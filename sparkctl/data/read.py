@@ -163,13 +163,16 @@ def _check_encoding(path: Path, start: bytes) -> None:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8").rstrip(" \t\r\n"))
     except UnicodeDecodeError as error:
         where = f"byte {error.start + 1} of the line is 0x{line[error.start]:02x}"
         return Refused(f"not UTF-8: {where}", "save the file as UTF-8: `iconv -f latin1 -t utf-8 OLD > NEW`")
     except json.JSONDecodeError as error:
         hint = A_LINE_EACH if line.lstrip().startswith(b"[") else "write one JSON object a line, all on one line"
-        return Refused(f"not JSON: {error.msg} at column {error.colno}", hint)
+        return Refused(
+            f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}",
+            f"{hint}; `--skip-bad` leaves such lines out",
+        )
     except RecursionError:
         return Refused("not usable JSON: nested too deeply", "write one chat a line")
     except ValueError as error:  # a number with more digits than Python takes

@@ -102,7 +102,7 @@ class Hub:
         if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
             return SparkError(
                 f"`{self.id}` is not in `{self.cache}` as a whole, and HF_HUB_OFFLINE forbids to download it",
-                "unset HF_HUB_OFFLINE, and run the same command again",
+                "check the path, or unset HF_HUB_OFFLINE, and run the same command again",
             )
         if isinstance(error, errors.HfHubHTTPError):
             return self._refused(error, revision, file)
@@ -112,8 +112,8 @@ class Hub:
             return UsageError(f"HF_ENDPOINT is no address: `{self.shown}`", "it begins with https://")
         if isinstance(error, httpx.ConnectError | httpx.TimeoutException | httpx.ProxyError):
             return SparkError(
-                f"cannot reach `{self.shown}`: {_sentence(error)}",
-                "check the network and HF_ENDPOINT; with HF_HUB_OFFLINE=1 what was downloaded before is used",
+                f"`{self.id}` is no folder here, and cannot reach `{self.shown}`: {_sentence(error)}",
+                "check the path, the network, HF_ENDPOINT; with HF_HUB_OFFLINE=1 what was downloaded before is used",
             )
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return SparkError(

@@ -8,7 +8,7 @@ from sparkctl.errors import SparkError, UsageError
 from sparkctl.manifest.schema import Gate, TrainTable
 from sparkctl.manifest.store import Run
 from sparkctl.progress import Progress
-from sparkctl.steps.inputs import analysed, analyze_command
+from sparkctl.steps.inputs import analysed, hold_out_command
 from sparkctl.steps.training import Job, model_folder, parent_of
 from sparkctl.train import state
 from sparkctl.train.ranks import Ranks
@@ -30,7 +30,7 @@ def rival(run: Run) -> Rival:
     if not ours[2].eval_examples:
         raise UsageError(
             f"`{run.root}` holds no example out to measure on",
-            analyze_command(run, "--eval-fraction", "0.02", "--force"),
+            hold_out_command(run),
         )
     return parent, checkpoint
 

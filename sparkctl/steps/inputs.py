@@ -163,6 +163,13 @@ def analyze_command(run: Run, *options: str, shown: Path | None = None) -> str:
     return shlex.join(["sparkctl", "analyze", *words])
 
 
+def hold_out_command(run: Run, shown: Path | None = None) -> str:
+    """The same where nothing was held out: a share that leaves some of so few examples, but for one case in twenty."""
+    analysis = run.manifest.analysis
+    fraction = max(0.02, min(0.5, 3 / analysis.train_examples)) if analysis and analysis.train_examples else 0.02
+    return analyze_command(run, "--eval-fraction", f"{fraction:.2g}", "--force", shown=shown)
+
+
 def recorded_parent(run: Run) -> Run | None:
     """The run of the round before, as the manifest names it. Raises UsageError where it is gone."""
     link = run.manifest.run.parent

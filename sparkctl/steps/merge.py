@@ -188,7 +188,7 @@ def _check_target(job: _Job, sealed: Seal | None, force: bool) -> None:
     if not force:
         stale = sealed.run == job.run.manifest.run.id and sealed.made_from != job.made_from
         what = f"was made from {sealed.checkpoint}, or from another base" if stale else "exists already"
-        raise UsageError(f"`{job.target}` {what}", f"{job.again('--force')} to replace it, or `--out FOLDER`")
+        raise UsageError(f"`{job.target}` {what}", f"`{job.again('--force')}` replaces it; or `--out FOLDER`")
     if root.is_relative_to(out.resolve()) or job.base.resolve().is_relative_to(out.resolve()):
         raise UsageError(f"`{job.target}` holds what the merge reads", job.again("--out", "FOLDER"))
 

@@ -15,7 +15,7 @@ from sparkctl.manifest.evidence import Acceptance
 from sparkctl.manifest.fingerprint import fingerprint
 from sparkctl.manifest.store import Run
 from sparkctl.progress import Progress, silent
-from sparkctl.steps.inputs import TOKENS, analysed, analyze_command
+from sparkctl.steps.inputs import TOKENS, analysed, hold_out_command
 from sparkctl.steps.merged import merged_model
 from sparkctl.steps.mtp_training import HEAD
 from sparkctl.steps.training import model_folder
@@ -69,7 +69,7 @@ def mtp_eval(request: Request, *, force: bool = False, dry_run: bool = False, pr
         if not job.prompts:
             raise UsageError(
                 f"`{request.run}` holds no example out to measure on",
-                analyze_command(run, "--eval-fraction", "0.02", "--force", shown=request.run),
+                hold_out_command(run, request.run),
             )
         names, known = [subject.name for subject in job.subjects], [] if force else job.recorded()
         if done := len(known) == len(job.subjects):

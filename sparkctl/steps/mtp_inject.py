@@ -23,7 +23,7 @@ from sparkctl.progress import Progress, silent
 from sparkctl.steps.injection import Job, Request, Skip, decide
 from sparkctl.steps.inputs import analysed
 from sparkctl.steps.mtp_training import note_skip
-from sparkctl.words import here
+from sparkctl.words import counted, here
 
 CARD = "README.md"
 
@@ -105,7 +105,7 @@ def _check_target(job: Job, sealed: ServedSeal | None, force: bool) -> None:
     if not force:
         what = "exists already" if sealed.made_from == job.made_from else "was made from another model or another head"
         again = job.request.again(*own, "--force")
-        raise UsageError(f"`{job.shown}` {what}", f"{again} to replace it, or `--out FOLDER`")
+        raise UsageError(f"`{job.shown}` {what}", f"`{again}` replaces it; or `--out FOLDER`")
     read = [job.run.root, job.target.folder, *(file.path for file in job.head.tensors.values())]
     if any(path.resolve().is_relative_to(out.resolve()) for path in read):
         raise UsageError(f"`{job.shown}` holds what is to be read", elsewhere)
@@ -133,8 +133,10 @@ def _write(job: Job, force: bool, progress: Progress) -> Result:
 
 def _described(job: Job) -> str:
     """The head, for the model card: without a path of this machine."""
-    origin = "trained for this model" if job.request.mode == "trained" else "as the base was published with it"
-    return f"The MTP head ({origin}, digest `{job.head_digest[:16]}`). {job.drafts.tokens} tokens to draft."
+    mtp = job.run.manifest.mtp
+    trained = job.request.mode == "trained" and mtp is not None and mtp.mode == "trained"
+    origin = "trained for this model" if trained else "as the base was published with it"
+    return f"The MTP head ({origin}, digest `{job.head_digest[:16]}`). {counted(job.drafts.tokens, 'token')} to draft."
 
 
 def _seal(job: Job, files: dict[str, SealedFile]) -> ServedSeal:

@@ -188,7 +188,11 @@ def test_without_held_out_examples(run: Run, said: Said) -> None:
     ready.store(run.root / "tokens", ready.documents(9), np.zeros(9, dtype=bool))
     text = refused(said, 2)
     assert "error: `r1` holds no example out to measure on\nhint: sparkctl analyze" in text
-    assert "--eval-fraction 0.02 --force" in text
+    assert "--eval-fraction 0.086 --force" in text  # three of 35
+    with run.edit() as manifest:
+        assert manifest.analysis
+        manifest.analysis = manifest.analysis.model_copy(update={"train_examples": 9})  # 2 % of nine is none again
+    assert "--eval-fraction 0.33 --force" in refused(said, 2)
 
 
 def test_a_trained_head_of_other_dimensions(run: Run, said: Said) -> None:

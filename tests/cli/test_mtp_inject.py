@@ -275,6 +275,9 @@ def test_a_shipped_head_that_was_kept(run: Run, said: Said) -> None:
     assert "did not help" in said.readouterr().err
     assert heads.equal(heads.own(Path("r1/served")), load_file(head))
     assert Run.open(run.root).manifest.served.draft_length == 1  # measured as the shipped head's
+    card = (run.root / "served" / "README.md").read_text()
+    assert "as the base was published with it" in card
+    assert " 1 token to draft." in card
 
 
 def test_a_head_of_another_merged_model(run: Run, said: Said) -> None:

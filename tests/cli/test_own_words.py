@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_too(
     ("before", "hint"),
     [
         (_nothing, "sparkctl train r1"),
-        (_without_held_out, "sparkctl analyze DATA --run runs/r2 --eval-fraction 0.02 --force"),
+        (_without_held_out, "sparkctl analyze DATA --run runs/r2 --eval-fraction 0.3 --force"),
     ],
 )
 def test_a_parent_is_named_from_the_working_folder(

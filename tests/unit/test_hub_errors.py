@@ -126,6 +126,7 @@ def test_nobody_listens(hub: HubServer, commit: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HF_ENDPOINT", nowhere)
     for revision in (None, commit):
         error = refused(ID, revision=revision)
+        assert error.message.startswith(f"`{ID}` is no folder here, ")
         assert f"cannot reach `{nowhere.replace(f'user:{SECRET}@', '')}`: connection refused" in error.message
         assert "HF_HUB_OFFLINE=1" in (error.hint or "")
 

@@ -185,6 +185,8 @@ def test_two_files_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytes
 
 REFUSED = {
     "not JSON": (b'{"messages": [', "not JSON", "one JSON object a line"),
+    "an object cut off": (b'{"messages": []', "at column 16", "--skip-bad"),
+    "a string cut off": (b'{"messages": "hi', "Unterminated string starting at column 14", "--skip-bad"),
     "not JSON at the end": (json.dumps(CHAT).encode() + b" {}", "at column", ""),
     "not UTF-8": (b'{"messages": "\xff\xfe"}', "byte 15 of the line is 0xff", "UTF-8"),
     "UTF-16": ('{"a": 1}'.encode("utf-16"), "UTF-8", "iconv"),
