@@ -64,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
             raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
     except typer.TyperException as error:
-        context, said = getattr(error, "ctx", None), _sentence(error.format_message())
+        context, said = getattr(error, "ctx", None), _sentence(error.format_message().replace("Value error, ", ""))
         if context and said == "missing command":
             said += f": {', '.join(context.command.commands)}"
         command = getattr(context, "command_path", "sparkctl")

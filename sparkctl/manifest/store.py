@@ -268,7 +268,8 @@ def _follow_move(manifest: Manifest, root: Path) -> None:
 
 def describe(error: ValidationError) -> str:
     """A pydantic error as one line a problem: the key, then what is wrong."""
-    return "\n".join(f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg'].lower()}" for e in error.errors())
+    problems = [(".".join(map(str, e["loc"])), e["msg"].lower().removeprefix("value error, ")) for e in error.errors()]
+    return "\n".join(f"  {key or '(top)'}: {what}" for key, what in problems)
 
 
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}

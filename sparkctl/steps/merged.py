@@ -7,7 +7,7 @@ from pathlib import Path
 from sparkctl.errors import UsageError
 from sparkctl.manifest.store import Run
 from sparkctl.merge.seal import Seal, sealed_as
-from sparkctl.words import quoted
+from sparkctl.words import here, quoted
 
 
 def merged_model(run: Run, shown: Path) -> tuple[Path, Seal]:
@@ -21,5 +21,6 @@ def merged_model(run: Run, shown: Path) -> tuple[Path, Seal]:
     folder = run.resolve(merge.folder)
     seal = sealed_as(folder, merge.made_from)
     if seal is None:
-        raise UsageError(f"`{folder}` is not what `merge` wrote", f"sparkctl merge {quoted(shown)} --force")
+        what = "is not what `merge` wrote" if folder.exists() else "is gone"
+        raise UsageError(f"`{here(folder)}` {what}", f"sparkctl merge {quoted(shown)} --force")
     return folder, seal

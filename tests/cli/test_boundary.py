@@ -53,6 +53,7 @@ def test_every_command_has_help_and_its_options_on_itself(words: list[str]) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["recommend", "r1", "--mode", "qlora"], "invalid value for '--mode': 'qlora' is not one of"),
         (["trane"], "trane"),
         (["show"], "missing argument"),
         (["show", "r", "--speed"], "--speed"),

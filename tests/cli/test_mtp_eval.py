@@ -177,7 +177,10 @@ def test_dry_run_measures_nothing(run: Run, said: Said, monkeypatch: pytest.Monk
 
 def test_without_a_merged_model(run: Run, said: Said) -> None:
     (run.root / "merged" / "config.json").unlink()
-    assert "hint: sparkctl merge r1 --force" in refused(said, 2)
+    text = refused(said, 2)
+    assert "is not what `merge` wrote\nhint: sparkctl merge r1 --force" in text
+    shutil.rmtree(run.root / "merged")
+    assert "error: `r1/merged` is gone\nhint: sparkctl merge r1 --force" in refused(said, 2)
     with run.edit() as manifest:
         manifest.merge = None
     assert "error: `r1` has no merged model yet\nhint: sparkctl merge r1\n" in refused(said, 2)
