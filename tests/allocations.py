@@ -127,7 +127,7 @@ def flash_backward(multiprocessors: int) -> Any:
 @contextmanager
 def attention(multiprocessors: int) -> Iterator[None]:
     """By FlashAttention-2 on a GPU of so many, or by this project's kernel."""
-    kernel.beats_flash, flash.serves = lambda *_: False, lambda *_: bool(multiprocessors)
+    kernel._on_hopper, flash.serves = lambda _: False, lambda *_: bool(multiprocessors)
     flash.forward, flash.backward = flash_forward, flash_backward(multiprocessors)
     yield
 

@@ -42,8 +42,8 @@ WIDEST = 192  # of head dims that it takes there
 
 def splitting(capability: str | None, head_dim: int) -> int:
     """Multiprocessors among which torch's FlashAttention-2 splits a deterministic backward on such a GPU; 0 where this
-    project's own kernel computes attention (at head dims of 256 a DGX Spark and Hopper), which splits nothing.
+    project's own kernel computes attention (at head dims of 256 a DGX Spark), which splits nothing.
     """
-    if (capability in NARROW and head_dim > WIDEST) or (capability == "9.0" and head_dim == 256):
+    if capability in NARROW and head_dim > WIDEST:
         return 0
     return MULTIPROCESSORS.get(capability or "", 0)

@@ -17,6 +17,7 @@ import torch
 from document_cases import full_size, gated_delta_case
 from kernel_cases import Case, Tensors, distances, run
 from sparkctl_kernels import gemm, ways
+from sparkctl_kernels.attention import op as attention
 from sparkctl_kernels.gated_delta import op as gated_delta
 from sparkctl_kernels.shapes import DENSE, QWEN35
 
@@ -67,6 +68,24 @@ def test_the_same_bits_every_time(shape: str, case: Case) -> None:
     for _ in range(REPEATS - 1):
         again = once()
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("shape", "case"), [pair for pair in cases() if pair[0].startswith("qwen3.5") and "attention" in pair[1].name],
+    ids=names,
+)  # fmt: skip
+def test_attention_by_our_own_kernels(shape: str, case: Case) -> None:
+    """Where FlashAttention-2 is taken, on Hopper in tiles for wgmma: as near to fp32, and the same bits every time."""
+    truth = run(case, case.reference, torch.float32, GPU, 0)
+    limits = {
+        name: 2 * error + SLACK
+        for name, error in distances(run(case, case.reference, torch.bfloat16, GPU, 0), truth).items()
+    }
+    with attention.by_own_kernels():
+        first, *others = [run(case, case.fused, torch.bfloat16, GPU, 0) for _ in range(REPEATS)]
+    errors = distances(first, truth)
+    assert all(errors[name] <= limits[name] for name in errors), (errors, limits)
+    assert all(torch.equal(first[name], again[name]) for again in others for name in first)
 
 
 @pytest.mark.parametrize("case", full_size(QWEN35[0], LENGTHS), ids=names)

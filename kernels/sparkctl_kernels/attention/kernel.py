@@ -19,7 +19,8 @@ block's heads run side by side and share its keys in L2; blocks with most work c
 Hopper's wgmma wants 64 rows and 8 warps. On an H200 six layers of the 2B at 5,376 tokens of 12 documents took .43 ms
 forward and 2.2 ms backward; FlashAttention-2 as torch has it .67 and 4.5 (its deterministic backward gives a document's
 head to few of 132 multiprocessors), with one document 1.7 and 9.8 instead of 3.1 and 15.5 (2026-11-26; the pass for dK
-and dV before its pointers stepped along). Strides are constants in that pass: as arguments they cost it 2 to 13 spills.
+and dV before its pointers stepped along). Dispatch takes FlashAttention-2 there until a whole step has been measured.
+Strides are constants in that pass: as arguments they cost it 2 to 13 spills.
 
 Keys that a row has to itself (`own`, for drafts), P of them with values, folded into what attention gave it, O₁ and L₁:
 
@@ -71,15 +72,10 @@ SMALL: dict[int, Tiles] = {
 HOPPER: dict[int, Tiles] = {256: (Tile(128, 64, 2, 8), Tile(32, 64, 2, 8, apart=True), Tile(128, 32, 2, 8))}
 
 
-def beats_flash(device: torch.device, head_dim: int) -> bool:
-    """Whether this is measured to be faster than torch's FlashAttention-2."""
-    return head_dim in HOPPER and _on_hopper(device)
-
-
 def tiles(q_TNH: torch.Tensor) -> Tiles:
     """Those of the head dim, small ones (of tests) as 64, on this device or on what is compiled for."""
     head_dim = q_TNH.shape[2]
-    if q_TNH.dtype != torch.float32 and beats_flash(q_TNH.device, head_dim):
+    if q_TNH.dtype != torch.float32 and head_dim in HOPPER and _on_hopper(q_TNH.device):
         return HOPPER[head_dim]
     return SMALL[max(64, head_dim)]
 

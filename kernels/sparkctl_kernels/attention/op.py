@@ -1,10 +1,12 @@
-"""Attention within documents, by Triton or FlashAttention-2, whichever is there and faster; the reference on a CPU.
+"""Attention within documents: FlashAttention-2 where torch has it for the GPU, else Triton; the reference on a CPU.
 
 As functions below autograd, and as an operator with gradients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,23 +19,27 @@ from sparkctl_kernels.vjp import Tape
 # T tokens · N query heads · K kv heads · H head dim
 Saved = Tape | tuple[torch.Tensor, ...]
 
+_own = False
+
+
+@contextmanager
+def by_own_kernels() -> Iterator[None]:
+    """Take this project's kernels in this block where FlashAttention-2 would be taken, to compare the two."""
+    global _own
+    _own = True
+    try:
+        yield
+    finally:
+        _own = False
+
 
 def choice(device: torch.device, head_dim: int) -> Choice:
     """Which kernel runs on `device`."""
     if device.type != "cuda":
         return Choice("attention", "reference", f"plain torch on {device.type}")
-    if _by_flash(device, head_dim):
+    if flash.serves(device, head_dim) and not _own:
         return Choice("attention", "flash", f"FlashAttention-2 of torch, head dim {head_dim}")
     return Choice("attention", "triton", f"fused kernel of this project, head dim {head_dim}")
-
-
-def _by_flash(device: torch.device, head_dim: int) -> bool:
-    """Whether torch's FlashAttention-2 works there and nothing here is faster."""
-    if not flash.serves(device, head_dim):
-        return False
-    from sparkctl_kernels.attention import kernel
-
-    return not kernel.beats_flash(device, head_dim)
 
 
 def forward(
@@ -44,7 +50,7 @@ def forward(
     if not fused(q_TNH):
         tape = Tape(lambda q, k, v: reference.attention(q, k, v, packed.lengths, window), (q_TNH, k_TKH, v_TKH))
         return tape.outputs[0], tape
-    if q_TNH.dtype != torch.float32 and _by_flash(q_TNH.device, q_TNH.shape[2]):
+    if q_TNH.dtype != torch.float32 and flash.serves(q_TNH.device, q_TNH.shape[2]) and not _own:
         return flash.forward(q_TNH, k_TKH, v_TKH, packed, window)
     from sparkctl_kernels.attention import kernel
 
