@@ -33,7 +33,6 @@ CACHES = {  # variables that say where a stack keeps compiled kernels
 }  # fmt: skip
 
 
-KEPT = 5  # micro-steps at least of a rate that is kept
 COMPARED = {"stock": None, "peft-fla": "fla", "unsloth": "unsloth", "native": None}  # stack: the package it wants
 CLASS = re.compile(r"^(\w+\.)*[A-Z]\w*: ")  # of an exception, in front of its message
 
@@ -85,7 +84,7 @@ def bench_step(
             row = _row(name, at, steps, cold)
         except SparkError as error:
             row = Row(name, at.work.tokens, None, failed=error.message)
-        if steps >= KEPT:
+        if steps >= measurements.ENOUGH:
             _keep(at, row)
         yield row
 

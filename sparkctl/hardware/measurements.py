@@ -24,6 +24,7 @@ from sparkctl.manifest.schema import Machine
 from sparkctl.manifest.table import EngineName, Mode
 
 NAME = "measurements.json"
+ENOUGH = 5  # steps at least that make a rate
 
 
 class Kind(NamedTuple):

@@ -23,8 +23,6 @@ from sparkctl.train.state import State
 if TYPE_CHECKING:
     from sparkctl.train.session import Session
 
-MEASURED_STEPS = 5  # at least so many steps make a rate
-
 Status = Literal["running", "interrupted", "failed", "done"]
 
 
@@ -134,12 +132,12 @@ def resumed(checkpoint: Path | None, reason: str) -> Resume:
 def note_rate(job: Training, processes: int) -> None:
     """Keep this machine's rate for the plans to come: of whole steps, without evaluations, saves and the warm-up."""
     from sparkctl.hardware.machine import this_machine
-    from sparkctl.hardware.measurements import record
+    from sparkctl.hardware.measurements import ENOUGH, record
     from sparkctl.train.metrics import read
 
     steps = [line for line in read(job.metrics) if "loss" in line]
     warm = steps[len(steps) // 5 :]
-    if len(warm) >= MEASURED_STEPS:
+    if len(warm) >= ENOUGH:
         rate = sum(line["tokens"] for line in warm) / sum(line["seconds"] for line in warm)
         record(this_machine(), job.alike(processes), job.estimates()[0], rate, job.plan.pack_length, now())
 

@@ -37,9 +37,13 @@ def choice(device: torch.device, head_dim: int) -> Choice:
     """Which kernel runs on `device`."""
     if device.type != "cuda":
         return Choice("attention", "reference", f"plain torch on {device.type}")
-    if flash.serves(device, head_dim) and not _own:
+    if _takes_flash(device, head_dim):
         return Choice("attention", "flash", f"FlashAttention-2 of torch, head dim {head_dim}")
     return Choice("attention", "triton", f"fused kernel of this project, head dim {head_dim}")
+
+
+def _takes_flash(device: torch.device, head_dim: int) -> bool:
+    return flash.serves(device, head_dim) and not _own
 
 
 def forward(
@@ -50,7 +54,7 @@ def forward(
     if not fused(q_TNH):
         tape = Tape(lambda q, k, v: reference.attention(q, k, v, packed.lengths, window), (q_TNH, k_TKH, v_TKH))
         return tape.outputs[0], tape
-    if q_TNH.dtype != torch.float32 and flash.serves(q_TNH.device, q_TNH.shape[2]) and not _own:
+    if q_TNH.dtype != torch.float32 and _takes_flash(q_TNH.device, q_TNH.shape[2]):
         return flash.forward(q_TNH, k_TKH, v_TKH, packed, window)
     from sparkctl_kernels.attention import kernel
 
