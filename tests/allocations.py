@@ -4,7 +4,8 @@ The engine runs on tensors without storage ("meta") at a published size, every l
 tensors that its Python makes, and those that torch's FlashAttention-2 makes, which `flash_backward` lists. Run as a
 process of its own, since much is replaced for it.
 
-A case is {"kind": "native" or "head", "work": a Workload's JSON, "multiprocessors": 0 for this project's attention}.
+A case is {"kind": "native" or "head", "work": a Workload's JSON, "multiprocessors": 0 for this project's attention,
+"hopper": whether that is in the tiles for Hopper}.
 """
 
 from __future__ import annotations
@@ -125,9 +126,9 @@ def flash_backward(multiprocessors: int) -> Any:
 
 
 @contextmanager
-def attention(multiprocessors: int) -> Iterator[None]:
+def attention(multiprocessors: int, hopper: bool) -> Iterator[None]:
     """By FlashAttention-2 on a GPU of so many, or by this project's kernel."""
-    kernel._on_hopper, flash.serves = lambda _: False, lambda *_: bool(multiprocessors)
+    kernel.in_wide_tiles, flash.serves = lambda *_: hopper, lambda *_: bool(multiprocessors)
     flash.forward, flash.backward = flash_forward, flash_backward(multiprocessors)
     yield
 
@@ -162,7 +163,7 @@ def main() -> None:
     take_engine_apart()
     answers = []
     for case in json.load(sys.stdin):
-        with attention(case["multiprocessors"]):
+        with attention(case["multiprocessors"], case.get("hopper", False)):
             answers.append(count(case["kind"], Workload.loads(case["work"])))
     sys.stdout.write("\n" + json.dumps(answers) + "\n")
 

@@ -38,12 +38,13 @@ MULTIPROCESSORS = {
 }  # fmt: skip
 NARROW = {"8.6", "8.9", "12.0", "12.1"}  # too little shared memory for FlashAttention-2's backward at wide heads
 WIDEST = 192  # of head dims that it takes there
+HOPPER = "9.0"  # where this project's own kernel is faster than it at head dims above WIDEST
 
 
 def splitting(capability: str | None, head_dim: int) -> int:
     """Multiprocessors among which torch's FlashAttention-2 splits a deterministic backward on such a GPU; 0 where this
-    project's own kernel computes attention (at head dims of 256 a DGX Spark), which splits nothing.
+    project's own kernel computes attention (at head dims of 256 a DGX Spark and Hopper), which splits nothing.
     """
-    if capability in NARROW and head_dim > WIDEST:
+    if head_dim > WIDEST and capability in {*NARROW, HOPPER}:
         return 0
     return MULTIPROCESSORS.get(capability or "", 0)

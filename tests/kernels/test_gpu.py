@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -74,14 +74,15 @@ def test_the_same_bits_every_time(shape: str, case: Case) -> None:
     ("shape", "case"), [pair for pair in cases() if pair[0].startswith("qwen3.5") and "attention" in pair[1].name],
     ids=names,
 )  # fmt: skip
-def test_attention_by_our_own_kernels(shape: str, case: Case) -> None:
-    """Where FlashAttention-2 is taken, on Hopper in tiles for wgmma: as near to fp32, and the same bits every time."""
+@pytest.mark.parametrize("kernel", ["flash", "triton"])
+def test_attention_by_either_kernel(shape: str, case: Case, kernel: Literal["flash", "triton"]) -> None:
+    """Whichever dispatch takes: as near to fp32, and the same bits every time."""
     truth = run(case, case.reference, torch.float32, GPU, 0)
     limits = {
         name: 2 * error + SLACK
         for name, error in distances(run(case, case.reference, torch.bfloat16, GPU, 0), truth).items()
     }
-    with attention.by_own_kernels():
+    with attention.by(kernel):
         first, *others = [run(case, case.fused, torch.bfloat16, GPU, 0) for _ in range(REPEATS)]
     errors = distances(first, truth)
     assert all(errors[name] <= limits[name] for name in errors), (errors, limits)

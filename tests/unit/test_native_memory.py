@@ -19,13 +19,14 @@ from sparkctl.hardware.load import BF16, FP32, MULTIPROCESSORS, Load, splitting
 from sparkctl.hardware.shape import Shape
 from sparkctl.model import catalog
 
-A100, SPARK = splitting("8.0", 256), splitting("12.1", 256)
+A100, HOPPER, SPARK = "8.0", "9.0", "12.1"  # compute capabilities
 
-# size, mode, tokens, documents, checkpointing, multiprocessors of a flash attention
+# size, mode, tokens, documents, checkpointing, GPU
 CASES = [
     ("0.8b", "lora", 5376, 12, False, A100),
     ("0.8b", "lora", 32768, 1, True, A100),
     ("2b", "lora", 16384, 1, False, A100),
+    ("2b", "lora", 16384, 1, False, HOPPER),
     ("2b", "lora", 5376, 12, True, SPARK),
     ("2b", "lora", 32768, 1, True, SPARK),
     ("2b", "full", 5376, 12, False, SPARK),
@@ -45,13 +46,14 @@ def counted() -> list[dict[str, int]]:
             work=synthetic(
                 catalog.config(f"qwen3.5-{size}"), mode, pack, documents, checkpointing=checkpointing
             ).dumps(),
-            multiprocessors=multiprocessors,
+            multiprocessors=splitting(gpu, 256),
+            hopper=gpu == HOPPER,
         )
-        for size, mode, pack, documents, checkpointing, multiprocessors in CASES
+        for size, mode, pack, documents, checkpointing, gpu in CASES
     ]
-    for size, pack, documents, multiprocessors in HEADS:
+    for size, pack, documents, gpu in HEADS:
         work = synthetic(catalog.config(f"qwen3.5-{size}"), "full", pack, documents, draft_steps=3)
-        asked.append(dict(kind="head", work=work.dumps(), multiprocessors=multiprocessors))
+        asked.append(dict(kind="head", work=work.dumps(), multiprocessors=splitting(gpu, 256)))
     script = Path(__file__).parents[1] / "allocations.py"
     done = subprocess.run([sys.executable, str(script)], input=json.dumps(asked), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -61,12 +63,12 @@ def counted() -> list[dict[str, int]]:
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[" ".join(map(str, case)) for case in CASES])
 def test_what_a_training_allocates(number: int, counted: list[dict[str, int]]) -> None:
     """Term by term. Seen: weights and gradients equal to 4 digits, the work .3 % under to 1.3 % over."""
-    size, mode, pack, documents, checkpointing, multiprocessors = CASES[number]
+    size, mode, pack, documents, checkpointing, gpu = CASES[number]
     found, config = counted[number], catalog.config(f"qwen3.5-{size}")
     work, shape = synthetic(config, mode, pack, documents), Shape.from_config(config, text_parameters(config))
     load = Load(
         mode, found["trainable"], work.rank if work.lora else 0, pack, max(work.lengths), sum(work.labels),
-        checkpointing, "cuda", fla=True, engine="native", multiprocessors=multiprocessors,
+        checkpointing, "cuda", fla=True, engine="native", multiprocessors=splitting(gpu, 256),
     )  # fmt: skip
     terms = memory.peak(shape, load)
     assert terms.weights + terms.masters == pytest.approx(found["weights"], rel=0.005)
@@ -77,11 +79,11 @@ def test_what_a_training_allocates(number: int, counted: list[dict[str, int]]) -
 @pytest.mark.parametrize("number", range(len(HEADS)), ids=[" ".join(map(str, case)) for case in HEADS])
 def test_what_a_head_s_training_allocates(number: int, counted: list[dict[str, int]]) -> None:
     """Seen: .6 % under and 1.3 % over."""
-    size, pack, documents, multiprocessors = HEADS[number]
+    size, pack, documents, gpu = HEADS[number]
     found, config = counted[len(CASES) + number], catalog.config(f"qwen3.5-{size}")
     work, shape = synthetic(config, "full", pack, documents), Shape.from_config(config, text_parameters(config))
     load = (pack, max(work.lengths), sum(work.labels), 3, "cuda")
-    total = heads.peak(shape, *load, packs=1, fla=True, multiprocessors=multiprocessors) - memory.CUDA_RUNTIME
+    total = heads.peak(shape, *load, packs=1, fla=True, multiprocessors=splitting(gpu, 256)) - memory.CUDA_RUNTIME
     everything = found["weights"] + found["gradients"] + found["work"] + 2 * FP32 * found["trainable"]
     assert 0.98 * everything <= total <= 1.03 * everything
 
@@ -91,13 +93,15 @@ def test_one_long_document_costs_more_where_attention_splits_its_sums() -> None:
     config = catalog.config("qwen3.5-2b")
     shape = Shape.from_config(config, text_parameters(config))
     one, two, none = (
-        native.attention_hand(shape, Load("lora", 0, 128, 16384, longest, 0, True, "cuda", True, "native", processors))
-        for longest, processors in ((16384, A100), (8192, A100), (16384, SPARK))
+        native.attention_hand(
+            shape, Load("lora", 0, 128, 16384, longest, 0, True, "cuda", True, "native", splitting(gpu, 256))
+        )
+        for longest, gpu in ((16384, A100), (8192, A100), (16384, SPARK))
     )
     assert one - two == 7 * FP32 * shape.queries
     assert one - none == 14 * FP32 * shape.queries + BF16 * shape.keys
-    assert splitting(None, 256) == SPARK == 0
-    assert splitting("9.0", 256) == 132
+    assert splitting(None, 256) == splitting(SPARK, 256) == 0
+    assert (splitting("9.0", 256), splitting("9.0", 128)) == (0, 132)
     assert splitting("12.1", 128) == 48
 
 

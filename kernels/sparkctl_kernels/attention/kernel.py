@@ -18,9 +18,8 @@ come from registers. 4 warps on a GB10: more of them race on compute capability 
 block's heads run side by side and share its keys in L2; blocks with most work come first.
 Hopper's wgmma wants 64 rows and 8 warps. On an H200 six layers of the 2B at 5,376 tokens of 12 documents took .43 ms
 forward and 2.2 ms backward; FlashAttention-2 as torch has it .67 and 4.5 (its deterministic backward gives a document's
-head to few of 132 multiprocessors), with one document 1.7 and 9.8 instead of 3.1 and 15.5 (2026-11-26; the pass for dK
-and dV before its pointers stepped along). Dispatch takes FlashAttention-2 there until a whole step has been measured.
-Strides are constants in that pass: as arguments they cost it 2 to 13 spills.
+head to few of 132 multiprocessors), with one document 1.7 and 9.8 instead of 3.1 and 15.5 (2026-11-26), and dispatch
+takes them there. Strides are constants in that pass: as arguments they cost it 2 to 13 spills.
 
 Keys that a row has to itself (`own`, for drafts), P of them with values, folded into what attention gave it, O₁ and L₁:
 
@@ -75,15 +74,21 @@ HOPPER: dict[int, Tiles] = {256: (Tile(128, 64, 2, 8), Tile(32, 64, 2, 8, apart=
 def tiles(q_TNH: torch.Tensor) -> Tiles:
     """Those of the head dim, small ones (of tests) as 64, on this device or on what is compiled for."""
     head_dim = q_TNH.shape[2]
-    if q_TNH.dtype != torch.float32 and head_dim in HOPPER and _on_hopper(q_TNH.device):
+    if q_TNH.dtype != torch.float32 and in_wide_tiles(q_TNH.device, head_dim):
         return HOPPER[head_dim]
     return SMALL[max(64, head_dim)]
 
 
-def _on_hopper(device: torch.device) -> bool:
+def in_wide_tiles(device: torch.device, head_dim: int) -> bool:
+    """Whether there are tiles for wgmma, which are faster than FlashAttention-2."""
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] == 9
-    return device.type == "meta" and triton.runtime.driver.active.get_current_target().arch == 90
+        return head_dim in HOPPER and torch.cuda.get_device_capability(device)[0] == 9
+    return head_dim in HOPPER and device.type == "meta" and _compiled_for() == 90
+
+
+def _compiled_for() -> int:
+    arch: int = triton.runtime.driver.active.get_current_target().arch
+    return arch
 
 
 @triton.jit

@@ -1,4 +1,5 @@
-"""Attention within documents: FlashAttention-2 where torch has it for the GPU, else Triton; the reference on a CPU.
+"""Attention within documents: on a GPU this project's kernels or torch's FlashAttention-2, the faster; on a CPU the
+reference.
 
 As functions below autograd, and as an operator with gradients.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,18 +20,18 @@ from sparkctl_kernels.vjp import Tape
 # T tokens · N query heads · K kv heads · H head dim
 Saved = Tape | tuple[torch.Tensor, ...]
 
-_own = False
+_asked: str | None = None
 
 
 @contextmanager
-def by_own_kernels() -> Iterator[None]:
-    """Take this project's kernels in this block where FlashAttention-2 would be taken, to compare the two."""
-    global _own
-    _own = True
+def by(kernel: Literal["flash", "triton"]) -> Iterator[None]:
+    """Take this one in the block where the device has both, to compare them."""
+    global _asked
+    _asked = kernel
     try:
         yield
     finally:
-        _own = False
+        _asked = None
 
 
 def choice(device: torch.device, head_dim: int) -> Choice:
@@ -43,7 +44,13 @@ def choice(device: torch.device, head_dim: int) -> Choice:
 
 
 def _takes_flash(device: torch.device, head_dim: int) -> bool:
-    return flash.serves(device, head_dim) and not _own
+    if not flash.serves(device, head_dim):
+        return False
+    if _asked is not None:
+        return _asked == "flash"
+    from sparkctl_kernels.attention import kernel
+
+    return not kernel.in_wide_tiles(device, head_dim)
 
 
 def forward(
