@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from sparkctl import env
+from sparkctl import child, env
 from sparkctl.bench.heads import stacks_of
 from sparkctl.bench.setting import Setting
 from sparkctl.bench.worker import Measured
@@ -133,12 +130,10 @@ def operations_of(measured: Measured, work: Workload, parameters: int) -> float:
 
 def _measure(name: str, work: Workload, device: str, steps: int, variables: dict[str, str]) -> Measured:
     """Run the worker. Raises SparkError with the last line of its words."""
-    command = [sys.executable, "-m", "sparkctl.bench.worker", name, device, str(steps)]
-    done = subprocess.run(
-        command, input=work.dumps(), capture_output=True, text=True, env={**env.everything(), **variables}
-    )
-    if done.returncode:
-        words = done.stderr.strip().splitlines()
-        why = CLASS.sub("", words[-1]) if words else f"exit status {done.returncode}"
-        raise SparkError(f"stack `{name}` failed: {why}")
-    return Measured(**json.loads(done.stdout.strip().splitlines()[-1]))
+    said, problem = child.answer(
+        "sparkctl.bench.worker", name, device, str(steps), seconds=None, input=work.dumps(),
+        environment={**env.everything(), **variables},
+    )  # fmt: skip
+    if problem:
+        raise SparkError(f"stack `{name}` failed: {CLASS.sub('', problem)}")
+    return Measured(**said)

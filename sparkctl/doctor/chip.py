@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from sparkctl.doctor import child, launch, ptx
+from sparkctl import child
+from sparkctl.doctor import launch, ptx
 from sparkctl.doctor.features import FEATURES, Feature
 from sparkctl.doctor.findings import Finding, Weight
 from sparkctl.doctor.ptx import Assembled, Assembler

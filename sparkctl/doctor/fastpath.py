@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from sparkctl import child
 from sparkctl.bench.predict import DEVICES, Ceiling
-from sparkctl.doctor import child
 from sparkctl.doctor.findings import Finding, Weight
 from sparkctl.progress import Progress, silent
 

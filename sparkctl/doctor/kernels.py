@@ -8,7 +8,7 @@ from typing import Any
 
 from sparkctl_kernels.limits import SHARED
 
-from sparkctl.doctor import child
+from sparkctl import child
 from sparkctl.doctor.targets import GB10
 from sparkctl.errors import SparkError, UsageError
 

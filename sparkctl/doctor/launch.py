@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from sparkctl.doctor import child
+from sparkctl import child
 from sparkctl.doctor.driver import LIBRARY, Driver, DriverError
 
 SECONDS = 15.0  # a context takes one, a probe milliseconds

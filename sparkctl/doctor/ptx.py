@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from sparkctl import env
-from sparkctl.doctor import child
+from sparkctl import child, env
 from sparkctl.doctor.targets import Target
 from sparkctl.errors import SparkError
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Literal
 
-from sparkctl.doctor import child
+from sparkctl import child
 from sparkctl.progress import Progress, silent
 
 SECONDS = 90.0  # an import over a slow disk takes a minute; unsloth's takes 40 s on a GPU

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from sparkctl.doctor import child, chip, device, device_rules, fastpath, findings, nvml, ptx, rules, software, targets
+from sparkctl import child
+from sparkctl.doctor import chip, device, device_rules, fastpath, findings, nvml, ptx, rules, software, targets
 from sparkctl.doctor.chip import Row
 from sparkctl.doctor.device import Device
 from sparkctl.doctor.fastpath import FastPath

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparkctl.doctor import child, exercise, fastpath, nvml
+from sparkctl import child
+from sparkctl.doctor import exercise, fastpath, nvml
 from sparkctl.doctor.fastpath import FastPath, Operator, Proof, Speed
 from sparkctl.doctor.findings import Weight
 from sparkctl.doctor.nvml import Gpu, Reading

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from fake_machine import drivers, no_drivers  # noqa: F401  # a fixture
 
-from sparkctl.doctor import child, launch
+from sparkctl import child
+from sparkctl.doctor import launch
 from sparkctl.doctor.launch import Claims, Launched
 
 CUBIN = b"cubin of a probe"

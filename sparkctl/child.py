@@ -1,4 +1,4 @@
-"""Work in a process of its own with a time limit: a crash, a hang or a trap there costs one answer."""
+"""Work in a process of its own: a crash, a hang or a trap there costs one answer, and its memory ends with it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,14 +30,18 @@ class Ended:
     problem: str | None = None
 
 
-def module(name: str, *arguments: str, seconds: float, input: str = "") -> Ended:
+def module(
+    name: str, *arguments: str, seconds: float | None, input: str = "", environment: Mapping[str, str] | None = None
+) -> Ended:
     """`python -m NAME ARGUMENTS` with this interpreter. The working folder is not on its path, as for `sparkctl`."""
-    return run([sys.executable, "-P", "-m", name, *arguments], seconds=seconds, input=input)
+    return run(_line(name, *arguments), seconds=seconds, input=input, environment=environment)
 
 
-def answer(name: str, *arguments: str, seconds: float, input: str = "") -> tuple[dict[str, Any], str | None]:
+def answer(
+    name: str, *arguments: str, seconds: float | None, input: str = "", environment: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], str | None]:
     """(the JSON object on the last line that a module of ours prints, None) or ({}, why there is none)."""
-    ended = module(name, *arguments, seconds=seconds, input=input)
+    ended = module(name, *arguments, seconds=seconds, input=input, environment=environment)
     if ended.problem:
         return {}, ended.problem
     lines = ended.out.strip().splitlines()
@@ -48,31 +52,48 @@ def answer(name: str, *arguments: str, seconds: float, input: str = "") -> tuple
     return (said, None) if isinstance(said, dict) else ({}, "ended without an answer")
 
 
-def run(command: Sequence[str], *, seconds: float, input: str = "") -> Ended:
-    """The command in a session of its own, which ends as a whole when its time is over."""
+def run(
+    command: Sequence[str], *, seconds: float | None, input: str = "", environment: Mapping[str, str] | None = None
+) -> Ended:
+    """The command in a session of its own, which ends as a whole when its time is over; None: it has all it wants.
+
+    environment: in place of this process's.
+    """
     if _over.is_set():
         return Ended(problem=INTERRUPTED)
+    pipe = subprocess.PIPE
     try:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            errors="replace", start_new_session=True,
-        )  # fmt: skip
+        with _started(command, environment, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+            out, err = process.communicate(input, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return Ended(problem=f"did not end within {seconds:g} s")
     except OSError as error:
         return Ended(problem=f"`{command[0]}` does not start: {(error.strerror or str(error)).lower()}")
+    return Ended(out, err, _problem(process.returncode, err))
+
+
+def _line(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-P", "-m", name, *arguments]
+
+
+@contextmanager
+def _started(
+    command: Sequence[str], environment: Mapping[str, str] | None = None, **streams: int
+) -> Iterator[subprocess.Popen[str]]:
+    """The process, killed with its session where the block ends in an error: nothing is left running."""
+    process = subprocess.Popen(  # type: ignore[call-overload]  # mypy knows no streams by name
+        command, text=True, errors="replace", start_new_session=True, env=environment, **streams
+    )
     _running.add(process)
     if _over.is_set():  # since it was looked at
         _kill(process)
     try:
-        out, err = process.communicate(input, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        _kill(process)
-        return Ended(problem=f"did not end within {seconds:g} s")
-    except BaseException:  # Ctrl-C: leave nothing running
+        yield process
+    except BaseException:  # Ctrl-C too
         _kill(process)
         raise
     finally:
         _running.discard(process)
-    return Ended(out, err, _problem(process.returncode, err))
 
 
 @contextmanager
