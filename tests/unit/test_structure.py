@@ -240,7 +240,8 @@ ROWS_OF_A_TABLE = {"sparkctl/bench/step.py"}
 
 
 def test_every_error_has_a_hint() -> None:
-    found = per_file(lambda file: unhinted(tree(file), told()), "sparkctl")
+    names = told()
+    found = per_file(lambda file: unhinted(tree(file), names), "sparkctl")
     assert {name: errors for name, errors in found.items() if name not in ROWS_OF_A_TABLE} == {}
 
 
