@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -70,6 +70,20 @@ def run(
     except OSError as error:
         return Ended(problem=f"`{command[0]}` does not start: {(error.strerror or str(error)).lower()}")
     return Ended(out, err, _problem(process.returncode, err))
+
+
+def listen(name: str, *arguments: str, hear: Callable[[Iterable[str]], None]) -> Ended:
+    """The same as `module` where it works for long: `hear` is given its lines as they come. Its stderr is this one's.
+
+    Where `hear` raises, the process is ended.
+    """
+    stdin, stdout = subprocess.DEVNULL, subprocess.PIPE
+    with _started(_line(name, *arguments), stdin=stdin, stdout=stdout) as process:
+        assert process.stdout
+        with process.stdout as lines:
+            hear(lines)
+        process.wait()
+    return Ended(problem=_problem(process.returncode, ""))
 
 
 def _line(name: str, *arguments: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from sparkctl.manifest.schema import PlanTable
 from sparkctl.manifest.store import Run, now
 from sparkctl.manifest.table import EngineName
 from sparkctl.progress import Progress, silent
+from sparkctl.steps.certifying import certificate_of
 from sparkctl.steps.record import versions
 from sparkctl.steps.training import Job, claimed, planned
 from sparkctl.train.ranks import Ranks
@@ -54,8 +55,12 @@ def verify_lossless(
     run = Run.open(folder)
     with claimed(run, "verify") as ranks:
         job = planned(run, allow_slow)
-        plan = job.plan.model_copy(update={"engine": engine}) if engine else job.plan
-        return _make(job, plan, steps, ranks, progress if ranks.writes else silent)
+        if engine:
+            job = replace(job, plan=job.plan.model_copy(update={"engine": engine}))
+        run.require_writable()
+        table, found = certified(job, steps, progress if ranks.writes else silent)
+        _keep(run, table, ranks)
+        return Result(run.root, table, found, ranks.rank)
 
 
 def require(job: Job, ranks: Ranks, progress: Progress) -> None:
@@ -65,10 +70,11 @@ def require(job: Job, ranks: Ranks, progress: Progress) -> None:
     """
     if job.plan.engine == "reference" or job.plan.estimates.seconds <= LONG:
         return
-    table = job.run.manifest.lossless
-    if table is None or table.made_from != _made_from(job, job.plan):
+    table, progress = job.run.manifest.lossless, progress if ranks.writes else silent
+    if table is None or table.made_from != _made_from(job):
         progress.say("a training of more than an hour: first the certificate that its engine is lossless here")
-        table = _make(job, job.plan, affordable(job.plan), ranks, progress).table
+        table = certificate_of(job, affordable(job.plan), progress)
+        _keep(job.run, table, ranks)
     if not table.passed:
         raise SparkError(
             f"the {table.engine} engine is not lossless with this model on this machine: {'; '.join(table.problems)}",
@@ -88,12 +94,12 @@ def _mend(run: Path) -> str:
     return f"sparkctl recommend {quoted(run)} --engine reference, or `sparkctl train {quoted(run)} --no-certificate`"
 
 
-def _make(job: Job, plan: PlanTable, steps: int, ranks: Ranks, progress: Progress) -> Result:
+def certified(job: Job, steps: int, progress: Progress) -> tuple[Lossless, Certificate]:
+    """The certificate of the job's engine, made in this process: as the manifest keeps it, and in full."""
     from sparkctl.data.batches import Schedule
     from sparkctl.verify.lossless import Setting, certify, chosen_packs
 
-    job.run.require_writable()
-    began, folder = time.monotonic(), job.model_folder(progress)
+    plan, began, folder = job.plan, time.monotonic(), job.model_folder(progress)
     schedule = Schedule(
         job.store(), pack_length=plan.pack_length, gradient_accumulation=plan.gradient_accumulation,
         epochs=plan.epochs, seed=plan.seed, max_steps=plan.max_steps,
@@ -101,16 +107,18 @@ def _make(job: Job, plan: PlanTable, steps: int, ranks: Ranks, progress: Progres
     packs, course = chosen_packs(schedule, steps)
     start = job.parent[1] if job.parent else None
     found = certify(Setting(plan, folder, packs, course, start, quoted(job.run.root), job.allow_slow), progress)
-    table = _table(job, plan, packs, found, time.monotonic() - began)
+    return _table(job, packs, found, time.monotonic() - began), found
+
+
+def _keep(run: Run, table: Lossless, ranks: Ranks) -> None:
     if ranks.writes:
-        with job.run.edit() as manifest:
+        with run.edit() as manifest:
             manifest.lossless = table
-    return Result(job.run.root, table, found, ranks.rank)
 
 
-def _table(job: Job, plan: PlanTable, packs: list[Pack], found: Certificate, seconds: float) -> Lossless:
+def _table(job: Job, packs: list[Pack], found: Certificate, seconds: float) -> Lossless:
     documents = [document for pack in packs for document in pack.documents]
-    formula = found.worst_formula
+    plan, formula = job.plan, found.worst_formula
     return Lossless(
         passed=not found.problems,
         problems=found.problems,
@@ -136,7 +144,7 @@ def _table(job: Job, plan: PlanTable, packs: list[Pack], found: Certificate, sec
         versions=versions(),
         seconds=round(seconds, 1),
         created=now(),
-        made_from=_made_from(job, plan),
+        made_from=_made_from(job),
     )
 
 
@@ -144,9 +152,9 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else ENDLESS
 
 
-def _made_from(job: Job, plan: PlanTable) -> str:
+def _made_from(job: Job) -> str:
     """What a certificate depends on: the training, the engine, the device, the libraries that compute."""
-    return fingerprint(job.made_from, plan.engine, _device(plan), versions())
+    return fingerprint(job.made_from, job.plan.engine, _device(job.plan), versions())
 
 
 def _device(plan: PlanTable) -> str:

@@ -79,10 +79,19 @@ def joined() -> Iterator[Ranks]:
     import torch
     import torch.distributed as dist
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(env.local_rank())
+    compute_on_own_gpu()
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield Ranks.current()
     finally:
         dist.destroy_process_group()
+
+
+def compute_on_own_gpu() -> None:
+    """Of several processes on a box each takes the GPU of its number."""
+    if env.world_size() == 1:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(env.local_rank())

@@ -112,18 +112,6 @@ def test_a_long_training_begins_with_its_certificate(run: Run, say: Callable[...
     assert "first the certificate" in say("train", run.root, "--force")[2]
 
 
-def test_a_long_training_on_a_wrong_engine_is_refused(run: Run, say: Callable[..., Said]) -> None:
-    with Fault("silu_mul", "forward", into="y_TF").planted():
-        status, _, err = say("train", long(run).root)
-        assert status == 1
-        assert "error: the native engine is not lossless with this model on this machine: " in err
-        assert "--no-certificate" in err
-        assert Run.open(run.root).manifest.train is None
-        again = say("train", run.root)[2]
-        assert "first the certificate" not in again  # the certificate that failed still stands
-        assert say("train", run.root, "--no-certificate")[0] == 0
-
-
 @pytest.mark.parametrize(("seconds", "engine"), [(3599.0, "native"), (7200.0, "reference")])
 def test_short_trainings_and_the_judge_s_own_need_none(
     run: Run, say: Callable[..., Said], seconds: float, engine: Any

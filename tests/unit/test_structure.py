@@ -16,6 +16,7 @@ from sources import KERNELS, PACKAGE, ROOT, files, imports, imports_at_start, mo
 # Folders and modules of sparkctl by row: each imports from rows above its own, and from itself.
 ROWS = (
     ("__version__", "child", "env", "errors", "files", "progress", "recipes", "words"),
+    ("telling",),
     ("manifest",),
     ("hardware",),
     ("data",),

@@ -1,0 +1,154 @@
+"""The certificate that a long `train` begins with: made in a process of its own, which leaves nothing in this one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ready
+
+from sparkctl.cli import app
+from sparkctl.errors import AGAIN
+from sparkctl.manifest.store import Run
+from sparkctl.steps import verify_lossless
+
+TESTS = Path(__file__).parents[1]
+CHILD = "sparkctl.steps.certifying"
+
+
+@pytest.fixture
+def run(tmp_path: Path, llama_folder: Path) -> Run:
+    """A training of a few steps on the native engine that is thought to be long."""
+    made = ready.run(tmp_path / "run", llama_folder, count=24, engine="native")
+    with made.edit() as manifest:
+        assert manifest.plan
+        manifest.plan.estimates.seconds = 2 * verify_lossless.LONG
+    return made
+
+
+@pytest.fixture
+def in_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """These lines run first in the process that makes the certificate, and in no other."""
+
+    def plant(lines: str) -> None:
+        folder = tmp_path / "site"
+        folder.mkdir()
+        body = "".join(f"    {line}\n" for line in lines.strip().splitlines())
+        (folder / "sitecustomize.py").write_text(f"import os, sys, time\nif {CHILD!r} in sys.orig_argv:\n{body}")
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
+
+    return plant
+
+
+def certificate(run: Run) -> dict[str, object]:
+    """[lossless], without its times."""
+    table = Run.open(run.root).manifest.lossless
+    return table.model_dump(exclude={"seconds", "created"}) if table else {}
+
+
+def test_it_is_the_one_that_verify_lossless_makes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["train", str(run.root)]) == 0, capsys.readouterr().err
+    made = certificate(run)
+    assert made["passed"]
+    assert app.run(["verify", "lossless", str(run.root), "--steps", str(made["steps"])]) == 0
+    assert certificate(run) == made
+
+
+BEFORE_AND_AFTER = """
+import json, sys
+from pathlib import Path
+from sparkctl.manifest.store import Run
+from sparkctl.progress import silent
+from sparkctl.steps import training, verify_lossless
+from sparkctl.train.ranks import Ranks
+run = Run.open(Path(sys.argv[1]))
+verify_lossless.require(training.planned(run), Ranks(), silent)
+print(json.dumps([run.manifest.lossless.passed, sorted({"transformers", "peft"} & set(sys.modules))]))
+"""
+
+
+def test_the_training_s_process_has_not_imported_transformers_yet(run: Run) -> None:
+    """Unsloth, for one, wants to be imported before it."""
+    done = subprocess.run([sys.executable, "-c", BEFORE_AND_AFTER, str(run.root)], capture_output=True, text=True)
+    assert json.loads(done.stdout) == [True, []], done.stderr
+
+
+def test_a_wrong_engine_is_refused(
+    run: Run, in_the_child: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_the_child(
+        f"sys.path.insert(0, {str(TESTS)!r})\n"
+        "from faults import Fault\n"
+        "planted = Fault('silu_mul', 'forward', into='y_TF').planted()\n"
+        "planted.__enter__()\n"
+    )
+    assert app.run(["train", str(run.root)]) == 1
+    err = capsys.readouterr().err
+    assert "error: the native engine is not lossless with this model on this machine: a formula differs" in err
+    assert f"sparkctl train {run.root} --no-certificate" in err
+    assert Run.open(run.root).manifest.train is None
+    assert not certificate(run)["passed"]
+    assert app.run(["train", str(run.root)]) == 1
+    assert "first the certificate" not in capsys.readouterr().err  # the certificate that failed still stands
+    assert app.run(["train", str(run.root), "--no-certificate"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("lines", "said", "hint"),
+    [
+        (
+            "os.kill(os.getpid(), 9)",
+            "making the certificate failed: died of SIGKILL",
+            "where memory ended, `ps -eo rss",
+        ),
+        (
+            "import torch\n"
+            "from sparkctl.train.engines import reference\n"
+            "def load(*_, **__): raise torch.OutOfMemoryError('CUDA out of memory')\n"
+            "reference.load = load",
+            "not enough memory for the truth in fp32",
+            "free memory, or go without a certificate: `sparkctl train",
+        ),
+    ],
+    ids=["killed", "memory"],
+)
+def test_what_fails_there_is_said_with_the_way_on(
+    lines: str, said: str, hint: str, run: Run, in_the_child: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_the_child(lines)
+    assert app.run(["train", str(run.root), "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["error"] == said
+    assert hint in answer["hint"]
+    assert f"{run.root} --no-certificate" in answer["hint"]
+    manifest = Run.open(run.root).manifest
+    assert (manifest.lossless, manifest.train) == (None, None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_both_processes(
+    number: signal.Signals, run: Run, in_the_child: Callable[[str], None], tmp_path: Path
+) -> None:
+    mark = tmp_path / "pid"
+    in_the_child(f"open({str(mark)!r}, 'w').write(str(os.getpid()))\ntime.sleep(300)")
+    command = [sys.executable, "-m", "sparkctl", "train", str(run.root)]
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True) as training:
+        end = time.monotonic() + 120
+        while not mark.exists() or not mark.read_text():
+            assert training.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        training.send_signal(number)
+        _, err = training.communicate(timeout=30)
+    assert training.returncode == 128 + number
+    assert err.endswith(f"error: interrupted\nhint: {AGAIN}\n")
+    assert not Path("/proc", mark.read_text()).exists()
+    with Run.open(run.root).step("train"):  # nobody holds it
+        assert certificate(run) == {}
