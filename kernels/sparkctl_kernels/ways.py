@@ -81,9 +81,17 @@ WAYS: dict[str, Way] = {TORCH: by_torch, "cublaslt": by_cublaslt, "halves": by_h
 def pin(choices: dict[str, str]) -> None:
     """Take these ways and no others; what is not about a product here is passed over."""
     gemm.pinned.clear()
-    for name, way in choices.items():
-        if name.startswith(f"{gemm.PREFIX} ") and way in WAYS and way != TORCH:
-            gemm.pinned[Product.parse(name)] = WAYS[way]
+    for name, way in among(choices).items():
+        gemm.pinned[Product.parse(name)] = WAYS[way]
+
+
+def among(choices: dict[str, str]) -> dict[str, str]:
+    """Of a run's choices, or of what was measured, the products that are not torch's: what `pin` takes."""
+    return {
+        name: way
+        for name, way in choices.items()
+        if name.startswith(f"{gemm.PREFIX} ") and way in WAYS and way != TORCH
+    }
 
 
 def pinned() -> dict[str, str]:

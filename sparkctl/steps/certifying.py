@@ -44,7 +44,7 @@ def main() -> None:
     run, steps, *slow = sys.argv[1:]
     with telling() as teller:
         compute_on_own_gpu()
-        table, _ = certified(planned(Run.open(Path(run)), bool(slow)), int(steps), teller)
+        table, _ = certified(planned(Run.open(Path(run)), bool(slow)), int(steps), {}, teller)
         teller.answer(table.model_dump(mode="json"))
 
 

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from sparkctl.errors import SparkError
@@ -58,7 +59,7 @@ def verify_lossless(
         if engine:
             job = replace(job, plan=job.plan.model_copy(update={"engine": engine}))
         run.require_writable()
-        table, found = certified(job, steps, progress if ranks.writes else silent)
+        table, found = certified(job, steps, _choices(job), progress if ranks.writes else silent)
         _keep(run, table, ranks)
         return Result(run.root, table, found, ranks.rank)
 
@@ -71,7 +72,7 @@ def require(job: Job, ranks: Ranks, progress: Progress) -> None:
     if job.plan.engine == "reference" or job.plan.estimates.seconds <= LONG:
         return
     table, progress = job.run.manifest.lossless, progress if ranks.writes else silent
-    if table is None or table.made_from != _made_from(job):
+    if table is None or table.made_from != _made_from(job, job.model_folder(progress), {}):
         progress.say("a training of more than an hour: first the certificate that its engine is lossless here")
         table = certificate_of(job, affordable(job.plan), progress)
         _keep(job.run, table, ranks)
@@ -94,8 +95,11 @@ def _mend(run: Path) -> str:
     return f"sparkctl recommend {quoted(run)} --engine reference, or `sparkctl train {quoted(run)} --no-certificate`"
 
 
-def certified(job: Job, steps: int, progress: Progress) -> tuple[Lossless, Certificate]:
-    """The certificate of the job's engine, made in this process: as the manifest keeps it, and in full."""
+def certified(job: Job, steps: int, choices: dict[str, str], progress: Progress) -> tuple[Lossless, Certificate]:
+    """The certificate of the job's engine, made in this process: as the manifest keeps it, and in full.
+
+    choices: what the engine is pinned to; none where the training begins anew.
+    """
     from sparkctl.data.batches import Schedule
     from sparkctl.verify.lossless import Setting, certify, chosen_packs
 
@@ -106,8 +110,17 @@ def certified(job: Job, steps: int, progress: Progress) -> tuple[Lossless, Certi
     )  # fmt: skip
     packs, course = chosen_packs(schedule, steps)
     start = job.parent[1] if job.parent else None
-    found = certify(Setting(plan, folder, packs, course, start, quoted(job.run.root), job.allow_slow), progress)
-    return _table(job, packs, found, time.monotonic() - began), found
+    setting = Setting(plan, folder, packs, course, start, quoted(job.run.root), job.allow_slow, choices)
+    made_from = _made_from(job, folder, choices)
+    found = certify(setting, progress)
+    return _table(job, packs, found, made_from, time.monotonic() - began), found
+
+
+def _choices(job: Job) -> dict[str, str]:
+    """What the training that this run has begun is pinned to, none where there is nothing that could be resumed."""
+    before = job.before
+    begun = before and before.last_checkpoint and (before.made_from, before.engine) == (job.made_from, job.plan.engine)
+    return before.choices if before and begun else {}
 
 
 def _keep(run: Run, table: Lossless, ranks: Ranks) -> None:
@@ -116,7 +129,7 @@ def _keep(run: Run, table: Lossless, ranks: Ranks) -> None:
             manifest.lossless = table
 
 
-def _table(job: Job, packs: list[Pack], found: Certificate, seconds: float) -> Lossless:
+def _table(job: Job, packs: list[Pack], found: Certificate, made_from: str, seconds: float) -> Lossless:
     documents = [document for pack in packs for document in pack.documents]
     plan, formula = job.plan, found.worst_formula
     return Lossless(
@@ -144,7 +157,7 @@ def _table(job: Job, packs: list[Pack], found: Certificate, seconds: float) -> L
         versions=versions(),
         seconds=round(seconds, 1),
         created=now(),
-        made_from=_made_from(job),
+        made_from=made_from,
     )
 
 
@@ -152,9 +165,21 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else ENDLESS
 
 
-def _made_from(job: Job) -> str:
-    """What a certificate depends on: the training, the engine, the device, the libraries that compute."""
-    return fingerprint(job.made_from, job.plan.engine, _device(job.plan), versions())
+def _made_from(job: Job, folder: Path, choices: dict[str, str]) -> str:
+    """What a certificate depends on: the training, the engine, the device, the libraries that compute, the ways in
+    which matrix products are computed. folder: the base model's."""
+    ways = _ways(job.plan, folder, choices)
+    return fingerprint(job.made_from, job.plan.engine, _device(job.plan), versions(), ways)
+
+
+def _ways(plan: PlanTable, folder: Path, choices: dict[str, str]) -> dict[str, str]:
+    """The products that are not torch's: on a GPU, in the native engine."""
+    from sparkctl.model.inspect import read_config, text_part
+    from sparkctl.train.engines.native.engine import ways_of
+
+    if plan.engine != "native" or plan.machine.device == "cpu":
+        return {}
+    return ways_of(choices, SimpleNamespace(**text_part(read_config(folder))), plan.lora)
 
 
 def _device(plan: PlanTable) -> str:

@@ -49,7 +49,8 @@ IN_FP32 = {"native"}  # engines whose load() takes dtype
 
 @dataclass(frozen=True)
 class Setting:
-    """What is computed. start: a checkpoint to begin with, else fresh masters. name: the run in hints."""
+    """What is computed. start: a checkpoint to begin with, else fresh masters. name: the run in hints. choices: those
+    that the engine is pinned to, none: its own."""
 
     plan: PlanTable
     folder: Path
@@ -58,6 +59,7 @@ class Setting:
     start: Path | None = None
     name: str = "RUN"
     allow_slow: bool = False
+    choices: dict[str, str] = field(default_factory=dict)
 
     @property
     def documents(self) -> list[Pack]:
@@ -212,7 +214,7 @@ def load_judge(setting: Setting, dtype: torch.dtype) -> Engine:
 
 def load_engine(setting: Setting) -> Engine:
     """The plan's engine, as a training would have it."""
-    return make_engine(setting.plan, setting.folder, name=setting.name, allow_slow=setting.allow_slow)
+    return make_engine(setting.plan, setting.folder, setting.choices, setting.name, setting.allow_slow)
 
 
 def in_fp32(setting: Setting, truth: Measured, progress: Progress) -> tuple[Measured | None, str | None]:
@@ -226,7 +228,9 @@ def in_fp32(setting: Setting, truth: Measured, progress: Progress) -> tuple[Meas
         return None, f"the {engine} engine computes in its own precision alone"
     plan = setting.plan.model_copy(update={"checkpointing": True})
     load = import_module(ENGINES[engine]).load
-    fp32 = partial(load, plan, setting.folder, {}, torch.float32, allow_slow=setting.allow_slow, name=setting.name)
+    fp32 = partial(
+        load, plan, setting.folder, setting.choices, torch.float32, allow_slow=setting.allow_slow, name=setting.name
+    )
     try:
         return measure(setting, fp32, truth, f"the {engine} engine in fp32", progress, gradients_alone=True), None
     except _too_large() as error:  # a tile that fits in bf16 may not in fp32

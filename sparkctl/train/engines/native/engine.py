@@ -85,13 +85,21 @@ def settle(base: Any, choices: dict[str, str], allow_slow: bool) -> list[Choice]
 
 
 def take_ways(choices: dict[str, str], config: Any, lora: Lora | None) -> None:
-    """Compute matrix products as an earlier start did, at a first start as `bench products` found fastest here."""
+    """Compute matrix products as `ways_of` says."""
+    from sparkctl_kernels import ways
+
+    ways.pin(ways_of(choices, config, lora))
+
+
+def ways_of(choices: dict[str, str], config: Any, lora: Lora | None) -> dict[str, str]:
+    """The products that a GPU computes by other ways than torch's: as at the earlier start whose choices these are, at
+    a first start, without any, as `bench products` found fastest here. config: the text model's."""
     from sparkctl_kernels import ways
 
     from sparkctl.hardware.machine import this_machine
     from sparkctl.hardware.measurements import Layers, ways_here
 
-    ways.pin(choices or ways_here(this_machine(), Layers.of(config, lora.r if lora else 0)))
+    return ways.among(choices or ways_here(this_machine(), Layers.of(config, lora.r if lora else 0)))
 
 
 class Names(Protocol):
