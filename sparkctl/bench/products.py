@@ -1,16 +1,19 @@
 """`bench products`: each matrix product of a training step by every way to compute it, the fastest right one kept.
 
-A training that starts on this machine later takes what is kept, and pins it; without this command it takes torch's.
+A training that starts on this machine later, of the model or of its MTP head, takes what is kept for it, and pins it;
+without this command it takes torch's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from sparkctl.bench.heads import stacks_of
 from sparkctl.bench.setting import Setting
-from sparkctl.bench.workload import Workload, random_model
+from sparkctl.bench.workload import Workload
 from sparkctl.hardware.measurements import Layers, keep_ways
 from sparkctl.manifest.store import now
 from sparkctl.progress import Progress, silent
@@ -50,18 +53,14 @@ def measure(
     work: Workload, device: torch.device, seconds: Callable[[Callable[[], None]], float] | None = None
 ) -> tuple[list[Row], Layers]:
     """The products of a micro-step as the native engine computes it. seconds: a clock other than the GPU's own."""
-    import torch
     from sparkctl_kernels import ways
 
-    from sparkctl.train.engines.native.engine import from_model
-
-    base = random_model(work, device, torch.bfloat16 if work.lora else torch.float32)
-    engine = from_model(base, lora=work.lora, checkpointing=False, seed=work.seed)
-    pack = work.pack()
+    stack = stacks_of(work)["native"](work, device)
     with ways.measuring(seconds) as found:
-        engine.micro_step(pack, 1 / pack.labels)
+        stack.step()
     rows = [Row(str(key), 2.0 * key.rows * key.columns * key.depth, timed) for key, timed in found.items()]
-    return rows, Layers.of(base.config, work.rank if work.lora else 0)
+    config = SimpleNamespace(**{**work.config, **work.text})
+    return rows, Layers.of(config, work.rank if work.lora else 0, head=bool(work.draft_steps))
 
 
 def one_of_each(work: Workload) -> Workload:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 from sparkctl import child, env
 from sparkctl.bench.heads import stacks_of
@@ -21,7 +20,6 @@ from sparkctl.hardware.load import Load
 from sparkctl.hardware.shape import Shape
 from sparkctl.hardware.throughput import operations
 from sparkctl.manifest.store import now
-from sparkctl.manifest.table import Mode
 from sparkctl.progress import Progress, silent
 
 CACHES = {  # variables that say where a stack keeps compiled kernels
@@ -95,9 +93,8 @@ def _keep(at: Setting, row: Row) -> None:
     work, rate = at.work, row.rate()
     if at.model_key is None or row.stack != "native" or not rate or (work.mode == "full" and not work.draft_steps):
         return
-    mode: Mode | Literal["mtp"] = "mtp" if work.draft_steps else work.mode
     rank = work.draft_steps or (work.rank if work.lora else 0)
-    kind = measurements.Kind(at.model_key, mode, rank, work.checkpointing)
+    kind = measurements.Kind(at.model_key, work.trained, rank, work.checkpointing)
     known = measurements.lookup(at.machine, kind)
     if not any(one.engine == "native" and one.pack_length == at.pack_length and not one.benched for one in known):
         measurements.record(at.machine, kind, "native", rate, at.pack_length, now(), benched=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -55,6 +55,11 @@ class Workload:
     def tokens(self) -> int:
         """Tokens of the pack."""
         return sum(self.lengths)
+
+    @property
+    def trained(self) -> Mode | Literal["mtp"]:
+        """The mode, or mtp: the head of a frozen model."""
+        return "mtp" if self.draft_steps else self.mode
 
     @property
     def lora(self) -> Lora | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,6 +15,9 @@ from sparkctl.manifest.table import Mode
 ShapeOpt = Annotated[str, typer.Option("--shape", help="A published shape, random weights made on the device.")]
 ModelOpt = Annotated[Path | None, typer.Option("--model", help="The shape of this model folder instead.")]
 ModeOpt = Annotated[Mode, typer.Option("--mode", help="lora or full fine-tuning.")]
+TrainedOpt = Annotated[
+    Literal["lora", "full", "mtp"], typer.Option("--mode", help="lora or full fine-tuning, or the MTP head's training.")
+]
 TokensOpt = Annotated[int, typer.Option("--tokens", min=16, help="Tokens of the pack.")]
 DocumentsOpt = Annotated[int, typer.Option("--documents", min=1, help="Documents in the pack.")]
 RankOpt = Annotated[int, typer.Option("--rank", min=1, help="LoRA rank.")]
@@ -55,17 +58,21 @@ def kernels(
 def products(
     shape: ShapeOpt = "qwen3.5-2b",
     model: ModelOpt = None,
-    mode: ModeOpt = "lora",
+    mode: TrainedOpt = "lora",
     tokens: TokensOpt = 5376,
     rank: RankOpt = 128,
     keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Trainings on this machine take the best.")] = True,
     json: JsonOpt = False,
 ) -> None:
     """Each matrix product of a step by every way to compute it; trainings that start here later take the fastest."""
+    from sparkctl.bench.mtp import mtp_setting
     from sparkctl.bench.products import bench_products
     from sparkctl.bench.setting import setting
 
-    at = setting(shape=shape, mode=mode, pack=tokens, model=model, rank=rank)
+    if mode == "mtp":
+        at = mtp_setting(shape=shape, pack=tokens, model=model)
+    else:
+        at = setting(shape=shape, mode=mode, pack=tokens, model=model, rank=rank)
     rows, kept = bench_products(at, keep=keep, progress=console.progress())
     console.answer(measured.products_json(at, rows, kept), measured.products_table(at, rows, kept), json=json)
 

@@ -71,7 +71,7 @@ def _shown(timing: Timing) -> str:
 def products_json(at: Setting, rows: list[ProductRow], kept: bool) -> dict[str, Any]:
     """Products as one object."""
     table = [{**asdict(row), "best": row.timed.best, "speedup": row.speedup} for row in rows]
-    return {"ok": True, **_setting(at), "mode": at.work.mode, "rank": at.work.rank, "kept": kept, "products": table}
+    return {"ok": True, **_setting(at), "mode": at.work.trained, "rank": at.work.rank, "kept": kept, "products": table}
 
 
 def products_table(at: Setting, rows: list[ProductRow], kept: bool) -> Group:
@@ -84,7 +84,7 @@ def products_table(at: Setting, rows: list[ProductRow], kept: bool) -> Group:
         seconds = row.timed.seconds
         cells = [f"{1e6 * seconds[way]:.1f}" if way in seconds else "wrong" for way in ways]
         table.add_row(row.name, *cells, row.timed.best, f"{row.operations / seconds[row.timed.best] / 1e12:.0f}")
-    title = f"products of {at.name}, {at.work.mode}, {at.work.tokens:,} tokens, on {at.machine.name}"
+    title = f"products of {at.name}, {at.work.trained}, {at.work.tokens:,} tokens, on {at.machine.name}"
     end = "trainings that start on this machine take the best of each" if kept else "nothing was kept"
     return Group(console.titled(title, table), end)
 

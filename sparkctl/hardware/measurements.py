@@ -98,17 +98,20 @@ def probe(machine: Machine) -> Probe:
 
 
 class Layers(NamedTuple):
-    """What decides which matrix products a training computes. rank: 0 without LoRA."""
+    """What decides which matrix products a training computes. rank: 0 without LoRA; head: an MTP head's, on the frozen
+    model."""
 
     model_type: str
     hidden: int
     ffn: int
     rank: int
+    head: bool = False
 
     @classmethod
-    def of(cls, config: Any, rank: int) -> Layers:
+    def of(cls, config: Any, rank: int = 0, *, head: bool = False) -> Layers:
         """Of a config of transformers, the text model's."""
-        return cls(str(config.model_type).removesuffix("_text"), config.hidden_size, config.intermediate_size, rank)
+        kind = str(config.model_type).removesuffix("_text")
+        return cls(kind, config.hidden_size, config.intermediate_size, rank, head)
 
 
 def keep_ways(machine: Machine, layers: Layers, ways: dict[str, str], when: str) -> bool:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from sparkctl_kernels.documents import Documents, documents, upload
 
 from sparkctl.data.batches import Pack
+from sparkctl.hardware.measurements import Layers
 from sparkctl.model.inspect import read_config, text_part
 from sparkctl.model.load import load_text_model
 from sparkctl.model.mtp import PREFIX
@@ -66,7 +67,7 @@ class Drafter:
         choices: Mapping[str, str] | None = None, allow_slow: bool = False,
     ) -> Drafter:  # fmt: skip
         """On a frozen text model of transformers, whose tensors it shares; a head of zeros. text: its config's part."""
-        parts = settle(base, dict(choices or {}), allow_slow)
+        parts = settle(base, Layers.of(base.config, head=True), dict(choices or {}), allow_slow)
         model = NativeModel(base, {}, 1.0, trained=False, checkpointing=False, dtype=dtype)
         return cls(model, Head(text, model.device, dtype), parts)
 

@@ -22,7 +22,7 @@ from sparkctl_kernels.linear_cross_entropy import op as linear_cross_entropy
 from sparkctl.data.batches import Pack
 from sparkctl.manifest.table import HeadLoss
 from sparkctl.mtp.drafter import Drafter, Tensor
-from sparkctl.train.engines.native.engine import has_labels, pinned
+from sparkctl.train.engines.native.engine import describe_ways, has_labels, pinned
 from sparkctl.train.engines.native.model import label_rows
 
 if TYPE_CHECKING:
@@ -93,11 +93,13 @@ class HeadEngine:
         return [
             ("head", f"{len(self.weights)} draft steps against {against}; the model is frozen"),
             *((part.operator, f"{part.kernel} ({part.reason})") for part in self.drafter.parts),
+            *describe_ways(),
             ("lm_head", "on label tokens, a teacher's chunk against every step's"),
         ]
 
     def choices(self) -> dict[str, str]:
-        """What decides the bits: the device, on a CPU its threads, on a GPU the kernels and their tiles."""
+        """What decides the bits: the device, on a CPU its threads, on a GPU the kernels, their tiles, the products that
+        are not torch's."""
         return pinned(self.device, self.drafter.parts)
 
     def _refresh(self) -> None:

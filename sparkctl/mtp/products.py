@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from sparkctl_kernels.gemm import add_product
+from sparkctl_kernels.gemm import add_product, product
 from sparkctl_kernels.silu_mul import op as silu_mul
 from torch import nn
 
@@ -55,13 +55,13 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, by: Product) -> Tensor:
         ctx.by = by
         ctx.save_for_backward(x_TD)
-        return x_TD @ by.copy.T
+        return product(x_TD, by.copy.T)
 
     @staticmethod
     def backward(ctx: Any, dy_TM: Tensor) -> tuple[Tensor, None]:
         (x_TD,) = ctx.saved_tensors
         ctx.by.add_gradient(dy_TM, x_TD)
-        return dy_TM @ ctx.by.copy, None
+        return product(dy_TM, ctx.by.copy), None
 
 
 def feed_forward(x_TD: Tensor, gate_up: Product, down: Product) -> Tensor:
@@ -73,21 +73,21 @@ def feed_forward(x_TD: Tensor, gate_up: Product, down: Product) -> Tensor:
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, gate_up: Product, down: Product) -> Tensor:
-        gates_T2F = x_TD @ gate_up.copy.T
+        gates_T2F = product(x_TD, gate_up.copy.T)
         y_TF = gates_T2F.new_empty(len(x_TD), down.copy.shape[1])
         silu_mul.forward(gates_T2F, y_TF)
         ctx.gate_up, ctx.down = gate_up, down
         ctx.save_for_backward(x_TD, gates_T2F)
-        return y_TF @ down.copy.T
+        return product(y_TF, down.copy.T)
 
     @staticmethod
     def backward(ctx: Any, d_TD: Tensor) -> tuple[Tensor, None, None]:
         x_TD, gates_T2F = ctx.saved_tensors
-        y_TF = d_TD @ ctx.down.copy
+        y_TF = product(d_TD, ctx.down.copy)
         silu_mul.backward_(y_TF, gates_T2F)  # the gates are their own gradient now, y what down was given
         ctx.down.add_gradient(d_TD, y_TF)
         ctx.gate_up.add_gradient(gates_T2F, x_TD)
-        return gates_T2F @ ctx.gate_up.copy, None, None
+        return product(gates_T2F, ctx.gate_up.copy), None, None
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:

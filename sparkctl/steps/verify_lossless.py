@@ -174,12 +174,14 @@ def _made_from(job: Job, folder: Path, choices: dict[str, str]) -> str:
 
 def _ways(plan: PlanTable, folder: Path, choices: dict[str, str]) -> dict[str, str]:
     """The products that are not torch's: on a GPU, in the native engine."""
+    from sparkctl.hardware.measurements import Layers
     from sparkctl.model.inspect import read_config, text_part
     from sparkctl.train.engines.native.engine import ways_of
 
     if plan.engine != "native" or plan.machine.device == "cpu":
         return {}
-    return ways_of(choices, SimpleNamespace(**text_part(read_config(folder))), plan.lora)
+    config = SimpleNamespace(**text_part(read_config(folder)))
+    return ways_of(choices, Layers.of(config, plan.lora.r if plan.lora else 0))
 
 
 def _device(plan: PlanTable) -> str:

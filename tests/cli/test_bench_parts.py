@@ -201,11 +201,11 @@ def test_ways_are_those_of_the_machine_the_layers_and_the_versions(monkeypatch: 
 def test_a_training_takes_what_was_kept_and_a_resumed_one_what_it_began_with() -> None:
     config = type("Config", (), dict(model_type="qwen3", hidden_size=8, intermediate_size=16))
     measurements.keep_ways(this_machine(), Layers("qwen3", 8, 16, 0), {"gemm nt 1x2x3": "halves"}, "now")
-    native.take_ways({}, config, None)
+    native.take_ways({}, Layers.of(config))
     assert ways.pinned() == {"gemm nt 1x2x3": "halves"}
-    native.take_ways({"device": "a GPU", "gemm nn 1x2x3": "halves"}, config, None)
+    native.take_ways({"device": "a GPU", "gemm nn 1x2x3": "halves"}, Layers.of(config))
     assert ways.pinned() == {"gemm nn 1x2x3": "halves"}
-    native.take_ways({"device": "a GPU"}, config, None)
+    native.take_ways({"device": "a GPU"}, Layers.of(config))
     assert ways.pinned() == {}
 
 
@@ -237,7 +237,7 @@ def test_on_a_gpu_every_operator_is_right_and_every_product_has_its_ways(bench: 
     wrong = {row["operator"]: row["failed"] or row["errors"] for row in said["operators"] if not row["right"]}
     assert (status, wrong) == (0, {})
     assert all(row["ours"]["busy"] > 0 and row["share"] > 0 for row in said["operators"])
-    for mode in ("lora", "full"):
+    for mode in ("lora", "full", "mtp"):
         status, said = bench("products", "--shape", "qwen3.5-0.8b", "--tokens", 640, "--mode", mode, "--no-keep")
         assert status == 0
         assert {way for row in said["products"] for way in row["timed"]["seconds"]} == set(ways.WAYS)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sparkctl.data.batches import Pack
 from sparkctl.errors import SparkError, UsageError
+from sparkctl.hardware.machine import this_machine
+from sparkctl.hardware.measurements import Layers, ways_here
 from sparkctl.manifest.schema import Lora, PlanTable
 from sparkctl.train.engines import cpu
 from sparkctl.train.engines.device import planned_device
@@ -54,9 +56,7 @@ def from_model(
 
     from sparkctl.train.engines.native.model import NativeModel
 
-    if next(base.parameters()).device.type != "cpu":
-        take_ways(choices or {}, base.config, lora)
-    parts = settle(base, choices or {}, allow_slow)
+    parts = settle(base, Layers.of(base.config, lora.r if lora else 0), choices or {}, allow_slow)
     base.requires_grad_(lora is None)
     trained, adapters = trainable(base, lora, seed, names or AsTheyAre())
     model = NativeModel(
@@ -66,7 +66,7 @@ def from_model(
     return NativeEngine(model, trained, parts)
 
 
-def settle(base: Any, choices: dict[str, str], allow_slow: bool) -> list[Choice]:
+def settle(base: Any, layers: Layers, choices: dict[str, str], allow_slow: bool) -> list[Choice]:
     """Compute as an earlier start did, or as this device does best; what each operator of the model runs on.
 
     Raises SparkError where a GPU would run a slow fallback and `allow_slow` does not let it.
@@ -77,6 +77,7 @@ def settle(base: Any, choices: dict[str, str], allow_slow: bool) -> list[Choice]
     if device.type == "cpu":
         cpu.settle(base.config.hidden_size, choices)
     else:
+        take_ways(choices, layers)
         gated_delta.pin(choices)
     parts = kernels(base, device)
     if not allow_slow:
@@ -84,22 +85,19 @@ def settle(base: Any, choices: dict[str, str], allow_slow: bool) -> list[Choice]
     return parts
 
 
-def take_ways(choices: dict[str, str], config: Any, lora: Lora | None) -> None:
+def take_ways(choices: dict[str, str], layers: Layers) -> None:
     """Compute matrix products as `ways_of` says."""
     from sparkctl_kernels import ways
 
-    ways.pin(ways_of(choices, config, lora))
+    ways.pin(ways_of(choices, layers))
 
 
-def ways_of(choices: dict[str, str], config: Any, lora: Lora | None) -> dict[str, str]:
+def ways_of(choices: dict[str, str], layers: Layers) -> dict[str, str]:
     """The products that a GPU computes by other ways than torch's: as at the earlier start whose choices these are, at
-    a first start, without any, as `bench products` found fastest here. config: the text model's."""
+    a first start, without any, as `bench products` found fastest here."""
     from sparkctl_kernels import ways
 
-    from sparkctl.hardware.machine import this_machine
-    from sparkctl.hardware.measurements import Layers, ways_here
-
-    return ways.among(choices or ways_here(this_machine(), Layers.of(config, lora.r if lora else 0)))
+    return ways.among(choices or ways_here(this_machine(), layers))
 
 
 class Names(Protocol):
@@ -218,13 +216,10 @@ class NativeEngine:
 
     def describe(self) -> list[tuple[str, str]]:
         """Which operator runs on which kernel."""
-        from sparkctl_kernels import ways
-
-        others = len(ways.pinned())
         return [
             ("engine", "native: packed documents, every operator forward and backward by hand"),
             *((part.operator, f"{part.kernel} ({part.reason})") for part in self._parts),
-            *([("products", f"{others} shapes not by {ways.TORCH}, as measured here")] if others else []),
+            *describe_ways(),
             ("lm_head", "on label tokens"),
             ("checkpointing", "every layer" if self._model.checkpointing else "off"),
         ]
@@ -238,6 +233,14 @@ class NativeEngine:
         import torch
 
         return torch.zeros((), dtype=torch.float32, device=self.device)
+
+
+def describe_ways() -> list[tuple[str, str]]:
+    """How many products are not torch's, for a person; nothing where all are."""
+    from sparkctl_kernels import ways
+
+    others = len(ways.pinned())
+    return [("products", f"{others} shapes not by {ways.TORCH}, as measured here")] if others else []
 
 
 def pinned(device: torch.device, parts: list[Choice]) -> dict[str, str]:
