@@ -69,14 +69,16 @@ def _parent_loss(job: Job, parent: Run, checkpoint: Path, ranks: Ranks, progress
     from sparkctl.train.engines import make_engine
     from sparkctl.train.guard import Numbers
     from sparkctl.train.loop import held_out_loss
+    from sparkctl.train.watch import watched_alone
 
     trained = state.read_state(checkpoint)
     plan = job.plan.model_copy(update={"mode": trained.mode, "lora": trained.lora, "checkpointing": False})
     folder = model_folder(parent, analysed(parent)[0], progress)
-    engine = make_engine(plan, folder, name=quoted(job.run.root), allow_slow=job.allow_slow)
-    state.load_trainable(checkpoint, engine.parameters())
-    progress.say(f"scoring `{parent.root}` ({checkpoint.name}) on this run's held-out examples")
     store = job.store()
     numbers = Numbers(store.place, "look at these examples, or train without `--gate`")
     what = f"the held-out loss of `{parent.root}`"
-    return held_out_loss(engine, eval_packs(store, plan.pack_length), ranks, numbers, what)
+    with watched_alone(plan.machine, f"`{parent.root}` was scored"):
+        engine = make_engine(plan, folder, name=quoted(job.run.root), allow_slow=job.allow_slow)
+        state.load_trainable(checkpoint, engine.parameters())
+        progress.say(f"scoring `{parent.root}` ({checkpoint.name}) on this run's held-out examples")
+        return held_out_loss(engine, eval_packs(store, plan.pack_length), ranks, numbers, what)

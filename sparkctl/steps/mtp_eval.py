@@ -169,6 +169,7 @@ def measure(job: Job, known: Sequence[Acceptance] = (), progress: Progress = sil
     from sparkctl.hardware.machine import this_machine
     from sparkctl.mtp import accept
     from sparkctl.train import guard
+    from sparkctl.train.watch import watched_alone
 
     there = {row.made_from: row for row in known}
     missing = [subject for subject in job.subjects if subject.made_from not in there]
@@ -180,7 +181,7 @@ def measure(job: Job, known: Sequence[Acceptance] = (), progress: Progress = sil
             request.max_tokens, request.draft_length, machine.device, request.allow_slow, quoted(request.run)
         )
         smaller = f"sparkctl mtp eval {quoted(request.run)} --prompts {max(1, request.prompts // 4)}"
-        with guard.memory("the model and its answers", smaller):
+        with watched_alone(machine, "drafts were measured"), guard.memory("the model and its answers", smaller):
             made = accept.measure(missing, [prompt.ids for prompt in job.prompts], setting, progress)
         there |= {row.made_from: row for row in made}
     return [there[subject.made_from] for subject in job.subjects]

@@ -75,12 +75,13 @@ def carry_out(
     from sparkctl.train.engines import import_first
     from sparkctl.train.guard import Signals
     from sparkctl.train.metrics import Metrics, truncate
-    from sparkctl.train.watch import watched
+    from sparkctl.train.watch import watched, watched_alone
 
     import_first(job.estimates()[0])
     progress = progress if ranks.writes else silent
     base = job.base(checkpoint, progress) if ranks.writes else None
-    session = open_session(job, checkpoint, ranks, progress)
+    with watched_alone(job.plan.machine, "the model was loaded"):
+        session = open_session(job, checkpoint, ranks, progress)
     signals = Signals(job.again, progress.say)
     recorder = _Recorder(job, session, gate_limit, base)
     ranks.meet(session.engine.device)  # all have read the run before the first changes it

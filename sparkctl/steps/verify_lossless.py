@@ -101,6 +101,7 @@ def certified(job: Job, steps: int, choices: dict[str, str], progress: Progress)
     choices: what the engine is pinned to; none where the training begins anew.
     """
     from sparkctl.data.batches import Schedule
+    from sparkctl.train.watch import watched_alone
     from sparkctl.verify.lossless import Setting, certify, chosen_packs
 
     plan, began, folder = job.plan, time.monotonic(), job.model_folder(progress)
@@ -112,7 +113,8 @@ def certified(job: Job, steps: int, choices: dict[str, str], progress: Progress)
     start = job.parent[1] if job.parent else None
     setting = Setting(plan, folder, packs, course, start, quoted(job.run.root), job.allow_slow, choices)
     made_from = _made_from(job, folder, choices)
-    found = certify(setting, progress)
+    with watched_alone(plan.machine, "the certificate was made"):
+        found = certify(setting, progress)
     return _table(job, packs, found, made_from, time.monotonic() - began), found
 
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import _thread
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from sparkctl.errors import Interrupted, SparkError, memory_ended
+from sparkctl.errors import AGAIN, Interrupted, SparkError, memory_ended
 from sparkctl.hardware.machine import HOST_RESERVE, available_memory
 
 if TYPE_CHECKING:
     from sparkctl.data.batches import Pack
     from sparkctl.manifest.schema import Machine
 
+Handler = Callable[[int, FrameType | None], None]
 SHOWN = 12  # documents named in a message
+KNOCK = signal.SIGUSR1  # from the thread that looks at memory to the main one, which may wait for a lock or a file
+FREE = "free some memory (`ps -eo rss,args --sort=-rss | head` shows who holds it)"
 
 
 class Numbers:
@@ -75,17 +78,14 @@ class Signals:
     @property
     def free_hint(self) -> str:
         """How to go on where memory was short."""
-        return f"free some memory (`ps -eo rss,args --sort=-rss | head` shows who holds it), then `{self._hint}`"
+        return f"{FREE}, then `{self._hint}`"
 
     @contextmanager
     def caught(self) -> Iterator[Signals]:
         """Catch the signals inside the block. Call it in the main thread."""
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        told = {signal.SIGINT: self._on_signal, signal.SIGTERM: self._on_signal, KNOCK: self._on_knock}
+        with _handled(told):
             yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def flags(self) -> list[float]:
         """What the ranks add up: a signal here, a shortage here."""
@@ -104,7 +104,7 @@ class Signals:
             self._say(f"memory runs low ({left}): saving the last step, then stopping")
         if at_once and not self._exhausted:
             self._exhausted = True
-            _thread.interrupt_main(signal.SIGTERM)
+            knock()
 
     def stopped(self, message: str) -> Interrupted:
         """The error that ends the command once all is saved."""
@@ -113,13 +113,65 @@ class Signals:
             return Interrupted(f"{message}; {reason}", self.free_hint, reason=reason)
         return Interrupted(message, self._hint, self.received or signal.SIGINT)
 
+    def _on_knock(self, number: int, frame: FrameType | None) -> None:
+        raise self.stopped("stopped at once, without saving")
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._exhausted:
-            raise self.stopped("stopped at once, without saving")
         if self.received is not None:
             raise Interrupted("stopped at once, without saving", self._hint, number)
         self.received = number
         self._say(f"{signal.Signals(number).name}: saving the last step, then stopping; once more stops at once")
+
+
+class _Exhausted(BaseException):
+    """Memory ran low. No Exception, so that no `except` of a library takes it for a failure of its own."""
+
+
+class Leaving:
+    """What stops work that has nothing to save, such as loading a model: memory that runs low, at once.
+
+    `doing`: that work, in the error. A signal ends it as it ends any command.
+    """
+
+    def __init__(self, doing: str) -> None:
+        self._doing = doing
+        self._shortage: str | None = None
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Raise Interrupted out of the block where memory runs low in it. Call it in the main thread."""
+        try:
+            with _handled({KNOCK: self._on_knock}):
+                yield
+        except _Exhausted:
+            reason = f"memory ran low ({self._shortage})"
+            message = f"interrupted while {self._doing}; nothing to save; {reason}"
+            raise Interrupted(message, f"{FREE}, then {AGAIN}", reason=reason) from None
+
+    def short_of_memory(self, left: str, *, at_once: bool) -> None:
+        """Called by another thread."""
+        if self._shortage is None:
+            self._shortage = left
+            knock()
+
+    def _on_knock(self, number: int, frame: FrameType | None) -> None:
+        raise _Exhausted
+
+
+def knock() -> None:
+    """Interrupt the main thread. Raising in Python alone would not end its wait for a lock."""
+    signal.pthread_kill(threading.main_thread().ident or 0, KNOCK)
+
+
+@contextmanager
+def _handled(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
+    """These signals' handlers inside the block; those from before come back at its end."""
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -145,7 +197,7 @@ def limit_memory(machine: Machine) -> None:
     if available <= HOST_RESERVE:
         raise SparkError(
             f"{available / 2**30:.1f} GiB of memory are left, and the host keeps {HOST_RESERVE / 2**30:.0f} GiB",
-            "free some memory: `ps -eo rss,args --sort=-rss | head` shows who holds it",
+            FREE,
         )
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, (available - HOST_RESERVE) / total))

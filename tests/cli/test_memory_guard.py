@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,12 +13,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import merging_run
 import pytest
 import ready
 
 from sparkctl.cli import app
 from sparkctl.manifest.schema import Machine
 from sparkctl.manifest.store import Run
+from sparkctl.model import load
+from sparkctl.mtp import drafter
 from sparkctl.steps.train import train
 from sparkctl.train import watch
 from sparkctl.train.engines.reference import ReferenceEngine
@@ -98,8 +102,67 @@ def test_it_saves_stops_with_the_reason_and_resumes_bit_for_bit(
     assert weights(run) == weights(straight)
 
 
-# A process that enters a group with a limit, trains, and in one micro-step takes memory piece by piece until less than
-# the floor is left (or nothing, where nobody watches), as another process on that machine would.
+SHORT = "memory ran low (2.00 GiB left, the floor is 2.24 GiB)"
+
+
+def short_while_loading(patch: pytest.MonkeyPatch) -> None:
+    """Less than the floor is left from the moment when a model is loaded; its loading takes long."""
+    left = [9 * GIB]
+
+    def load_text_model(*given: Any, **named: Any) -> Any:
+        left[0] = 2 * GIB
+        time.sleep(10)
+        pytest.fail("it went on")
+
+    patch.setattr(watch, "available_memory", lambda: left[0])
+    patch.setattr(watch, "LOADING", 0.01)
+    for module in (load, drafter):
+        patch.setattr(module, "load_text_model", load_text_model)
+
+
+LARGE = Machine(name="a processor", device="cpu", memory=112 * GIB, cores=20)
+
+
+@pytest.fixture(params=["train", "resume", "mtp train"])
+def ready_for(request: pytest.FixtureRequest, tmp_path: Path, llama_folder: Path, qwen35_folder: Path) -> list[str]:
+    """A command that loads a model, and its run."""
+    root, few = tmp_path / "run", []
+    if request.param == "mtp train":
+        run, few = merging_run.trained_run(root, qwen35_folder), ["--prompts", "3", "--pack-length", "64"]
+        ready.store(root / "tokens", ready.documents(20))
+        with run.edit() as manifest:
+            assert manifest.plan
+            manifest.plan.machine = LARGE
+        assert app.run(["merge", str(root)]) == 0
+    else:
+        ready.run(root, llama_folder, count=24, machine=LARGE)
+    if request.param == "resume":
+        with pytest.MonkeyPatch.context() as patch:
+            at_micro_step(patch, BEGUN, lambda: signal.raise_signal(signal.SIGINT))
+            assert app.run(["train", str(root)]) == 130
+    return [*request.param.split(), str(root), *few]
+
+
+def test_a_model_that_is_too_large_is_not_loaded_to_its_end(
+    ready_for: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = tmp_path / "run" / "run.toml"
+    before = manifest.read_bytes()
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        short_while_loading(patch)
+        status = app.run([*ready_for, "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert (status, answer["exit_status"]) == (1, 1)
+    assert answer["error"] == f"interrupted while the model was loaded; nothing to save; {SHORT}"
+    assert answer["hint"].startswith("free some memory (`ps")
+    assert manifest.read_bytes() == before
+    assert app.run(ready_for) == 0  # the same command again, as the hint says
+
+
+# A process that enters a group with a limit, trains, and in one micro-step, or while the model is loaded (number 0),
+# takes memory piece by piece until less than the floor is left (or nothing, where nobody watches), as another process
+# on that machine would.
 PROGRAM = """
 import itertools, sys, time
 root, procs, number, watched = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "watched"
@@ -109,23 +172,33 @@ import numpy as np
 from sparkctl.cli import app
 from sparkctl.hardware.machine import available_memory
 from sparkctl.manifest.store import Run
+from sparkctl.model import load
 from sparkctl.train import watch
 from sparkctl.train.engines.reference import ReferenceEngine
 
 floor = watch.floor(Run.open(root).manifest.plan.machine)
-original, calls, taken = ReferenceEngine.micro_step, itertools.count(1), []
+compute, loaded, calls, taken = ReferenceEngine.micro_step, load.load_text_model, itertools.count(1), []
+
+def take():
+    while not watched or available_memory() > 0.8 * floor:
+        taken.append(np.ones(4 << 20, np.uint8))
+    time.sleep(3 * watch.EVERY)
 
 def micro_step(self, pack, scale):
     if next(calls) == number:
-        while not watched or available_memory() > 0.8 * floor:
-            taken.append(np.ones(4 << 20, np.uint8))
-        time.sleep(3 * watch.EVERY)
-    return original(self, pack, scale)
+        take()
+    return compute(self, pack, scale)
+
+def load_text_model(*given, **named):
+    if number == 0:
+        take()
+    return loaded(*given, **named)
 
 if not watched:
     watch.floor = lambda machine: 0
 watch.EVERY = 0.2
 ReferenceEngine.micro_step = micro_step
+load.load_text_model = load_text_model
 sys.exit(app.run(["train", root]))
 """
 LIMIT = 2 * GIB
@@ -164,9 +237,9 @@ def remove(group: Path) -> None:
     raise AssertionError(f"{group} is still in use")
 
 
-def trained_in(procs: Path, run: Run, watched: str) -> subprocess.CompletedProcess[str]:
-    """Train in the group."""
-    command = [sys.executable, "-c", PROGRAM, str(run.root), str(procs), str(BEGUN), watched]
+def trained_in(procs: Path, run: Run, number: int, watched: str) -> subprocess.CompletedProcess[str]:
+    """Train in the group, short of memory in the micro-step of that number."""
+    command = [sys.executable, "-c", PROGRAM, str(run.root), str(procs), str(number), watched]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -175,7 +248,7 @@ def test_in_a_group_with_a_limit(
     tmp_path: Path, llama_folder: Path, straight: Run, limited: Path, watched: str
 ) -> None:
     run = ready.run(tmp_path / "run", llama_folder, count=24, machine=FLOOR_MACHINE)
-    done = trained_in(limited, run, watched)
+    done = trained_in(limited, run, BEGUN, watched)
     table = Run.open(run.root).manifest.train
     assert table
     if watched == "unwatched":
@@ -187,4 +260,21 @@ def test_in_a_group_with_a_limit(
     assert "hint: free some memory" in done.stderr
     assert table.status == "interrupted"
     assert app.run(["resume", str(run.root)]) == 0
+    assert weights(run) == weights(straight)
+
+
+@pytest.mark.parametrize("watched", ["watched", "unwatched"])
+def test_loading_in_a_group_with_a_limit(
+    tmp_path: Path, llama_folder: Path, straight: Run, limited: Path, watched: str
+) -> None:
+    run = ready.run(tmp_path / "run", llama_folder, count=24, machine=FLOOR_MACHINE)
+    done = trained_in(limited, run, 0, watched)
+    assert Run.open(run.root).manifest.train is None
+    if watched == "unwatched":
+        assert done.returncode == -9, done.stderr
+        return
+    assert done.returncode == 1, done.stderr
+    assert "error: interrupted while the model was loaded; nothing to save; memory ran low (" in done.stderr
+    assert "hint: free some memory" in done.stderr
+    assert app.run(["train", str(run.root)]) == 0
     assert weights(run) == weights(straight)

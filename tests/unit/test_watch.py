@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,10 +55,17 @@ class Memory:
 
     def __init__(self, left: int) -> None:
         self.left, self.looks = left, 0
+        self.when, self.then = 0, left
 
     def __call__(self) -> int:
         self.looks += 1
+        if self.looks == self.when:
+            self.left = self.then
         return self.left
+
+    def after(self, looks: int, left: int) -> None:
+        """Another reading from so many looks on."""
+        self.when, self.then = looks, left
 
 
 def stopped_at_step_4(training: Training, memory: Memory, left: int, machine: Machine) -> Interrupted:
@@ -128,6 +137,44 @@ def test_where_hardly_anything_is_left_it_stops_at_once(tmp_path: Path) -> None:
     assert caught.value.exit_status == 1
     assert max(done) == 3
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+
+
+def loading(lock: threading.Lock) -> None:
+    """A library that takes every failure for its own and goes on, while the main thread waits for others."""
+    try:
+        lock.acquire()
+    except Exception:
+        pytest.fail("the library heard it")
+
+
+def test_while_nothing_is_to_be_saved_it_stops_under_the_floor() -> None:
+    """At once, though the floor is not half gone; also where the main thread waits for a lock."""
+    memory, taken = Memory(9 * GIB), threading.Lock()
+    taken.acquire()
+    memory.after(3, int(0.9 * watch.floor(SPARK)))
+    handler = signal.getsignal(guard.KNOCK)
+    with pytest.raises(Interrupted) as caught, watch.watched_alone(SPARK, "the model was loaded", memory, every=0.005):
+        loading(taken)
+    error = caught.value
+    assert error.exit_status == 1
+    assert error.message == f"interrupted while the model was loaded; nothing to save; {error.reason}"
+    assert error.reason == "memory ran low (2.02 GiB left, the floor is 2.24 GiB)"
+    assert "free some memory" in str(error.hint)
+    assert "run the same command again" in str(error.hint)
+    assert signal.getsignal(guard.KNOCK) == handler
+    looked = memory.looks
+    time.sleep(0.02)
+    assert memory.looks == looked  # nobody looks after the end
+
+
+def test_work_with_nothing_to_save_goes_on_above_the_floor_and_on_other_machines() -> None:
+    memory, none = Memory(watch.floor(LAPTOP)), Memory(0)
+    with (
+        watch.watched_alone(LAPTOP, "the model was loaded", memory, every=0.001),
+        watch.watched_alone(H200, "the model was loaded", none, every=0.001),
+    ):
+        wait(lambda: memory.looks > 5)
+    assert none.looks == 0
 
 
 def test_a_gpu_with_its_own_memory_is_not_watched(tmp_path: Path) -> None:
