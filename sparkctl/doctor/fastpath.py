@@ -1,13 +1,14 @@
 """Whether the fast path is taken, right, repeatable and fast here: three questions, a process each.
 
-Rates come first, without the two others on the GPU, most of whose time goes into imports and into compiling kernels:
-they run side by side.
+Rates are measured before anything else of `doctor` runs: whatever is beside them costs them something. Most of the two
+others' time goes into imports and into compiling kernels: they run side by side, and beside all else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from sparkctl import child
 from sparkctl.bench.predict import DEVICES, Ceiling
@@ -93,30 +94,46 @@ class FastPath:
     problems: dict[str, str] = field(default_factory=dict)
 
 
-def look(progress: Progress = silent, usable: Callable[[], bool] = lambda: True) -> FastPath | None:
-    """Ask all three. usable: whether torch can be imported, asked where the first has no answer; None where not."""
-    said, problems = {}, {}
-    with progress.task("trying the fast path", len(SECONDS)) as task, child.at_once(len(SECONDS)) as pool:
+class Answer(NamedTuple):
+    """What a part said, or why it did not."""
 
-        def ask(part: str) -> None:
-            said[part], problem = child.answer("sparkctl.doctor.exercise", part, seconds=SECONDS[part])
-            if problem:
-                problems[part] = problem
-            task.advance()
+    said: dict[str, Any]
+    problem: str | None
 
-        task.note(RATES)
-        ask(RATES)
-        if RATES in problems and not usable():
-            return None
-        others = [part for part in SECONDS if part != RATES]
+
+def rates(progress: Progress = silent) -> Answer:
+    """Of products and copies. Nothing else should run meanwhile."""
+    with progress.task("measuring rates"):
+        return _ask(RATES)
+
+
+def look(rates: Answer, progress: Progress = silent, usable: Callable[[], bool] = lambda: True) -> FastPath | None:
+    """What the rates said, and the two others. usable: whether torch can be imported, asked where there are no rates;
+    None where not.
+    """
+    if rates.problem and not usable():
+        return None
+    others = [part for part in SECONDS if part != RATES]
+    with progress.task("trying the fast path", len(others)) as task, child.at_once(len(others)) as pool:
         task.note(" and ".join(others))
-        list(pool.map(ask, others))
+
+        def ask(part: str) -> Answer:
+            answer = _ask(part)
+            task.advance()
+            return answer
+
+        answers = dict(zip(others, pool.map(ask, others), strict=True)) | {RATES: rates}
+    proof, speed = answers["proof"].said, rates.said
     return FastPath(
-        [Operator(**one) for one in said["kernels"].get("operators", [])],
-        Proof(**said["proof"]) if said["proof"] else None,
-        Speed(**said["speed"]) if said["speed"] else None,
-        {part: problems[part] for part in SECONDS if part in problems},
+        [Operator(**one) for one in answers["kernels"].said.get("operators", [])],
+        Proof(**proof) if proof else None,
+        Speed(**speed) if speed else None,
+        {part: answers[part].problem or "" for part in SECONDS if answers[part].problem},
     )
+
+
+def _ask(part: str) -> Answer:
+    return Answer(*child.answer("sparkctl.doctor.exercise", part, seconds=SECONDS[part]))
 
 
 def judge(found: FastPath) -> list[Finding]:

@@ -59,11 +59,13 @@ class Installed:
     torch: Torch | None = None
 
 
-def look(*, importing: bool, progress: Progress = silent) -> list[Installed]:
-    """Every library. importing: try each; without, its version comes from its metadata alone."""
-    found = [Installed(library, _version(library.name)) for library in LIBRARIES]
-    if not importing:
-        return found
+def look() -> list[Installed]:
+    """Every library, by its metadata alone."""
+    return [Installed(library, _version(library.name)) for library in LIBRARIES]
+
+
+def imported(found: list[Installed], progress: Progress = silent) -> list[Installed]:
+    """The same, each tried."""
     with progress.task("importing libraries", len(found)) as task, child.at_once(AT_ONCE) as pool:
 
         def tried(one: Installed) -> Installed:
@@ -74,10 +76,10 @@ def look(*, importing: bool, progress: Progress = silent) -> list[Installed]:
         return list(pool.map(tried, found))
 
 
-def versions() -> dict[str, str]:
-    """Versions of the libraries and of those that rules ask of; what is not installed is not in it."""
-    names = [*(library.name for library in LIBRARIES), *BESIDE]
-    return {name: found for name in names if (found := _version(name))}
+def versions(found: list[Installed]) -> dict[str, str]:
+    """Of these, and of those that rules ask of; what is not installed is not in it."""
+    named = {one.library.name: one.version for one in found} | {name: _version(name) for name in BESIDE}
+    return {name: version for name, version in named.items() if version}
 
 
 def requirements() -> dict[str, list[str]]:

@@ -61,7 +61,7 @@ def doctor(target: str | None = None, *, quick: bool = False, progress: Progress
     if quick and seen.claims and seen.claims.problem and "did not end" in seen.claims.problem:
         seen = replace(seen, claims=None)
     here = targets.of_capability(seen.gpu.capability) if seen.gpu else None
-    report = Report(here, seen, assemblers, software.look(importing=False), quick=quick)
+    report = Report(here, seen, assemblers, software.look(), quick=quick)
     if quick:
         features, wrong = _features(report, progress)
         report = replace(report, features=features)
@@ -73,17 +73,17 @@ def doctor(target: str | None = None, *, quick: bool = False, progress: Progress
 
 
 def _side_by_side(report: Report, progress: Progress) -> tuple[Report, list[Finding]]:
-    """Imports, probes and the fast path into the report, each in processes of its own; what is wrong with the probes.
+    """Rates by themselves, then imports, probes and the rest of the fast path, each in processes of its own; and what
+    is wrong with the probes.
 
     One after the other they took 96 to 120 s on a busy H200 (2026-11-26).
     """
     tried = bool(report.device and report.device.usable and _installed(report.software, "torch"))
+    rates = fastpath.rates(progress) if tried else None
     with progress.task("looking at this machine", 2 + tried) as task, child.at_once(2) as pool:
-        imports = pool.submit(software.look, importing=True, progress=progress)
+        imports = pool.submit(software.imported, report.software, progress)
         probes = pool.submit(_features, report, progress)
-        if report.target is None:
-            imports.result()  # a CPU's rates want the CPU to themselves
-        path = fastpath.look(progress, lambda: _usable_torch(imports.result())) if tried else None
+        path = fastpath.look(rates, progress, lambda: _usable_torch(imports.result())) if rates else None
         task.advance(tried)
         features, wrong = probes.result()
         task.advance()
@@ -98,7 +98,7 @@ def _of_target(target: Target, assemblers: list[Assembler], quick: bool, progres
     here = targets.of_capability(gpu.capability) if gpu else None
     launching = not quick and here is not None and here.number == target.number
     rows = chip.rows(target, assemblers, launching=launching, beside=beside, progress=progress)
-    report = Report(target, None, assemblers, software.look(importing=False), rows, quick=quick)
+    report = Report(target, None, assemblers, software.look(), rows, quick=quick)
     wrong = chip.judge(rows, target) + rules.judge(_facts(report))
     return replace(report, findings=findings.by_weight(wrong))
 
@@ -125,7 +125,7 @@ def _facts(report: Report) -> rules.Facts:
         capability = int(major), int(minor)
     carried = list(_carried(report.assemblers, report.target))
     return rules.Facts(
-        versions=software.versions(),
+        versions=software.versions(report.software),
         capability=capability,
         requirements=software.requirements(),
         driver=gpu.cuda if gpu else None,

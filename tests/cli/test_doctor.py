@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -271,8 +272,10 @@ def test_the_whole_command_says_what_the_fast_path_came_to(
     operators = [Operator("attention", "triton", "fused kernel of this project, head dim 256")]
     proof = Proof(float("inf"), "layers.0.q_proj", 0.9, 30, [2], 3.0)
     speed = Speed("NVIDIA GB10", 45e12, 240e9, 850.0, 3003.0, 20.0, ["power brake"])
-    monkeypatch.setattr(fastpath, "look", lambda progress, usable: FastPath(operators, proof, speed))
-    monkeypatch.setattr(software, "look", lambda importing, progress=None: [Installed(LIBRARIES[0], "2.13.0", True)])
+    monkeypatch.setattr(fastpath, "rates", lambda progress: fastpath.Answer({}, None))
+    monkeypatch.setattr(fastpath, "look", lambda rates, progress, usable: FastPath(operators, proof, speed))
+    monkeypatch.setattr(software, "look", lambda: [Installed(LIBRARIES[0], "2.13.0")])
+    monkeypatch.setattr(software, "imported", lambda found, progress: [replace(one, imports=True) for one in found])
     status, out, err = run(capsys)
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert status == 1

@@ -5,16 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from sparkctl import child
-from sparkctl.doctor import exercise, fastpath, nvml
+from sparkctl.doctor import chip, exercise, fastpath, nvml, software, targets
+from sparkctl.doctor.chip import Row
 from sparkctl.doctor.fastpath import FastPath, Operator, Proof, Speed
 from sparkctl.doctor.findings import Weight
 from sparkctl.doctor.nvml import Gpu, Reading
+from sparkctl.doctor.software import Installed
+from sparkctl.progress import silent
+from sparkctl.steps import doctor
 
 CPU = torch.device("cpu")
 PROOF = Proof(1.1, "layers.0.q_proj", 0.9, 30, [], 12.0)
@@ -63,29 +68,41 @@ def test_answers_that_do_not_come_are_problems(monkeypatch: pytest.MonkeyPatch) 
         return (said, None) if part == "kernels" else ({}, f"{part} died")
 
     monkeypatch.setattr(child, "answer", answer)
-    found = fastpath.look()
+    found = fastpath.look(fastpath.rates())
     assert found == FastPath(
         [Operator("rms_norm", "triton", "fused")], problems={"proof": "proof died", "speed": "speed died"}
     )
 
 
-def test_rates_have_the_gpu_to_themselves_and_the_others_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of the two waits for the other to have begun: one after the other, they would wait in vain."""
+def test_rates_are_measured_while_nothing_else_runs_and_the_rest_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part of the rest waits for all others to have begun: one after the other, they would wait in vain."""
     order: list[str] = []
-    both = threading.Barrier(2, timeout=20)
+    rest = threading.Barrier(4, timeout=20)
 
     def answer(name: str, part: str, seconds: float) -> tuple[dict[str, Any], str | None]:
-        order.append(part)
-        if part != fastpath.RATES:
-            both.wait()
-        order.append(f"{part} ended")
-        return {}, "no answer"
+        work(part, alone=part == fastpath.RATES)
+        return ({"gpu": None, "operations": 1e12, "bytes": 1e9}, None) if part == fastpath.RATES else ({}, "no answer")
 
+    def work(part: str, alone: bool = False) -> None:
+        order.append(part)
+        time.sleep(0.05)  # for whatever else has begun
+        if not alone:
+            rest.wait()
+        order.append(f"{part} ended")
+
+    def rows(*given: Any, **named: Any) -> list[Row]:
+        work("probes")
+        return []
+
+    here: Any = SimpleNamespace(usable=True)
+    installed = [Installed(software.LIBRARIES[0], "2.13.0")]
     monkeypatch.setattr(child, "answer", answer)
-    found = fastpath.look()
-    assert found
-    assert order[:2] == ["speed", "speed ended"]
-    assert list(found.problems) == list(fastpath.SECONDS)
+    monkeypatch.setattr(chip, "rows", rows)
+    found, _ = doctor._side_by_side(doctor.Report(targets.parse("sm_121a"), here, [], installed), silent)
+    assert order[:2] == [fastpath.RATES, f"{fastpath.RATES} ended"]
+    assert sorted(order[2:6]) == ["kernels", "probes", "proof", "torch"]
+    assert found.fast_path
+    assert list(found.fast_path.problems) == ["kernels", "proof"]
 
 
 def test_without_a_torch_that_can_be_imported_nothing_more_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +113,7 @@ def test_without_a_torch_that_can_be_imported_nothing_more_is_tried(monkeypatch:
         return {}, "ImportError: libcudart.so.13"
 
     monkeypatch.setattr(child, "answer", answer)
-    assert fastpath.look(usable=lambda: False) is None
+    assert fastpath.look(fastpath.rates(), usable=lambda: False) is None
     assert asked == ["speed"]
 
 

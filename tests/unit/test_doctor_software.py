@@ -31,7 +31,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Installed]:
         patch.setenv("PYTHONPATH", str(folder))
         patch.setattr(software, "SECONDS", 12.0)
         patch.setattr(software, "LIBRARIES", [one for one in software.LIBRARIES if one.name in BODIES])
-        return {one.library.name: one for one in software.look(importing=True)}
+        return {one.library.name: one for one in software.imported(software.look())}
 
 
 @pytest.mark.parametrize(
@@ -67,15 +67,17 @@ def test_a_torch_for_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(software, "LIBRARIES", software.LIBRARIES[:1])
-    (found,) = software.look(importing=True)
+    (found,) = software.imported(software.look())
     assert found.torch == Torch("13.0", ("sm_80", "sm_120", "compute_120"), True)
 
 
 def test_without_importing_versions_are_from_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_machine.package(tmp_path, "unsloth", "2026.10.9", "raise SystemExit(7)", requires=("datasets<5",))
     monkeypatch.syspath_prepend(tmp_path)
-    found = {one.library.name: one for one in software.look(importing=False)}
+    here = software.look()
+    found = {one.library.name: one for one in here}
     assert (found["unsloth"].version, found["unsloth"].imports) == ("2026.10.9", None)
-    assert software.versions()["unsloth"] == "2026.10.9"
+    assert software.versions(here)["unsloth"] == "2026.10.9"
     assert software.requirements()["unsloth"] == ["datasets<5"]
-    assert "bitsandbytes" not in software.versions()
+    assert "numpy" in software.versions(here)  # that has no row
+    assert "bitsandbytes" not in software.versions(here)
