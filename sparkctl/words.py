@@ -1,4 +1,4 @@
-"""Small words of messages: counts with their noun, paths."""
+"""Small words of messages: counts with their noun, bytes, paths."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from pathlib import Path
 def counted(count: int, noun: str) -> str:
     """1 example, 1,200 examples."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def size(count: float) -> str:
+    """Bytes for a person: 1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
 
 
 def here(path: Path) -> str:

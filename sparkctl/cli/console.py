@@ -28,6 +28,7 @@ from rich.text import Text
 
 from sparkctl.errors import Interrupted, SparkError
 from sparkctl.progress import Progress, Task
+from sparkctl.words import size
 
 QUIET_SECONDS = 15.0  # between progress lines where stderr is no terminal
 WIDE = 10_000  # columns where there is no terminal: nothing is wrapped in a pipe or a log
@@ -132,15 +133,6 @@ def rows(title: str, *pairs: tuple[str, object]) -> Group:
     for name, value in pairs:
         table.add_row(Text(name), Text(str(value)))
     return titled(title, table)
-
-
-def size(count: float) -> str:
-    """Bytes for a person: 1.5 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def duration(seconds: float) -> str:

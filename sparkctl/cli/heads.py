@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from sparkctl.cli import acceptance, console
 from sparkctl.cli.train import trained
 from sparkctl.manifest.schema import HeadPlan
+from sparkctl.words import size
 
 if TYPE_CHECKING:
     from sparkctl.steps.mtp_train import Result
@@ -50,5 +51,5 @@ def _planned(plan: HeadPlan) -> RenderableType:
         ("drafts", f"{plan.draft_steps} a row, each weighing {plan.decay:g} of the one before; loss {plan.loss}"),
         ("learning rate", f"{plan.learning_rate:g}"),
         ("time", f"about {console.duration(plan.estimated_seconds)}"),
-        ("peak memory", console.size(plan.estimated_peak_memory)),
+        ("peak memory", size(plan.estimated_peak_memory)),
     )

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from sparkctl.cli import console
-from sparkctl.words import here
+from sparkctl.words import here, size
 
 if TYPE_CHECKING:
     from sparkctl.doctor.device import Device
@@ -27,7 +26,7 @@ def rows(device: Device) -> Rows:
     yield "memory", _memory(device)
     yield "swap", "none" if not device.swap else f"{_gib(device.swap)}, {_gib(device.swap_used or 0)} in use"
     for disk in device.disks:
-        yield f"disk, {disk.name}", f"{console.size(disk.free)} free at {here(disk.folder)}"
+        yield f"disk, {disk.name}", f"{size(disk.free)} free at {here(disk.folder)}"
 
 
 def _gpu(gpu: Gpu, toolkit: str | None) -> Rows:

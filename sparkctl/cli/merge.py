@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 
 from sparkctl.cli import console
 from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, RunArg
-from sparkctl.words import here
+from sparkctl.words import here, size
 
 if TYPE_CHECKING:
     from sparkctl.steps.merge import Result
@@ -66,6 +66,6 @@ def _human(result: Result, dry_run: bool) -> RenderableType:
         ("checkpoint", result.checkpoint),
         ("folder", here(result.folder)),
         ("tensors", f"{result.changed_tensors:,} of {result.tensors:,} changed"),
-        ("size", console.size(result.bytes)),
+        ("size", size(result.bytes)),
         ("time", console.duration(result.seconds)),
     )

@@ -18,7 +18,7 @@ from sparkctl.errors import UsageError
 from sparkctl.manifest.schema import Choices, PlanTable
 from sparkctl.manifest.store import describe
 from sparkctl.manifest.table import EngineName, Mode
-from sparkctl.words import quoted
+from sparkctl.words import quoted, size
 
 if TYPE_CHECKING:
     from sparkctl.steps.recommend import Result
@@ -91,9 +91,10 @@ def _human(result: Result, dry_run: bool) -> Group:
         cells = (name.replace("_", " "), _value(plan, name), plan.origin[name], plan.reasons[name])
         table.add_row(*map(Text, cells))
     costs = plan.estimates
-    memory = ", ".join(f"{name} {console.size(value)}" for name, value in costs.memory if value)
+    head = ", the MTP head's checkpoints and the served folder" if costs.head_seconds else ""
+    memory = ", ".join(f"{name} {size(value)}" for name, value in costs.memory if value)
     estimates = console.rows(
-        f"on {plan.machine.name}, {console.size(plan.machine.memory)}",
+        f"on {plan.machine.name}, {size(plan.machine.memory)}",
         ("steps", f"{costs.steps:,}, packs a step: {plan.gradient_accumulation}, warm-up: {plan.warmup_steps}"),
         ("time", f"{console.duration(costs.seconds)} at {costs.tokens_per_second:,.0f} tok/s: {costs.throughput_from}"),
         *(
@@ -101,8 +102,8 @@ def _human(result: Result, dry_run: bool) -> Group:
             if costs.head_seconds
             else []
         ),
-        ("memory", f"{console.size(costs.peak_memory)} at its peak: {memory}"),
-        ("disk", f"{console.size(costs.disk)}: tokens, checkpoints and the merged model"),
+        ("memory", f"{size(costs.peak_memory)} at its peak: {memory}"),
+        ("disk", f"{size(costs.disk)}: tokens, checkpoints, the merged model{head}"),
         ("trained", f"{costs.trainable_parameters:,} parameters"),
         ("next", f"sparkctl train {quoted(result.run)}"),
     )

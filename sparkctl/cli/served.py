@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 
 from sparkctl.cli import console
-from sparkctl.words import counted
+from sparkctl.words import counted, size
 
 if TYPE_CHECKING:
     from sparkctl.steps.mtp_inject import Result
@@ -25,7 +25,7 @@ def as_text(result: Result, dry_run: bool) -> RenderableType:
         ("model", result.model),
         ("folder", result.folder),
         ("tensors", f"{result.tensors:,}"),
-        ("size", console.size(result.bytes) + linked),
+        ("size", size(result.bytes) + linked),
         ("time", console.duration(result.seconds)),
         ("drafts", result.reason),
     )

@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from sparkctl.cli import console
 from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, RunArg, SlowOpt
 from sparkctl.manifest.schema import Gate, PlanTable, TrainTable
+from sparkctl.words import size
 
 if TYPE_CHECKING:
     from sparkctl.steps.train import Result
@@ -60,7 +61,7 @@ def trained(table: TrainTable, title: str | None = None) -> RenderableType:
         ("time", f"{console.duration(table.seconds)} (estimated {console.duration(table.estimated_seconds)})"),
         (
             "peak memory",
-            f"{console.size(table.peak_memory or 0)} (estimated {console.size(table.estimated_peak_memory)})",
+            f"{size(table.peak_memory or 0)} (estimated {size(table.estimated_peak_memory)})",
         ),
     ]
     if table.gate:
@@ -76,8 +77,8 @@ def planned(plan: PlanTable) -> RenderableType:
         ("mode", f"{plan.mode}, engine {plan.engine}"),
         ("steps", f"{plan.steps:,} of {plan.gradient_accumulation} packs of up to {plan.pack_length:,} tokens"),
         ("time", f"{console.duration(plan.estimates.seconds)} estimated"),
-        ("peak memory", f"{console.size(plan.estimates.peak_memory)} estimated"),
-        ("disk", f"{console.size(plan.estimates.disk)} estimated"),
+        ("peak memory", f"{size(plan.estimates.peak_memory)} estimated"),
+        ("disk", f"{size(plan.estimates.disk)} estimated"),
     )
 
 

@@ -165,7 +165,7 @@ class Estimates(Table):
     throughput_from: str = Field(description="the measurement or the table that the rate comes from")
     peak_memory: int
     memory: MemoryTerms
-    disk: int = Field(description="checkpoints, store and merged model")
+    disk: int = Field(description="store, checkpoints, merged model; mtp/ and served/ where it has a head")
     trainable_parameters: int
     head_seconds: float | None = Field(None, description="of `mtp train`, where the model has an MTP head")
 

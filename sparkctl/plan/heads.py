@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sparkctl.data.batches import Schedule
 from sparkctl.hardware import heads
-from sparkctl.hardware.load import Load, splitting
+from sparkctl.hardware.load import BF16, Load, splitting
 from sparkctl.hardware.measurements import Kind, lookup
 from sparkctl.hardware.shape import Shape
 from sparkctl.hardware.throughput import MARGIN, operations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 LEARNING_RATE = 1e-4  # a head is small and starts from one that is nearly right: five times full fine-tuning's
 PACK = 8192  # tokens: the frozen model keeps nothing for a backward, so that longer packs cost no memory to speak of
-EPOCHS, SAVES = 1, 5
+EPOCHS, SAVES, KEEP = 1, 5, 1
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def plan_head(plan: PlanTable, shape: Shape, store: TokenStore, wishes: HeadWish
         weight_decay=0.0,
         max_grad_norm=1.0,
         save_every=-(-steps // SAVES),
-        keep=1,
+        keep=KEEP,
         seed=plan.seed,
         machine=plan.machine,
         draft_steps=wishes.steps,
@@ -77,6 +77,14 @@ def plan_head(plan: PlanTable, shape: Shape, store: TokenStore, wishes: HeadWish
             fla=fla, multiprocessors=splitting(plan.machine.capability, shape.head_dim),
         ),
     )  # fmt: skip
+
+
+def disk_bytes(shape: Shape, merged: int) -> int:
+    """In mtp/ the head's checkpoints, as the rehearsal of `mtp train` asks room for them, and the head; in served/ the
+    merged model once more (of so many bytes) and the head.
+    """
+    head = heads.parameters(shape)
+    return estimates.checkpoint_bytes(head) * min(KEEP + 2, SAVES) + 2 * BF16 * head + merged
 
 
 def seconds(plan: PlanTable, shape: Shape, documents: Documents, wishes: HeadWishes, model_key: str) -> float:

@@ -22,9 +22,10 @@ from sparkctl.plan import estimates, heads, rules
 from sparkctl.plan.doubts import doubts
 from sparkctl.plan.estimates import Documents
 from sparkctl.plan.fit import Memory, Variant, nearest
-from sparkctl.plan.request import ALL, GB, Situation, Wishes, no_room, too_large, too_long
+from sparkctl.plan.request import ALL, Situation, Wishes, no_room, too_large, too_long
 from sparkctl.plan.resolve import Decisions, resolve
 from sparkctl.plan.rules import Chosen
+from sparkctl.words import size
 
 FORMAT = 2  # of the rules: a change here makes every plan stale
 
@@ -49,10 +50,23 @@ def recommend(at: Situation, wishes: Wishes) -> PlanTable:
     """The plan. Raises UsageError where a choice cannot be, SparkError where memory or disk does not suffice."""
     plan = _Planner(at, wishes).plan()
     if at.model.drafts:
-        plan.estimates.head_seconds = heads.seconds(
-            plan, at.model.shape, Documents.of(at.store), heads.HeadWishes(), at.table.config_sha256
-        )
+        _add_head(plan, at)
     return plan
+
+
+def _add_head(plan: PlanTable, at: Situation) -> None:
+    """What comes after the training where the model has an MTP head. It refuses no plan: it can be had with less."""
+    costs = plan.estimates
+    costs.head_seconds = heads.seconds(
+        plan, at.model.shape, Documents.of(at.store), heads.HeadWishes(), at.table.config_sha256
+    )
+    costs.disk += heads.disk_bytes(at.model.shape, at.model.bytes)
+    lacking = costs.disk - at.store_bytes - at.disk
+    if lacking > 0:
+        plan.reasons["keep"] += (
+            f"; warning: with the MTP head and served/ the disk lacks {size(lacking)}: `sparkctl mtp inject --link` "
+            "copies no weights, its `--out FOLDER` writes elsewhere"
+        )
 
 
 class _Planner:
@@ -131,7 +145,7 @@ class _Planner:
 
     def _note(self, wanted: Variant, chosen: Variant) -> None:
         """Write down what was chosen, and what memory changed of what the rules wanted."""
-        made, room = self._made, f"{self._at.machine.memory / GB:.0f} GB"
+        made, room = self._made, size(self._at.machine.memory)
         changes = wanted.differences(chosen)
         if "mode" in changes:
             reason = f"{made.reasons['mode']}; but full fine-tuning does not fit in {room}"
@@ -139,8 +153,8 @@ class _Planner:
         if "pack_length" in changes:
             fits = f"as long as fits in {room}" + ("" if chosen.checkpointing else " without checkpointing")
             made.put("pack_length", chosen.pack_length, "rule", fits)
-        needed = self._memory.terms(replace(chosen, checkpointing=False)).total / GB
-        needs = f"without it the plan needs {needed:.0f} GB"
+        needed = self._memory.terms(replace(chosen, checkpointing=False)).total
+        needs = f"without it the plan needs {size(needed)}"
         without = Chosen(False, f"not needed: everything fits in {room}")
         made.decide("checkpointing", Chosen(True, f"{needs} of {room}") if chosen.checkpointing else without)
         if chosen.mode == "lora":
@@ -234,7 +248,7 @@ class _Planner:
 
         made.decide("keep", rules.keep())
         if not made.given("keep") and bytes_of(values["keep"], trainable)[1] > at.disk:
-            made.put("keep", 1, "rule", f"beside the best: the disk has {at.disk / GB:.1f} GB free")
+            made.put("keep", 1, "rule", f"beside the best: the disk has {size(at.disk)} free")
         error = no_room(at, self._wishes, variant, values["keep"], lambda keep, trained: bytes_of(keep, trained)[1])
         if error:
             raise error

@@ -17,13 +17,13 @@ from sparkctl.manifest.schema import AnalysisTable, Choices, Machine, ModelTable
 from sparkctl.plan import rules
 from sparkctl.plan.estimates import Model
 from sparkctl.plan.fit import RANKS, Memory, Variant, nearest
+from sparkctl.words import size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sparkctl.data.tokens import TokenStore
 
-GB = 1e9
 NAMED = 5  # documents named in an error
 ALL = {"mode", "lora_r", "pack_length", "checkpointing"}  # what memory depends on
 
@@ -82,7 +82,7 @@ def too_long(at: Situation, wishes: Wishes, length: int, longest: int) -> SparkE
 def too_large(at: Situation, wishes: Wishes, memory: Memory, wanted: Variant, least: int) -> SparkError:
     """The error where memory does not suffice: the nearest plan that fits, else the documents that never will."""
     machine = at.machine
-    needed, room = (f"{size / GB:.1f} GB" for size in (memory.terms(wanted).total, machine.memory))
+    needed, room = (size(count) for count in (memory.terms(wanted).total, machine.memory))
     message = f"the plan needs {needed} of memory, {machine.name} has {room}"
     other = nearest(memory, wanted, ALL, least)
     if other is not None:
@@ -92,9 +92,9 @@ def too_large(at: Situation, wishes: Wishes, memory: Memory, wanted: Variant, le
     if not longest:
         smallest = replace(smallest, lora_r=min(RANKS))
         terms = memory.terms(smallest)
-        fixed = (terms.total - terms.activations - terms.logits) / GB
+        fixed = size(terms.total - terms.activations - terms.logits)
         return SparkError(
-            f"{message}; weights, smallest adapters and libraries alone take {fixed:.1f} GB",
+            f"{message}; weights, smallest adapters and libraries alone take {fixed}",
             "take a smaller model, or free memory",
         )
     longer = np.flatnonzero(at.store.lengths > longest)
@@ -116,14 +116,14 @@ def no_room(
     needed = writes(keep, variant.lora_r, variant.mode)
     if needed <= at.disk:
         return None
-    message = f"the plan writes {needed / GB:.1f} GB, the disk of `{at.run}` has {at.disk / GB:.1f} GB free"
+    message = f"the plan writes {size(needed)}, the disk of `{at.run}` has {size(at.disk)} free"
     ranks = (variant.lora_r, *(r for r in RANKS if r < variant.lora_r))
     others = [replace(variant), *(replace(variant, mode="lora", lora_r=r) for r in ranks)]
     for other in others:
         if writes(1, other.lora_r, other.mode) <= at.disk:
             return SparkError(message, wishes.command(at.run, **variant.differences(other), keep=1))
     lacking = writes(1, min(RANKS), "lora") - at.disk
-    return SparkError(message, f"free {lacking / GB:.1f} GB there, or keep the run on another disk")
+    return SparkError(message, f"free {size(lacking)} there, or keep the run on another disk")
 
 
 def _count(rows: np.ndarray) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sparkctl.errors import SparkError
 from sparkctl.train import guard, random, state
+from sparkctl.words import size
 
 if TYPE_CHECKING:
     from sparkctl.data.batches import Pack
@@ -71,8 +72,8 @@ def check_disk(optimizer: Optimizer, folder: Path, now: State, checkpoints: int,
         shutil.rmtree(stage, ignore_errors=True)
     if room < wanted:
         raise SparkError(
-            f"`{folder}` has room for {room / 1e9:.2f} GB of checkpoints; the plan keeps {checkpoints} of "
-            f"{each / 1e9:.2f} GB at a time",
+            f"`{folder}` has room for {size(room)} of checkpoints; the plan keeps {checkpoints} of "
+            f"{size(each)} at a time",
             f"free some space, or keep fewer: {hint}",
         )
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from sparkctl.data.batches import Schedule
 from sparkctl.errors import SparkError, UsageError
+from sparkctl.hardware import heads
 from sparkctl.hardware.measurements import Kind, record
 from sparkctl.manifest.schema import Choices, PlanTable
 from sparkctl.plan.recommend import is_made_from, made_from, recommend
@@ -236,6 +237,31 @@ def test_disk(chats: Store) -> None:
     assert obey(replace(at, disk=at.model.bytes + 8 * GB), error).mode == "lora"
     assert "free 4.2 GB" not in (refused(replace(at, disk=GB), full).hint or "")
     assert "free " in (refused(replace(at, disk=GB), full).hint or "")
+
+
+def test_the_head_s_checkpoints_and_the_served_folder_are_on_the_disk_too(chats: Store) -> None:
+    """What the checks of `mtp train` and `mtp inject` ask room for; a disk without it refuses no training."""
+    at = situation(chats)
+    alone, plan = recommend(at, wishes()), recommend(drafting(at), wishes())
+    head = 12 * heads.parameters(at.model.shape)
+    extra = plan.estimates.disk - alone.estimates.disk
+    assert extra == 3 * head + head // 3 + at.model.bytes
+    assert "warning" not in plan.reasons["keep"]
+    ahead = plan.estimates.disk - at.store_bytes
+    assert "warning" not in recommend(drafting(replace(at, disk=ahead)), wishes()).reasons["keep"]
+    tight = recommend(drafting(replace(at, disk=ahead - 5 * 10**8)), wishes())
+    warning = "with the MTP head and served/ the disk lacks 500.0 MB: `sparkctl mtp inject --link`"
+    assert warning in tight.reasons["keep"]
+
+
+def drafting(at: Situation) -> Situation:
+    """The same with an MTP head."""
+    return replace(at, model=replace(at.model, drafts=True))
+
+
+def test_a_small_disk_is_told_in_its_own_unit(chats: Store) -> None:
+    error = refused(replace(situation(chats), disk=3 * 10**6), wishes())
+    assert "has 3.0 MB free" in error.message
 
 
 def test_a_measurement_here_changes_the_estimate(chats: Store) -> None:
