@@ -15,6 +15,7 @@ import torch
 from sparkctl.data.batches import Document, Pack
 from sparkctl.manifest.schema import Lora
 from sparkctl.model.plain import plain_layers
+from sparkctl.train.engines import cpu
 from sparkctl.train.engines.reference import ReferenceEngine
 from sparkctl.train.optim import Optimizer
 
@@ -34,12 +35,19 @@ PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 }  # fmt: skip
 
 
-def model_of(kind: str, mode: str) -> Any:
+NARROW = dict(
+    vocab_size=2048, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    num_hidden_layers=2,
+)  # fmt: skip
+
+
+def model_of(kind: str, mode: str, narrow: bool = False) -> Any:
     """A random model of transformers, bf16 under adapters, fp32 to be trained whole."""
     from transformers import AutoConfig, AutoModelForCausalLM, Qwen3_5TextConfig
 
+    sizes: dict[str, Any] = dict(SIZES, num_hidden_layers=6) | (NARROW if narrow else {})
     hybrid = kind == "qwen3_5"
-    config = Qwen3_5TextConfig(**SIZES, **RULE, num_hidden_layers=8) if hybrid else AutoConfig.for_model(kind, **SIZES, num_hidden_layers=6)  # fmt: skip  # noqa: E501
+    config = Qwen3_5TextConfig(**SIZES, **RULE, num_hidden_layers=8) if hybrid else AutoConfig.for_model(kind, **sizes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if mode == "lora" else torch.float32)
     plain_layers(model)  # an installed fla would need a GPU
     return model
@@ -69,25 +77,35 @@ def peak_resident() -> int:
     return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024
 
 
-def main(kind: str, mode: str, engine_name: str = "reference", rows: str = "4", checkpointing: str = "") -> None:
-    """One optimiser step of two full packs of `rows` documents."""
+def pack_of(rows: int, number: int, vocabulary: int) -> Pack:
+    """A full pack of `rows` documents, whose lengths are like no other number's."""
+    random, documents = np.random.RandomState(number), []
+    for row in range(rows):
+        length = AREA // rows - row - rows * number
+        documents.append(
+            Document(row, random.randint(0, vocabulary, length).astype(np.int32), np.arange(length) > length // 2)
+        )
+    return Pack(documents, sum(len(d.ids) for d in documents), sum(int(d.trained[1:].sum()) for d in documents))
+
+
+def main(
+    kind: str, mode: str, engine_name: str = "reference", rows: str = "4", checkpointing: str = "", packs: str = ""
+) -> None:
+    """One optimiser step of two full packs of `rows` documents; or, on a narrow model, of so many different `packs`."""
     torch.manual_seed(0)
-    model = model_of(kind, mode)
+    model = model_of(kind, mode, narrow=bool(packs))
     config, parameters = model.config.to_dict(), sum(p.numel() for p in model.parameters())
     plan: Any = SimpleNamespace(
         pack_length=AREA, checkpointing=bool(checkpointing), weight_decay=0.0, learning_rate=1e-4, beta1=0.9,
         beta2=0.999, epsilon=1e-8, max_grad_norm=1.0,
     )  # fmt: skip
     engine = (native if engine_name == "native" else reference)(model, mode, plan)
+    cpu.settle(model.config.hidden_size, {})  # as whoever loads a model for an engine does
     trained = engine.parameters()
     optimizer = Optimizer(trained, plan)
-    random, documents, longest = np.random.RandomState(0), [], AREA // int(rows)
-    for row in range(int(rows)):
-        length = longest - row
-        documents.append(
-            Document(row, random.randint(0, VOCABULARY, length).astype(np.int32), np.arange(length) > length // 2)
-        )
-    pack = Pack(documents, sum(len(d.ids) for d in documents), sum(int(d.trained[1:].sum()) for d in documents))
+    pack = pack_of(int(rows), 0, config["vocab_size"])
+    for number in range(int(packs or 0)):
+        engine.micro_step(pack_of(int(rows), number, config["vocab_size"]), 0.5 / pack.labels).item()
     for _ in range(2):
         engine.micro_step(pack, 0.5 / pack.labels).item()
     optimizer.clip()
@@ -99,7 +117,7 @@ def main(kind: str, mode: str, engine_name: str = "reference", rows: str = "4", 
                 parameters=parameters,
                 trainable=sum(p.numel() for p in trained.values()),
                 rank=RANK if mode == "lora" else 0,
-                longest=longest,
+                longest=AREA // int(rows),
                 labels=pack.labels,
                 peak=peak_resident(),
             )

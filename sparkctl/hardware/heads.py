@@ -6,13 +6,10 @@ from dataclasses import replace
 
 from sparkctl.hardware import native
 from sparkctl.hardware.load import BF16, FP32, Load
-from sparkctl.hardware.memory import CPU_RUNTIME, CUDA_RUNTIME
+from sparkctl.hardware.memory import CUDA_RUNTIME, cpu_runtime
 from sparkctl.hardware.shape import Shape
 
 WIDE = 3 * FP32  # bytes a query's value of a later step's attention in plain torch
-# every pack has lengths of its own: oneDNN compiles its products for each, up to 1,024 of them, and glibc keeps what
-# fits no other. The demo's head peaked at 1.26 GB after 25 packs (without that cache .97) and at 1.55 after 100
-CPU_PACK, CPU_PACKS = 20 << 20, 750 << 20
 BLOCK = 256  # queries whose scores it has at a time
 CPU_LOGITS = 2 * BF16 + 5 * FP32  # bytes a logit there: teacher and student, then both in fp32 and what becomes of them
 
@@ -45,14 +42,14 @@ def parameters(shape: Shape) -> int:
 
 
 def peak(
-    shape: Shape, area: int, longest: int, labels: int, steps: int, device: str, *, packs: int, fla: bool,
+    shape: Shape, area: int, longest: int, labels: int, steps: int, device: str, *, fla: bool,
     multiprocessors: int = 0,
 ) -> int:  # fmt: skip
     """Peak bytes: the frozen model, the head with masters, gradients, moments and rounded copies, what all draft steps
     keep, a chunk of logits of the teacher and of one student, and the frozen model's layer in hand.
 
-    area: tokens of a pack, of which `labels` are trained; longest: those of the longest document; packs: of the whole
-    training; multiprocessors: see `Load`.
+    area: tokens of a pack, of which `labels` are trained; longest: those of the longest document;
+    multiprocessors: see `Load`. The demo's head peaked at 821 MB on a CPU.
     """
     frozen = shape.parameters * BF16 + shape.float32_parameters * (FP32 - BF16)
     head = parameters(shape) * (4 * FP32 + BF16)
@@ -66,8 +63,7 @@ def peak(
     logits = min(labels, native.HEAD_ROWS) * shape.vocabulary * CPU_LOGITS
     forward = native.saved(shape, replace(load, labels=0)) - area * shape.layers * BF16 * shape.hidden  # of one layer
     tensors = logits + max(drafts + scores(shape, area, longest, steps), forward)
-    shapes = min(packs * CPU_PACK, CPU_PACKS)
-    return int(frozen + head + (1 + native.CPU_SLACK) * tensors + shapes + CPU_RUNTIME)
+    return int(frozen + head + (1 + native.CPU_SLACK) * tensors + cpu_runtime(shape))
 
 
 def scores(shape: Shape, area: int, longest: int, steps: int) -> int:

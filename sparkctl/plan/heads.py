@@ -73,7 +73,7 @@ def plan_head(plan: PlanTable, shape: Shape, store: TokenStore, wishes: HeadWish
         fresh=wishes.fresh,
         estimated_seconds=seconds(plan, shape, documents, wishes, model_key),
         estimated_peak_memory=heads.peak(
-            shape, length, documents.longest, labels, wishes.steps, plan.machine.device, packs=steps * accumulation,
+            shape, length, documents.longest, labels, wishes.steps, plan.machine.device,
             fla=fla, multiprocessors=splitting(plan.machine.capability, shape.head_dim),
         ),
     )  # fmt: skip

@@ -109,7 +109,7 @@ class Case:
         processors = splitting(capability, shape.head_dim)
         if self.kind == "head":
             load = (work.tokens, longest, labels, work.draft_steps, device)
-            return heads.peak(shape, *load, packs=1, fla=device == "cuda", multiprocessors=processors)
+            return heads.peak(shape, *load, fla=device == "cuda", multiprocessors=processors)
         if trainable is None:  # near enough to see whether it fits
             trainable = shape.parameters if work.mode == "full" else shape.layer_parameters // 10
         load = Load(

@@ -115,6 +115,22 @@ def test_a_real_training_stays_below(kind: str, mode: str, engine: str, rows: in
     assert least * measured["peak"] <= total <= most * measured["peak"]
 
 
+@pytest.mark.parametrize("engine", ["native", "reference"])
+def test_a_narrow_model_does_not_grow_with_every_pack(engine: str) -> None:
+    """Forty packs of a 2-layer llama of 64 features, no two of equal lengths: 0.58 and 0.62 GB; where all compiled
+    products are kept 1.58 and 1.19. The model is over (1.37 seen): this process lacks what the command imports beside.
+    """
+    script = Path(__file__).parents[1] / "peak_memory.py"
+    command = [sys.executable, str(script), "llama", "lora", engine, "4", "", "40"]
+    measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    shape = Shape.from_config(measured["config"], measured["parameters"])
+    load = Load(
+        "lora", measured["trainable"], measured["rank"], 2048, measured["longest"], measured["labels"], False, "cpu",
+        engine=engine,
+    )  # fmt: skip
+    assert 0.95 * measured["peak"] <= peak(shape, load).total <= 1.45 * measured["peak"]
+
+
 @pytest.mark.parametrize(("area", "rows", "widths"), [(2048, 4, {}), (2048, 1, {}), (4096, 2, {"vocab_size": 2000})])
 def test_a_real_training_of_a_head_stays_below(area: int, rows: int, widths: dict[str, int]) -> None:
     """Documents of 512 and 2,048 tokens: a later step's attention keeps more of longer ones. Seen: 1.00 to 1.06."""
@@ -122,7 +138,7 @@ def test_a_real_training_of_a_head_stays_below(area: int, rows: int, widths: dic
     command = [sys.executable, str(script), str(area), str(rows), "3", "kl", json.dumps(widths)]
     measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     shape = Shape.from_config(measured["config"], measured["parameters"])
-    total = heads.peak(shape, area, measured["longest"], measured["labels"], 3, "cpu", packs=1, fla=False)
+    total = heads.peak(shape, area, measured["longest"], measured["labels"], 3, "cpu", fla=False)
     assert 0.95 * measured["peak"] <= total <= 1.3 * measured["peak"]
 
 
@@ -131,7 +147,7 @@ def test_the_memory_of_a_head_s_training() -> None:
     config["text_config"]["dtype"] = "float32"
     wide, shape = Shape.from_config(config, 1_881_825_088), plans.model("2b").shape
     load = (8192, 8192, 2867, 3, "cuda")
-    assert heads.peak(wide, *load, packs=9, fla=True) - heads.peak(shape, *load, packs=9, fla=True) == 2 * 1_881_825_088
+    assert heads.peak(wide, *load, fla=True) - heads.peak(shape, *load, fla=True) == 2 * 1_881_825_088
     states = 3 * 2867 * shape.hidden * BF16  # their gradients, which were not listed
     assert heads.kept(shape, 8192, 2867, 3, "cuda") - states == pytest.approx(1.16e9, rel=0.01)
     assert heads.scores(shape, 8192, 8192, 1) == 0  # the first step's attention is the model's own kind

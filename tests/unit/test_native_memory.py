@@ -83,7 +83,7 @@ def test_what_a_head_s_training_allocates(number: int, counted: list[dict[str, i
     found, config = counted[len(CASES) + number], catalog.config(f"qwen3.5-{size}")
     work, shape = synthetic(config, "full", pack, documents), Shape.from_config(config, text_parameters(config))
     load = (pack, max(work.lengths), sum(work.labels), 3, "cuda")
-    total = heads.peak(shape, *load, packs=1, fla=True, multiprocessors=splitting(gpu, 256)) - memory.CUDA_RUNTIME
+    total = heads.peak(shape, *load, fla=True, multiprocessors=splitting(gpu, 256)) - memory.CUDA_RUNTIME
     everything = found["weights"] + found["gradients"] + found["work"] + 2 * FP32 * found["trainable"]
     assert 0.98 * everything <= total <= 1.03 * everything
 
