@@ -9,7 +9,7 @@ import numpy as np
 
 from sparkctl.data.stats import describe
 from sparkctl.data.tokens import Row, TokenStore, TokenStoreWriter
-from sparkctl.files import sha256_file
+from sparkctl.files import sha256_bytes, sha256_file
 from sparkctl.manifest import schema
 from sparkctl.manifest.schema import Lora, MemoryTerms, PlanTable
 from sparkctl.manifest.store import Run, now
@@ -76,7 +76,7 @@ def run(
         manifest.model = schema.ModelTable(
             source=made.relative(model), config_sha256=sha256_file(model / "config.json"), model_type="test",
             parameters=1, vocab_size=VOCABULARY, tokenizer_sha256="test",
-            chat_template=schema.ChatTemplate(file="chat_template.jinja", sha256="test"),
+            chat_template=schema.ChatTemplate(file="chat_template.jinja", sha256=sha256_bytes(b"template")),
         )  # fmt: skip
         manifest.data = schema.DataTable(files=[])
         manifest.analysis = schema.AnalysisTable(

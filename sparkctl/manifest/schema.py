@@ -274,6 +274,7 @@ class Resume(Table):
 
 class MergeTable(Table):
     checkpoint: str
+    digest: str | None = Field(None, description="of that checkpoint as it was merged")
     folder: str
     tensors: int
     changed_tensors: int
@@ -315,6 +316,7 @@ class ServedTable(Table):
     mode: Literal["trained", "default"]
     source: str = Field(description="where the head is from: a file, a folder, or a hub id")
     model: str = Field(description="the folder that got it")
+    merged: str | None = Field(None, description="digest of the merged model, where that is the folder")
     folder: str
     head_digest: str
     tensors: int

@@ -245,8 +245,9 @@ def _record(job: _Job, sealed: Seal) -> None:
     """[merge] or [adapter], and the merged model among [[checkpoints]]; nothing where they say so already."""
     path = job.run.relative(job.out)
     table = MergeTable(
-        checkpoint=sealed.checkpoint, folder=path, tensors=sealed.tensors, changed_tensors=sealed.changed_tensors,
-        bytes=sealed.bytes, seconds=sealed.seconds, created=sealed.created, made_from=sealed.made_from,
+        checkpoint=sealed.checkpoint, digest=state.digest(job.trained), folder=path, tensors=sealed.tensors,
+        changed_tensors=sealed.changed_tensors, bytes=sealed.bytes, seconds=sealed.seconds, created=sealed.created,
+        made_from=sealed.made_from,
     )  # fmt: skip
     entry = Checkpoint(
         id=f"merged-{job.at.step:06d}", kind="merged", parent=job.trained.name, path=path, step=job.at.step,

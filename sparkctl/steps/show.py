@@ -50,8 +50,9 @@ def show(folder: Path) -> Shown:
     """What `folder` holds. Raises UsageError where it is no run."""
     run = Run.open(folder)
     running = run.running()
-    steps = [_analyze(run, folder), _recommend(run, folder), _train(run, folder), *_merges(run, folder)]
-    steps += _heads(run, folder)
+    trained = _train(run, folder)
+    merges = _merges(run, folder, trained)
+    steps = [_analyze(run, folder), _recommend(run, folder), trained, *merges, *_heads(run, folder, merges[0])]
     if running:
         name = "train" if running == "resume" else running
         steps = [Step(s.name, "running", s.detail) if s.name == name else s for s in steps]
@@ -137,35 +138,38 @@ def _job(run: Run) -> Job | None:
         return None
 
 
-def _merges(run: Run, shown: Path) -> list[Step]:
+def _merges(run: Run, shown: Path, trained: Step) -> list[Step]:
     """The merged model, and the adapter where one was written."""
     manifest = run.manifest
-    merged = _merge("merge", run, manifest.merge, f"sparkctl merge {quoted(shown)}")
+    merged = _merge("merge", run, manifest.merge, trained, f"sparkctl merge {quoted(shown)}")
     if manifest.adapter is None:
         return [merged]
-    return [merged, _merge("adapter", run, manifest.adapter, f"sparkctl merge {quoted(shown)} --adapter-only")]
+    mend = f"sparkctl merge {quoted(shown)} --adapter-only"
+    return [merged, _merge("adapter", run, manifest.adapter, trained, mend)]
 
 
-def _heads(run: Run, shown: Path) -> list[Step]:
+def _heads(run: Run, shown: Path, merged: Step) -> list[Step]:
     """The MTP head and the served model; nothing where the model has none to speak of."""
     manifest = run.manifest
     may = manifest.model and manifest.model.model_type in mtp.TYPES and manifest.merge
     if manifest.mtp is None and not may:
         return []
-    steps = [_head(run, manifest.mtp, f"sparkctl mtp train {quoted(shown)}")]
+    steps = [_head(run, manifest.mtp, merged, f"sparkctl mtp train {quoted(shown)}")]
     if manifest.served:
         mend = f"sparkctl mtp inject {quoted(shown)} --mode {manifest.served.mode}"
-        steps.append(_served(run, manifest.served, mend))
+        steps.append(_served(run, manifest.served, merged, steps[0], mend))
     return steps
 
 
-def _head(run: Run, table: MtpTable | None, mend: str) -> Step:
+def _head(run: Run, table: MtpTable | None, merged: Step, mend: str) -> Step:
     if table is None:
         return Step("mtp train", "not run", mend=mend)
     if table.mode == "skipped":
         return Step("mtp train", "done", f"skipped: {table.skipped}")
     trained = table.train
     detail = f"step {trained.step:,} of {trained.steps:,}" if trained else ""
+    if problem := _another_model(run, table.merged, merged):
+        return Step("mtp train", "stale", detail, f"{mend} --force", problem)
     if table.mode == "training":
         return Step("mtp train", "stopped", detail, mend, ", and not measured yet")
     if table.acceptance:
@@ -177,15 +181,29 @@ def _head(run: Run, table: MtpTable | None, mend: str) -> Step:
     return Step("mtp train", "done", detail)
 
 
-def _served(run: Run, table: ServedTable, mend: str) -> Step:
+def _another_model(run: Run, digest: str | None, merged: Step) -> str:
+    """Why what was made for the merged model of that digest is untrue by now; empty where it is not."""
+    if merged.status == "stale":
+        return "; the merged model is stale"
+    table = run.manifest.merge
+    seal = sealed_as(run.resolve(table.folder), table.made_from) if table else None
+    return "; the merged model is another one by now" if seal and digest not in (None, seal.digest) else ""
+
+
+def _served(run: Run, table: ServedTable, merged: Step, head: Step, mend: str) -> Step:
     folder = run.resolve(table.folder)
     detail = f"{table.mode} head, {counted(table.draft_length, 'token')} to draft → {here(folder)}"
     if sealed_as(folder, table.made_from, ServedSeal) is None:
         return Step("mtp inject", "stale", detail, f"{mend} --force", "; the folder is not what was written")
+    own = run.manifest.merge is not None and table.model == run.manifest.merge.folder
+    if own and (problem := _another_model(run, table.merged, merged)):
+        return Step("mtp inject", "stale", detail, f"{mend} --force", problem)
+    if table.mode == "trained" and head.status == "stale":
+        return Step("mtp inject", "stale", detail, f"{mend} --force", "; the head is stale")
     return Step("mtp inject", "done", detail)
 
 
-def _merge(name: str, run: Run, table: MergeTable | None, mend: str) -> Step:
+def _merge(name: str, run: Run, table: MergeTable | None, training: Step, mend: str) -> Step:
     if table is None:
         return Step(name, "not run", mend=mend)
     folder, trained = run.resolve(table.folder), run.manifest.train
@@ -196,4 +214,8 @@ def _merge(name: str, run: Run, table: MergeTable | None, mend: str) -> Step:
         return Step(name, "stale", detail, f"{mend} --force", "; the folder is not what was written")
     if trained and not run.manifest.checkpoint(table.checkpoint):
         return Step(name, "stale", detail, f"{mend} --force", "; that checkpoint is gone")
+    if entry and table.digest not in (None, entry.digest):
+        return Step(name, "stale", detail, f"{mend} --force", "; that checkpoint was trained anew")
+    if training.status == "stale":
+        return Step(name, "stale", detail, f"{mend} --force", "; its training is stale")
     return Step(name, "done", detail)

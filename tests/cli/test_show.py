@@ -16,7 +16,9 @@ import pytest
 import ready
 
 from sparkctl.cli.app import run as command
+from sparkctl.manifest.schema import MtpTable
 from sparkctl.manifest.store import Run
+from sparkctl.merge.seal import read_seal
 
 Say = Callable[..., str]
 
@@ -146,14 +148,70 @@ def test_a_mount_that_cannot_be_written_is_shown(
     assert states(say, trained)["train"] == "done"
 
 
-def test_a_merge_is_looked_into(tmp_path: Path, qwen35_folder: Path, say: Say) -> None:
-    run = merging_run.trained_run(tmp_path / "r1", qwen35_folder)
+@pytest.fixture
+def merged(tmp_path: Path, qwen35_folder: Path, say: Say) -> Run:
+    """A run of a Qwen3.5 that is trained and merged."""
+    run = ready.run(tmp_path / "r1", qwen35_folder, count=12, max_steps=3)
+    with run.edit() as manifest:
+        assert manifest.model
+        manifest.model.model_type = "qwen3_5"
+    say("train", run.root)
     say("merge", run.root)
-    say("merge", run.root, "--adapter-only")
-    assert states(say, run)["merge"] == states(say, run)["adapter"] == "done"
-    (run.root / "merged" / "config.json").write_text("{}")
-    assert states(say, run)["merge"] == "stale"
-    assert hint(say, run, "merge") == f"sparkctl merge {run.root} --force"
+    return Run.open(run.root)
+
+
+def test_a_merge_is_looked_into(merged: Run, say: Say) -> None:
+    say("merge", merged.root, "--adapter-only")
+    assert states(say, merged)["merge"] == states(say, merged)["adapter"] == "done"
+    (merged.root / "merged" / "config.json").write_text("{}")
+    assert states(say, merged)["merge"] == "stale"
+    assert hint(say, merged, "merge") == f"sparkctl merge {merged.root} --force"
+
+
+def with_head(run: Run, say: Say) -> None:
+    """As `mtp train` and `mtp inject` leave a run."""
+    (run.root / "mtp").mkdir()
+    (run.root / "mtp" / "head.safetensors").touch()
+    seal = read_seal(run.root / "merged")
+    assert seal
+    with run.edit() as manifest:
+        manifest.mtp = MtpTable(mode="trained", head="mtp/head.safetensors", merged=seal.digest, made_from="x")
+    say("mtp", "inject", run.root, "--mode", "default")
+
+
+LATER = ("merge", "mtp train", "mtp inject")
+
+
+def test_what_was_made_from_a_stale_training_is_stale(merged: Run, say: Say) -> None:
+    with_head(merged, say)
+    assert set(states(say, merged).values()) == {"done"}
+    with merged.edit() as manifest:
+        assert manifest.analysis
+        manifest.analysis.made_from = "other data"
+    found = states(say, merged)
+    assert {found[name] for name in ("recommend", "train", *LATER)} == {"stale"}
+    assert [hint(say, merged, name) for name in LATER] == [
+        f"sparkctl merge {merged.root} --force",
+        f"sparkctl mtp train {merged.root} --force",
+        f"sparkctl mtp inject {merged.root} --mode default --force",
+    ]
+    assert "its training is stale" in say("show", merged.root)
+
+
+def test_a_training_begun_anew_leaves_the_merge_stale(merged: Run, say: Say) -> None:
+    """The checkpoint has the same name, and other bytes; what is merged from it then is another model."""
+    with_head(merged, say)
+    with merged.edit() as manifest:
+        assert manifest.plan
+        manifest.plan.learning_rate *= 2
+    say("train", merged.root, "--force")
+    found = states(say, merged)
+    assert found["train"] == "done"
+    assert {found[name] for name in LATER} == {"stale"}
+    say("merge", merged.root, "--force")
+    found = states(say, merged)
+    assert [found[name] for name in LATER] == ["done", "stale", "stale"]
+    assert "the merged model is another one by now" in say("show", merged.root)
 
 
 def test_the_tree_goes_from_the_first_round_to_this_one(tmp_path: Path, qwen35_folder: Path, say: Say) -> None:
