@@ -105,7 +105,7 @@ def _human(result: Result, dry_run: bool) -> Group:
         ("memory", f"{size(costs.peak_memory)} at its peak: {memory}"),
         ("disk", f"{size(costs.disk)}: tokens, checkpoints, the merged model{head}"),
         ("trained", f"{costs.trainable_parameters:,} parameters"),
-        ("next", f"sparkctl train {quoted(result.run)}"),
+        *([] if dry_run else [("next", f"sparkctl train {quoted(result.run)}")]),
     )
     return Group(console.titled(title, table), "", estimates)
 

@@ -53,7 +53,11 @@ def recommend(request: Request, *, force: bool = False, dry_run: bool = False, p
         if plan and not force and plan.made_from == origin and plan.estimates.peak_memory <= machine.memory:
             return Result(request.run, plan, up_to_date=True)
         new = make_plan(_situation(request.run, run, table, progress), wishes)
-        _protect(request.run, run, new, force)
+        refusal = None if force else _refusal(request.run, run, new)
+        if dry_run and refusal:
+            progress.say(f"without `--dry-run` this is refused: {refusal.message}")
+        elif refusal:
+            raise refusal
         if not dry_run:
             with run.edit() as manifest:
                 manifest.plan = new
@@ -120,18 +124,18 @@ def _model(run: Run, table: ModelTable, progress: Progress) -> Model:
     )
 
 
-def _protect(shown: Path, run: Run, new: PlanTable, force: bool) -> None:
-    """Raise UsageError where a training carried out the plan so far, and the new one would learn otherwise."""
+def _refusal(shown: Path, run: Run, new: PlanTable) -> UsageError | None:
+    """Why the plan is not replaced: a training carried it out so far, and by the new one it would learn otherwise."""
     trained, before = run.manifest.train, run.manifest.plan
-    if force or trained is None or before is None or (trained.step == 0 and trained.status != "done"):
-        return
+    if trained is None or before is None or (trained.step == 0 and trained.status != "done"):
+        return None
 
     def learning(plan: PlanTable) -> dict[str, object]:
         return {name: value for name, value in plan.model_dump().items() if name not in FREE}
 
-    if trained.status == "done" or learning(before) != learning(new):
-        raise UsageError(
-            f"`{shown}` has been trained by its plan, up to step {trained.step} of {trained.steps}",
-            f"plan a new round, `sparkctl analyze DATA --run NEW --parent {quoted(shown)}`, or add `--force` to start "
-            "anew",
-        )
+    if trained.status != "done" and learning(before) == learning(new):
+        return None
+    return UsageError(
+        f"`{shown}` has been trained by its plan, up to step {trained.step} of {trained.steps}",
+        f"plan a new round, `sparkctl analyze DATA --run NEW --parent {quoted(shown)}`, or add `--force` to start anew",
+    )

@@ -223,6 +223,18 @@ def test_a_plan_that_was_trained_by_stays(recommend: Recommend, run: Run) -> Non
     assert recommend("--epochs", 3, "--force").status == 0
 
 
+def test_a_dry_run_on_a_trained_run_answers(recommend: Recommend, run: Run) -> None:
+    recommend("--epochs", 2)
+    trained(run, "done", 15)
+    before = (run.root / "run.toml").read_bytes()
+    answer = recommend("--epochs", 3, "--dry-run")
+    assert (answer.status, answer.plan["epochs"]) == (0, 3)
+    assert "without `--dry-run` this is refused" in answer.err
+    assert (run.root / "run.toml").read_bytes() == before
+    assert "sparkctl train" not in recommend("--epochs", 3, "--dry-run", json=False).out
+    assert "refused" not in recommend("--epochs", 3, "--dry-run", "--force").err
+
+
 def test_an_interrupted_training_may_be_carried_out_otherwise_but_not_learn_otherwise(
     recommend: Recommend, run: Run
 ) -> None:
