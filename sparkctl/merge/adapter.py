@@ -8,6 +8,7 @@ layers are `model.language_model.layers`, or by AutoModelForCausalLM as the text
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import Any, Literal
 from sparkctl.errors import SparkError
 from sparkctl.files import staged_folder
 from sparkctl.manifest.schema import Lora
-from sparkctl.merge.merge import Merged, prepare, require_space
-from sparkctl.merge.updates import LORA_A, LORA_B, adapted_modules
+from sparkctl.merge.merge import Merged, describe, prepare, require_space
+from sparkctl.merge.updates import LORA_A, LORA_B, Update, adapted_modules
 from sparkctl.model.weights import Checkpoint, ShardWriter, TensorFile
 from sparkctl.progress import Progress, silent
 
@@ -35,8 +36,7 @@ def write_adapter(
     source, revision: the base as peft is to find it. Raises SparkError where the adapters do not fit the base.
     """
     checkpoint, changes = prepare(base, trained, lora)
-    file = TensorFile(trained)
-    merged = Merged(len(checkpoint.names()), list(changes), trained.stat().st_size)
+    file, merged = TensorFile(trained), describe_adapter(checkpoint, changes, trained)
     require_space(out, merged.bytes)
     modules = {module: live_name(module, kind) for module in adapted_modules(file)}
     with staged_folder(out, replace=replace) as stage:
@@ -47,6 +47,11 @@ def write_adapter(
         if finish:
             finish(stage, merged)
     return merged
+
+
+def describe_adapter(checkpoint: Checkpoint, changes: dict[str, Update], trained: Path) -> Merged:
+    """Counts of the base, and the size of its adapters."""
+    return dataclasses.replace(describe(checkpoint, changes), bytes=trained.stat().st_size)
 
 
 def live_name(module: str, kind: AdapterClass) -> str:

@@ -194,9 +194,12 @@ def _check_target(job: _Job, sealed: Seal | None, force: bool) -> None:
 
 
 def _dry_run(job: _Job) -> Result:
+    from sparkctl.merge.adapter import describe_adapter
     from sparkctl.merge.merge import describe, prepare
 
-    merged = describe(*prepare(job.base, job.trained / state.TRAINABLE, job.at.lora))
+    trained = job.trained / state.TRAINABLE
+    found = prepare(job.base, trained, job.at.lora)
+    merged = describe_adapter(*found, trained) if job.request.adapter else describe(*found)
     return job.result(_seal(job, merged, {}))
 
 

@@ -104,11 +104,12 @@ def test_up_to_date_is_said_without_torch(run: Run) -> None:
     assert "up to date" in done.stderr
 
 
-def test_a_dry_run_writes_nothing_and_counts_the_same(run: Run, said: Said) -> None:
+@pytest.mark.parametrize("options", [(), ("--adapter-only",)])
+def test_a_dry_run_writes_nothing_and_counts_the_same(options: tuple[str, ...], run: Run, said: Said) -> None:
     before = (run.root / "run.toml").read_bytes(), entries(run.root)
-    planned = answer(said, "r1", "--dry-run")
+    planned = answer(said, "r1", *options, "--dry-run")
     assert ((run.root / "run.toml").read_bytes(), entries(run.root)) == before
-    done = answer(said, "r1")
+    done = answer(said, "r1", *options)
     assert all(planned[key] == done[key] for key in ("tensors", "changed_tensors", "bytes", "checkpoint", "serve"))
 
 
