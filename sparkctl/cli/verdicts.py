@@ -1,4 +1,4 @@
-"""The proofs of `sparkctl verify` as tables."""
+"""The certificate of `sparkctl verify lossless` as tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from sparkctl.model.names import live_name
 if TYPE_CHECKING:
     from sparkctl.steps.verify_lossless import Result
     from sparkctl.verify.certificate import Certificate
-    from sparkctl.verify.leaks import Finding
 
 WHO = ("truth", "reference", "engine")
 SHOWN = 8  # tensors, the worst; steps, evenly chosen
@@ -43,7 +42,7 @@ def _pair(ours: float, theirs: float) -> str:
 
 
 def _tensors(found: Certificate) -> Table:
-    table = _table("gradient of", right=("engine", "reference", "ratio", "in fp32"))
+    table = columns("gradient of", right=("engine", "reference", "ratio", "in fp32"))
     for row in found.tensors[:SHOWN]:
         name = live_name(row.name).removeprefix("model.").removesuffix(".weight")
         name += f" ({row.tensors})" if row.tensors > 1 else ""
@@ -56,7 +55,7 @@ def _tensors(found: Certificate) -> Table:
 
 def _course(found: Certificate) -> Table:
     """Loss and gradient norm, the truth's and how far the others are from it."""
-    table = _table("step", right=("loss", "reference", "engine", "norm", "reference", "engine"))
+    table = columns("step", right=("loss", "reference", "engine", "norm", "reference", "engine"))
     last = len(found.steps) - 1
     for i in sorted({round(last * k / (SHOWN - 1)) for k in range(SHOWN)}) if found.steps else ():
         truth, *others = found.steps[i]
@@ -67,29 +66,8 @@ def _course(found: Certificate) -> Table:
     return table
 
 
-def leaks(found: list[Finding]) -> Table:
-    """What was looked at, whether it leaks, and whether a leak would have been seen."""
-    table = _table("what", "part", "leak", "planted leak")
-    for one in found:
-        table.add_row(escape(one.subject), one.part, _leak(one), _planted(one))
-    return table
-
-
-def _leak(one: Finding) -> str:
-    if one.refused is not None:
-        return f"not computed: {escape(one.refused)}"
-    if one.leaks:
-        return f"[{'red' if one.judged else 'yellow'}]leaks {one.leak:.1e}[/]"
-    return "none, to the bit" if one.leak == 0 else f"none beyond its own {one.noise:.1e}"
-
-
-def _planted(one: Finding) -> str:
-    if one.planted is None:
-        return ""
-    return "[red]not seen[/]" if one.blind else f"seen ({one.planted:.1e})"
-
-
-def _table(*left: str, right: tuple[str, ...] = ()) -> Table:
+def columns(*left: str, right: tuple[str, ...] = ()) -> Table:
+    """An empty table with these columns."""
     table = Table(box=None, pad_edge=False, show_edge=False)
     for column in left:
         table.add_column(column, overflow="fold")

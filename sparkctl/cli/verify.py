@@ -11,6 +11,7 @@ import typer
 from rich.console import RenderableType
 
 from sparkctl.cli import console, verdicts
+from sparkctl.cli import leaks as leaking
 from sparkctl.cli.options import JsonOpt, RunArg, SlowOpt
 from sparkctl.errors import SparkError
 from sparkctl.manifest.table import EngineName
@@ -60,7 +61,13 @@ def leaks(
     problems = [f"{f.subject}, {f.part}: " + ("leaks" if f.leaks else "blind to a leak") for f in found if f.failed]
     rows = [{**asdict(f), "leaks": f.leaks, "failed": f.failed} for f in found]
     hint = f"sparkctl recommend {quoted(run or 'RUN')} --engine reference"
-    _answer({"findings": rows}, verdicts.leaks(found), problems, hint, json)
+    _answer(
+        {"findings": rows, "transformers_leaks": bool(leaking.leaking_calls(found)[0])},
+        leaking.as_text(found),
+        problems,
+        hint,
+        json,
+    )
 
 
 @group.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sparkctl.cli import app
 from sparkctl.manifest.store import Run
 from sparkctl.steps import verify_lossless
 from sparkctl.verify import lossless
+from sparkctl.verify.leaks import Finding
 
 Said = tuple[int, str, str]
 
@@ -145,6 +147,9 @@ def test_leaks_of_a_run_s_architecture(run: Run, say: Callable[..., Said], monke
     assert any(row.startswith("native engine attention none, to the bit seen (") for row in rows)
     assert any(row.startswith("reference engine attention none, to the bit seen (") for row in rows)
     assert any(row.startswith("transformers") for row in rows)
+    assert rows[-2].startswith("sparkctl holds: in its operators and in its native engine and reference engine no ")
+    assert rows[-1].startswith("transformers ")
+    assert ("LEAKS between packed documents" in rows[-1]) == any(row.split()[-2] == "leaks" for row in rows[:-3])
     from sparkctl_kernels.attention import reference
 
     real = reference.attention
@@ -158,8 +163,38 @@ def test_leaks_of_a_run_s_architecture(run: Run, say: Callable[..., Said], monke
         "native",
         "transformers",
     }
+    leaks = [one["leaks"] for one in said["findings"] if one["subject"].startswith("transformers")]
+    assert said["transformers_leaks"] is any(leaks)
     assert "error: operator, attention: leaks" in err
     assert f"hint: sparkctl recommend {run.root} --engine reference\n" in err
+
+
+def test_the_verdict_on_leaks_is_the_last_that_is_said(
+    say: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = Finding("native engine", "attention", planted=1.0)
+    wrong = Finding("transformers 5.17.0, position ids alone", "attention", leak=0.1, judged=False)
+    right = Finding("transformers 5.17.0, everything right", "attention", judged=False)
+    refused = Finding("transformers 5.17.0, cu_seq_lens alone", "attention", judged=False, refused="no such argument")
+
+    def verdict(*found: Finding) -> tuple[int, dict[str, str]]:
+        monkeypatch.setattr("sparkctl.steps.verify_leaks.verify_leaks", lambda *_, **__: list(found))
+        status, out, _ = say("verify", "leaks")
+        lines = out.partition("verdict\n")[2].splitlines()
+        return status, {name: said.strip() for name, _, said in (line.partition(" ") for line in lines)}
+
+    status, said = verdict(ours, wrong, right)
+    assert status == 0
+    assert said["sparkctl"] == "holds: in its operators and in its native engine no document of a pack sees another"
+    assert said["transformers"].startswith(
+        "5.17.0 LEAKS between packed documents on this machine, called with position ids alone. "
+    )
+    assert said["transformers"].endswith("In a script of your own that packs, call it with everything right")
+    assert "whichever way it is called" in verdict(ours, wrong, refused)[1]["transformers"]
+    assert verdict(ours, right)[1]["transformers"] == "holds, called in any of these ways"
+    assert set(verdict(ours, refused)[1]) == {"sparkctl"}
+    status, said = verdict(replace(ours, leak=0.1), right)
+    assert (status, said["sparkctl"]) == (1, "FAILS: native engine; do not train on it here")
 
 
 def test_resume_is_proved_in_processes_of_their_own(run: Run, say: Callable[..., Said]) -> None:
