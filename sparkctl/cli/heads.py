@@ -30,7 +30,7 @@ def as_json(result: Result) -> dict[str, Any]:
 
 def as_text(result: Result, dry_run: bool) -> RenderableType:
     """The training and the rows of acceptance; under --dry-run what would be done."""
-    from sparkctl.steps.mtp_train import NOT_HELPED
+    from sparkctl.steps.mtp_eval import NOT_HELPED
 
     if result.skipped:
         return console.rows("mtp train", ("skipped", result.skipped))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of what is counted: a change here makes every recorded row stale
 BASE, SHIPPED, TRAINED = "base's head on base", "base's head on tuned", "trained head on tuned"
+NOT_HELPED = "training did not help: the base's head is kept"
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def mtp_eval(request: Request, *, force: bool = False, dry_run: bool = False, pr
         names, known = [subject.name for subject in job.subjects], [] if force else job.recorded()
         if done := len(known) == len(job.subjects):
             rows = job.table
+            if TRAINED in {row.name for row in rows} - set(names):
+                job.notes.append(f"`{TRAINED}` is the row of the head that was given up")
         else:
             if not dry_run and run.manifest.mtp:
                 run.require_writable()
@@ -135,9 +138,10 @@ def gather(run: Run, request: Request, *, progress: Progress = silent) -> Job:
     trained = made(TRAINED, from_file(own, wanted).digest()) if own.is_file() else None
     if trained and not (subjects and trained == made(TRAINED, shipped.digest())):
         subjects.append(Subject(TRAINED, tuned, own, trained))
-    else:  # where training did not help, the file holds the base's head
-        why = "the base's was kept" if trained else f"`sparkctl mtp train {quoted(request.run)}` makes one"
-        notes.append(f"no row for a trained head: {why}")
+    elif trained:  # the file holds the base's head
+        notes.append(NOT_HELPED)
+    else:
+        notes.append(f"no row for a trained head: `sparkctl mtp train {quoted(request.run)}` makes one")
     return Job(run, request, subjects, held_out_prompts(store, request.prompts), notes)
 
 

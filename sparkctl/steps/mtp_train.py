@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from sparkctl.mtp.source import HeadSource
     from sparkctl.train.ranks import Ranks
 
-NOT_HELPED = "training did not help: the base's head is kept"
-
 
 @dataclass(frozen=True)
 class Request:
@@ -178,7 +176,7 @@ def _settle(job: HeadJob, request: Request, progress: Progress) -> tuple[str, ..
     helped = before is None or (after is not None and helps(before, after))  # None: it is the base's, to the bit
     if not helped and job.shipped:
         _write(job, job.shipped.tensors)
-        notes.append(NOT_HELPED)
+        notes.append(mtp_eval.NOT_HELPED)
     with job.run.edit() as manifest:
         assert manifest.mtp
         manifest.mtp.mode = "trained" if helped else "shipped"

@@ -21,7 +21,7 @@ from sparkctl.demo.model import write_model
 from sparkctl.manifest.schema import MtpTable
 from sparkctl.manifest.store import Run
 from sparkctl.mtp import accept
-from sparkctl.steps.mtp_eval import BASE, SHIPPED, TRAINED
+from sparkctl.steps.mtp_eval import BASE, NOT_HELPED, SHIPPED, TRAINED
 
 Said = pytest.CaptureFixture[str]
 FEW = ("--prompts", "3", "--max-tokens", "8")
@@ -153,7 +153,14 @@ def test_the_bases_head_kept_by_training_is_no_trained_head(run: Run, said: Said
     save_file(load_file(qwen35_folder / "model-mtp.safetensors"), path)
     found = answer(said)
     assert names(found["rows"]) == [BASE, SHIPPED]
-    assert found["notes"] == ["no row for a trained head: the base's was kept"]
+    assert found["notes"] == [NOT_HELPED]
+    with Run.open(run.root).edit() as manifest:  # as `mtp train` leaves it: the row of the head that was given up
+        assert manifest.mtp
+        rows = manifest.mtp.acceptance
+        manifest.mtp.acceptance = [*rows, rows[1].model_copy(update={"name": TRAINED, "made_from": "given up"})]
+    found = answer(said)
+    assert names(found["rows"]) == [BASE, SHIPPED, TRAINED]
+    assert found["notes"] == [NOT_HELPED, f"`{TRAINED}` is the row of the head that was given up"]
 
 
 def test_a_row_a_person_reads(run: Run, said: Said) -> None:
