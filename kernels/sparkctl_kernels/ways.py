@@ -101,10 +101,13 @@ def pinned() -> dict[str, str]:
 
 
 @contextmanager
-def measuring(clock: Callable[[Callable[[], None]], float] | None = None) -> Iterator[dict[Product, Timed]]:
+def measuring(
+    clock: Callable[[Callable[[], None]], float] | None = None, heard: Callable[[Product, Timed], None] | None = None
+) -> Iterator[dict[Product, Timed]]:
     """Every product in this block is measured when its shape is first met; gives what was found.
 
-    Its result is torch's meanwhile, whatever is pinned. clock: gives the seconds of a call.
+    Its result is torch's meanwhile, whatever is pinned. clock: gives the seconds of a call. heard: told of each
+    product once it is measured.
     """
     found: dict[Product, Timed] = {}
 
@@ -114,6 +117,8 @@ def measuring(clock: Callable[[Callable[[], None]], float] | None = None) -> Ite
         if key not in found:
             out = a.new_empty(a.shape[0], b.shape[1]) if c is None else c
             found[key] = time_ways(a, b, out, scale, add, clock or seconds_of)
+            if heard:
+                heard(key, found[key])
 
     gemm.watch = watch
     try:

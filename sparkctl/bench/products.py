@@ -20,6 +20,7 @@ from sparkctl.progress import Progress, silent
 
 if TYPE_CHECKING:
     import torch
+    from sparkctl_kernels.gemm import Product
     from sparkctl_kernels.ways import Timed
 
 
@@ -37,28 +38,40 @@ class Row:
         return self.timed.seconds["torch"] / self.timed.seconds[self.timed.best]
 
 
-def bench_products(at: Setting, *, keep: bool = True, progress: Progress = silent) -> tuple[list[Row], bool]:
-    """(the products of a step, whether the choice was kept). A CPU has torch's way alone: no rows."""
+def bench_products(
+    at: Setting, *, keep: bool = True, tell: Callable[[Row], None] | None = None, progress: Progress = silent
+) -> tuple[list[Row], bool]:
+    """(the products of a step, whether the choice was kept). A CPU has torch's way alone: no rows.
+
+    tell: hears of each product once it is measured. The choice is kept when all are: one that was interrupted would
+    leave trainings with the products of half a step.
+    """
     import torch
 
     if at.machine.device == "cpu":
         return [], False
     progress.say(f"measuring the products of {at.name} at {at.work.tokens:,} tokens")
-    rows, layers = measure(one_of_each(at.work), torch.device(at.machine.device))
+    rows, layers = measure(one_of_each(at.work), torch.device(at.machine.device), tell=tell)
     chosen = {row.name: row.timed.best for row in rows}
     return rows, keep and keep_ways(at.machine, layers, chosen, now())
 
 
 def measure(
-    work: Workload, device: torch.device, seconds: Callable[[Callable[[], None]], float] | None = None
-) -> tuple[list[Row], Layers]:
+    work: Workload, device: torch.device, seconds: Callable[[Callable[[], None]], float] | None = None,
+    tell: Callable[[Row], None] | None = None,
+) -> tuple[list[Row], Layers]:  # fmt: skip
     """The products of a micro-step as the native engine computes it. seconds: a clock other than the GPU's own."""
     from sparkctl_kernels import ways
 
-    stack = stacks_of(work)["native"](work, device)
-    with ways.measuring(seconds) as found:
+    stack, rows = stacks_of(work)["native"](work, device), list[Row]()
+
+    def heard(key: Product, timed: Timed) -> None:
+        rows.append(Row(str(key), 2.0 * key.rows * key.columns * key.depth, timed))
+        if tell:
+            tell(rows[-1])
+
+    with ways.measuring(seconds, heard):
         stack.step()
-    rows = [Row(str(key), 2.0 * key.rows * key.columns * key.depth, timed) for key, timed in found.items()]
     config = SimpleNamespace(**{**work.config, **work.text})
     return rows, Layers.of(config, work.rank if work.lora else 0, head=bool(work.draft_steps))
 

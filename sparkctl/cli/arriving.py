@@ -18,16 +18,33 @@ def answer(
     rows: Iterable[T], line: Callable[[T], str], as_json: Callable[[list[T]], dict[str, Any]],
     table: Callable[[list[T]], RenderableType], *, json: bool, progress: Progress,
 ) -> list[T]:  # fmt: skip
-    """Say each row on stderr as soon as it is there, and all of them as the command's answer.
+    """Say each row on stderr as soon as it is there, and all of them as the command's answer; see `told`."""
+
+    def work(tell: Callable[[T], None]) -> None:
+        for row in rows:
+            tell(row)
+
+    return told(work, line, as_json, table, json=json, progress=progress)
+
+
+def told(
+    work: Callable[[Callable[[T], None]], None], line: Callable[[T], str],
+    as_json: Callable[[list[T]], dict[str, Any]], table: Callable[[list[T]], RenderableType], *, json: bool,
+    progress: Progress,
+) -> list[T]:  # fmt: skip
+    """The same where `work` tells of each row.
 
     On Ctrl-C or SIGTERM the rows that are there are the answer, under --json within the failure's one object. Raises
     Interrupted then.
     """
     done: list[T] = []
+
+    def tell(row: T) -> None:
+        done.append(row)
+        progress.say(line(row))
+
     try:
-        for row in rows:
-            done.append(row)
-            progress.say(line(row))
+        work(tell)
     except (KeyboardInterrupt, Terminated) as stop:
         if done and not json:
             console.answer({}, table(done), json=False)

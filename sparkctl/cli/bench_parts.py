@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from sparkctl.cli import arriving, console, measured, timings
 from sparkctl.cli.options import JsonOpt
 from sparkctl.manifest.table import Mode
+
+if TYPE_CHECKING:
+    from sparkctl.bench.products import Row
 
 ShapeOpt = Annotated[str, typer.Option("--shape", help="A published shape, random weights made on the device.")]
 ModelOpt = Annotated[Path | None, typer.Option("--model", help="The shape of this model folder instead.")]
@@ -73,8 +77,21 @@ def products(
         at = mtp_setting(shape=shape, pack=tokens, model=model)
     else:
         at = setting(shape=shape, mode=mode, pack=tokens, model=model, rank=rank)
-    rows, kept = bench_products(at, keep=keep, progress=console.progress())
-    console.answer(measured.products_json(at, rows, kept), measured.products_table(at, rows, kept), json=json)
+    progress, kept = console.progress(), False
+
+    def work(tell: Callable[[Row], None]) -> None:
+        nonlocal kept
+        _, kept = bench_products(at, keep=keep, tell=tell, progress=progress)
+
+    arriving.told(
+        work, _product_line, lambda rows: measured.products_json(at, rows, kept),
+        lambda rows: measured.products_table(at, rows, kept), json=json, progress=progress,
+    )  # fmt: skip
+
+
+def _product_line(row: Row) -> str:
+    """gemm nt 6144x8192x2432: halves, 1.08 times torch's rate."""
+    return f"{row.name}: {row.timed.best}" + (f", {row.speedup:.2f} times torch's rate" if row.speedup > 1 else "")
 
 
 def synthetic(

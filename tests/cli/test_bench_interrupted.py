@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from sparkctl_kernels import gemm, ways
 
-from sparkctl.bench import kernels, step
+from sparkctl.bench import kernels, products, step
 from sparkctl.bench.setting import Setting, setting
 from sparkctl.bench.step import Row
 from sparkctl.bench.worker import Measured
@@ -102,6 +104,37 @@ def test_operators_that_are_done_are_the_answer(
     report = json.loads(said.out)
     assert (report["ok"], [row["operator"] for row in report["operators"]]) == (False, ["rms_norm"])
     assert re.search(r"^rms_norm: [\d.]+ ms, \d+% of the ceiling$", said.err, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("stop", "status"), STOPS)
+def test_products_that_are_done_are_the_answer_and_no_choice(
+    stop: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a GPU, with a clock of the test. Trainings do not take the ways of the half that was measured."""
+    at = setting(shape="qwen3.5-2b", mode="lora", pack=64, documents=2)
+    gpu = replace(at, machine=at.machine.model_copy(update={"device": "cuda"}))
+    monkeypatch.setattr("sparkctl.bench.setting.setting", lambda **_: gpu)
+    monkeypatch.setattr(gemm, "fused", lambda _: True)
+    monkeypatch.setattr(ways, "WAYS", {name: ways.WAYS[name] for name in ("torch", "halves")})
+    measure, calls, kept = products.measure, iter(range(1000)), list[object]()
+
+    def clock(_: Callable[[], None]) -> float:
+        if (call := next(calls)) == 5:  # the second way of the third product
+            raise stop
+        return 1.0 - 0.5 * (call % 2)
+
+    monkeypatch.setattr(products, "measure", lambda work, _, tell: measure(work, torch.device("cpu"), clock, tell))
+    monkeypatch.setattr(products, "keep_ways", lambda *arguments: kept.append(arguments))
+    assert app.run(["bench", "products", "--tokens", "64"]) == status
+    said = capsys.readouterr()
+    assert len(re.findall(r"^gemm \S+ \S+: halves, 2.00 times torch's rate$", said.err, re.MULTILINE)) == 2
+    assert said.err.endswith(f"error: interrupted\nhint: {AGAIN}\n")
+    assert [line.split()[0] for line in said.out.splitlines()[1:]] == ["product", "gemm", "gemm", "nothing"]
+    calls = iter(range(1000))
+    assert app.run(["bench", "products", "--tokens", "64", "--json"]) == status
+    report = json.loads(capsys.readouterr().out)
+    assert (report["ok"], report["kept"], len(report["products"])) == (False, False, 2)
+    assert kept == []
 
 
 def test_a_failed_stack_is_said_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -172,7 +172,7 @@ def test_products_of_a_step_are_measured_kept_and_taken(
     assert kinds == {"nt", "nn", "nn+", "tn"}
     assert all(row.timed.best == "halves" and row.speedup == 2 for row in rows)
     assert layers == Layers("qwen3_5", at.work.text["hidden_size"], at.work.text["intermediate_size"], at.work.rank)
-    monkeypatch.setattr(products, "measure", lambda *_: (rows, layers))
+    monkeypatch.setattr(products, "measure", lambda *_, **__: (rows, layers))
     gpu = replace(at, machine=at.machine.model_copy(update={"device": "cuda"}))
     assert products.bench_products(gpu) == (rows, True)
     found = measurements.ways_here(gpu.machine, layers)
