@@ -350,7 +350,8 @@ class Manifest(Table):
     resumes: list[Resume] = Field(default_factory=list)
     lossless: Lossless | None = None
     merge: MergeTable | None = None
-    adapter: MergeTable | None = None
+    adapter: MergeTable | None = Field(None, description="for the multimodal class")
+    adapter_text: MergeTable | None = Field(None, description="for the text-only class")
     mtp: MtpTable | None = None
     served: ServedTable | None = None
     checkpoints: list[Checkpoint] = Field(default_factory=list)

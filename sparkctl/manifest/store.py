@@ -256,7 +256,7 @@ def _follow_move(manifest: Manifest, root: Path) -> None:
             table.recipe = moved(table.recipe)
     for file in manifest.data.files if manifest.data else []:
         file.path = moved(file.path) or ""
-    for merged in (manifest.merge, manifest.adapter, manifest.served):
+    for merged in (manifest.merge, manifest.adapter, manifest.adapter_text, manifest.served):
         if merged:
             merged.folder = moved(merged.folder) or ""
     if manifest.served:

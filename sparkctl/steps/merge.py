@@ -1,4 +1,5 @@
-"""`sparkctl merge`: a checkpoint of training as a folder to serve, or as an adapter; [merge] or [adapter].
+"""`sparkctl merge`: a checkpoint of training as a folder to serve, or as an adapter; [merge], [adapter] and
+[adapter_text].
 
 The folder itself says what it was made from (`sparkctl.json` in it), so any target can be found up to date, not the
 last one alone. A merge holds the run's step lock: it does not read a run whose training is going on.
@@ -10,7 +11,7 @@ import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sparkctl.errors import UsageError
 from sparkctl.files import sha256_bytes, sha256_file, sweep_stages
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of what a merge writes: a change here makes every merged folder stale
 FOLDERS = {None: "merged", "multimodal": "adapter", "text": "adapter-text"}
+TABLES: dict[AdapterClass | None, Literal["merge", "adapter", "adapter_text"]] = {
+    None: "merge", "multimodal": "adapter", "text": "adapter_text",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -245,7 +249,7 @@ def _seal(job: _Job, merged: Merged, files: dict[str, SealedFile]) -> Seal:
 
 
 def _record(job: _Job, sealed: Seal) -> None:
-    """[merge] or [adapter], and the merged model among [[checkpoints]]; nothing where they say so already."""
+    """The result's table, and a merged model among [[checkpoints]]; nothing where they say so already."""
     path = job.run.relative(job.out)
     table = MergeTable(
         checkpoint=sealed.checkpoint, digest=state.digest(job.trained), folder=path, tensors=sealed.tensors,
@@ -256,14 +260,13 @@ def _record(job: _Job, sealed: Seal) -> None:
         id=f"merged-{job.at.step:06d}", kind="merged", parent=job.trained.name, path=path, step=job.at.step,
         created=sealed.created, digest=sealed.digest, eval_loss=job.at.eval_loss,
     )  # fmt: skip
-    before = job.run.manifest
-    if table == (before.adapter if job.request.adapter else before.merge):
+    name = TABLES[job.request.adapter]
+    if table == getattr(job.run.manifest, name):
         return
     with job.run.edit() as manifest:
+        setattr(manifest, name, table)
         if job.request.adapter:
-            manifest.adapter = table
             return
-        manifest.merge = table
         others = [c for c in manifest.checkpoints if c.id != entry.id and (c.kind != "merged" or c.path != path)]
         manifest.checkpoints = [*others, entry]
 

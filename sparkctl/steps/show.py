@@ -139,13 +139,14 @@ def _job(run: Run) -> Job | None:
 
 
 def _merges(run: Run, shown: Path, trained: Step) -> list[Step]:
-    """The merged model, and the adapter where one was written."""
-    manifest = run.manifest
-    merged = _merge("merge", run, manifest.merge, trained, f"sparkctl merge {quoted(shown)}")
-    if manifest.adapter is None:
-        return [merged]
-    mend = f"sparkctl merge {quoted(shown)} --adapter-only"
-    return [merged, _merge("adapter", run, manifest.adapter, trained, mend)]
+    """The merged model, and each adapter that was written: of the multimodal class, of the text-only one."""
+    manifest, merge = run.manifest, f"sparkctl merge {quoted(shown)}"
+    steps = [_merge("merge", run, manifest.merge, trained, merge)]
+    if manifest.adapter:
+        steps.append(_merge("adapter", run, manifest.adapter, trained, f"{merge} --adapter-only"))
+    if manifest.adapter_text:
+        steps.append(_merge("adapter, text", run, manifest.adapter_text, trained, f"{merge} --adapter-only=text"))
+    return steps
 
 
 def _heads(run: Run, shown: Path, merged: Step) -> list[Step]:

@@ -140,8 +140,12 @@ def test_the_adapter_alone(option: str, folder: str, starts: str, run: Run, said
     ]  # fmt: skip
     manifest = Run.open(run.root).manifest
     assert manifest.merge is None
-    assert manifest.adapter
-    assert manifest.adapter.folder == folder
+    adapter, other = manifest.adapter, manifest.adapter_text
+    if folder == "adapter-text":
+        adapter, other = other, adapter
+    assert adapter
+    assert adapter.folder == folder
+    assert other is None
     assert answer(said, "r1", option)["up_to_date"] is True
 
 

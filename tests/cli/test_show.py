@@ -148,6 +148,17 @@ def test_a_mount_that_cannot_be_written_is_shown(
     assert states(say, trained)["train"] == "done"
 
 
+def test_each_adapter_has_a_row_of_its_own(tmp_path: Path, qwen35_folder: Path, say: Say) -> None:
+    run = merging_run.trained_run(tmp_path / "r1", qwen35_folder)
+    say("merge", run.root, "--adapter-only=text")
+    say("merge", run.root, "--adapter-only")
+    found = json.loads(say("show", run.root, "--json"))["steps"]
+    assert found["adapter"]["detail"].partition("; ")[0].endswith("/r1/adapter")
+    assert found["adapter, text"]["detail"].partition("; ")[0].endswith("/r1/adapter-text")
+    shutil.rmtree(run.root / "adapter-text")
+    assert hint(say, run, "adapter, text") == f"sparkctl merge {run.root} --adapter-only=text --force"
+
+
 @pytest.fixture
 def merged(tmp_path: Path, qwen35_folder: Path, say: Say) -> Run:
     """A run of a Qwen3.5 that is trained and merged."""
