@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.files import sha256_file
 from sparkctl.manifest.schema import BaseFile, BaseTable, ModelTable, TrainTable
 from sparkctl.manifest.store import Run
+from sparkctl.model.anew import folder_anew
 from sparkctl.progress import Progress
-from sparkctl.words import quoted
+from sparkctl.words import here, quoted
+
+if TYPE_CHECKING:
+    from sparkctl.model.hub import ModelSource
 
 SHOWN = 3  # problems of a base that are told
 
@@ -35,6 +40,20 @@ def read_base(folder: Path, model: ModelTable, known: BaseTable | None, progress
     )
 
 
+def require_files(source: ModelSource) -> None:
+    """Raise SparkError where a folder's weights lack a file that the index names, or one is cut: hours before they are
+    read. Headers alone are looked at. A folder without any may get them later, and the hub's are downloaded later.
+    """
+    from sparkctl.model.weights import INDEX, SINGLE, read_layout
+
+    folder = source.folder
+    if source.is_hub or not ((folder / INDEX).is_file() or (folder / SINGLE).is_file()):
+        return
+    shown = Path(here(folder))
+    if problems := read_layout(shown).problems:
+        raise SparkError(f"the model in `{shown}` is not whole: {_told(problems)}", folder_anew(shown))
+
+
 def require_whole(folder: Path) -> None:
     """Raise SparkError where the base is not what its config.json promises: no merge of it would pass its audit."""
     from sparkctl.model.audit import audit
@@ -42,13 +61,16 @@ def require_whole(folder: Path) -> None:
     problems = audit(folder, counted=False)
     if not problems:
         return
-    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     raise SparkError(
-        f"the base `{folder}` is not whole, so what is trained on it could not be merged: "
-        f"{'; '.join(problems[:SHOWN])}{more}",
+        f"the base `{folder}` is not whole, so what is trained on it could not be merged: {_told(problems)}",
         "take it as it was published, or have its config.json promise what is there and analyze again (transformers "
         "saves a Qwen3.5 without its MTP head: `mtp_num_hidden_layers` is 0 then)",
     )
+
+
+def _told(problems: list[str]) -> str:
+    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return "; ".join(problems[:SHOWN]) + more
 
 
 def same_base(run: Run, trained: TrainTable, folder: Path, model: ModelTable, progress: Progress) -> BaseTable | None:
@@ -62,12 +84,12 @@ def same_base(run: Run, trained: TrainTable, folder: Path, model: ModelTable, pr
     anew = f"`sparkctl train {quoted(run.root)} --force` trains on it"
     if then.config_sha256 != model.config_sha256:
         raise UsageError(f"`{run.root}` was trained on {then.source}, and is now analysed for {model.source}", anew)
-    here = read_base(folder, model, then, progress)
-    were, are = ({file.name: file.sha256 for file in base.files} for base in (then, here))
+    present = read_base(folder, model, then, progress)
+    were, are = ({file.name: file.sha256 for file in base.files} for base in (then, present))
     changed = sorted(name for name in were.keys() | are.keys() if were.get(name) != are.get(name))
     if changed:
         raise UsageError(
             f"the weights in `{folder}` are not those that `{run.root}` was trained on: {', '.join(changed)} changed",
             f"put them back, or {anew}",
         )
-    return here
+    return present

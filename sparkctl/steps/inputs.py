@@ -22,6 +22,7 @@ from sparkctl.manifest.fingerprint import fingerprint
 from sparkctl.manifest.schema import AnalysisTable, DataFile, DataTable, Dropped, Manifest, ModelTable
 from sparkctl.manifest.store import NAME, Run
 from sparkctl.progress import Progress
+from sparkctl.steps.bases import require_files
 from sparkctl.words import here, quoted
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ def gather(request: Request, run: Run | None, progress: Progress) -> Inputs:
     recorded = next((owner.manifest.data for owner in owners if owner.manifest.data), None)
     files = _files(request.data, root, run)
     source = _model(request, run, parent, progress)
+    require_files(source)
     config_sha256 = sha256_file(source.folder / "config.json")
     template_text = _template(request, run, parent, config_sha256)
     max_seq_length = request.max_seq_length or (recorded.max_seq_length if recorded else None)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import ready
 import tiny
+from analyzing import chat, lines
 
 from sparkctl.cli import app
 from sparkctl.files import sha256_file
@@ -139,6 +140,32 @@ def test_a_base_that_is_not_whole_is_named_before_training(
         assert Run.open(run.root).manifest.train is None
     else:
         assert status == 0, text
+
+
+@pytest.mark.parametrize("amiss", ["is missing", "cut"])
+def test_a_shard_of_the_model_that_is_not_whole_is_named_at_once(
+    tmp_path: Path, qwen35_folder: Path, capsys: Said, amiss: str
+) -> None:
+    """By analyze and by recommend, from headers alone; weights that are still to come are no obstacle."""
+    base = Path(shutil.copytree(qwen35_folder, tmp_path / "base"))
+    shard = base / "model-mtp.safetensors"
+    data = lines(tmp_path / "chats.jsonl", *(chat(f"question {i}", f"answer {i}") for i in range(20)))
+    analyze = ("analyze", data, "--run", tmp_path / "r1", "--model", base)
+    run = ready.run(tmp_path / "run", base, count=24)
+    content = shard.read_bytes()
+    shard.unlink()
+    if amiss == "cut":
+        shard.write_bytes(content[:-1])
+    for command in (analyze, (*analyze, "--dry-run"), ("recommend", run.root, "--force")):
+        status, text = said(capsys, *command)
+        assert status == 1, text
+        assert f"`{shard}`" in text
+        assert amiss in text
+        assert f"hint: hf download ORG/NAME --local-dir {base}" in text
+    assert not (tmp_path / "r1").exists()
+    for path in (*base.glob("*.safetensors"), base / "model.safetensors.index.json"):
+        path.unlink()
+    assert said(capsys, *analyze)[0] == 0
 
 
 def test_a_base_that_was_only_touched(folder: Path, capsys: Said) -> None:
