@@ -26,8 +26,8 @@ def plan(**changes: Any) -> PlanTable:
         steps=8, learning_rate=1e-2, schedule="cosine", warmup_steps=2, min_lr_fraction=0.1, weight_decay=0.01,
         max_grad_norm=1.0, checkpointing=False, save_every=3, keep=2, seed=7,
         estimates=schema.Estimates(
-            steps=8, seconds=10, tokens_per_second=100, throughput_from="test", peak_memory=1, memory=zero, disk=1,
-            trainable_parameters=1,
+            steps=8, seconds=10, start_seconds=4, tokens_per_second=100, throughput_from="test", peak_memory=1,
+            memory=zero, disk=1, trainable_parameters=1,
         ),
         machine=schema.Machine(name="test", device="cpu", memory=1 << 33, cores=1), made_from="test",
     )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 
 from sparkctl.cli import acceptance, console
-from sparkctl.cli.train import trained
+from sparkctl.cli.train import trained, whole_time
 from sparkctl.manifest.schema import HeadPlan
 from sparkctl.words import size
 
@@ -50,6 +50,6 @@ def _planned(plan: HeadPlan) -> RenderableType:
         ("steps", f"{plan.steps:,}, each {plan.gradient_accumulation} packs of {plan.pack_length:,} tokens"),
         ("drafts", f"{plan.draft_steps} a row, each weighing {plan.decay:g} of the one before; loss {plan.loss}"),
         ("learning rate", f"{plan.learning_rate:g}"),
-        ("time", f"about {console.duration(plan.estimated_seconds)}"),
+        ("time", f"about {whole_time(plan.estimated_seconds, plan.estimated_start_seconds)}"),
         ("peak memory", size(plan.estimated_peak_memory)),
     )

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from sparkctl.cli import console
 from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, RunArg
+from sparkctl.cli.train import whole_time
 from sparkctl.errors import UsageError
 from sparkctl.manifest.schema import Choices, PlanTable
 from sparkctl.manifest.store import describe
@@ -96,7 +97,8 @@ def _human(result: Result, dry_run: bool) -> Group:
     estimates = console.rows(
         f"on {plan.machine.name}, {size(plan.machine.memory)}",
         ("steps", f"{costs.steps:,}, packs a step: {plan.gradient_accumulation}, warm-up: {plan.warmup_steps}"),
-        ("time", f"{console.duration(costs.seconds)} at {costs.tokens_per_second:,.0f} tok/s: {costs.throughput_from}"),
+        ("time", whole_time(costs.seconds, costs.start_seconds)),
+        ("rate", f"{costs.tokens_per_second:,.0f} tok/s: {costs.throughput_from}"),
         *(
             [("MTP head", f"{console.duration(costs.head_seconds)} more, for `mtp train`")]
             if costs.head_seconds

@@ -58,7 +58,11 @@ def trained(table: TrainTable, title: str | None = None) -> RenderableType:
         ("held-out loss", f"{_loss(table.first_eval_loss)} before, best {_loss(table.best_eval_loss)}"),
         ("best checkpoint", table.best_checkpoint or "none"),
         ("rate", f"{table.tokens_per_second or 0:,.0f} tokens per second, evaluations and saves included"),
-        ("time", f"{console.duration(table.seconds)} (estimated {console.duration(table.estimated_seconds)})"),
+        (
+            "time",
+            f"{console.duration(table.seconds)} of steps, evaluations and saves (estimated "
+            f"{console.duration(table.estimated_seconds)}{'' if table.step == table.steps else ' for all'})",
+        ),
         (
             "peak memory",
             f"{size(table.peak_memory or 0)} (estimated {size(table.estimated_peak_memory)})",
@@ -70,13 +74,18 @@ def trained(table: TrainTable, title: str | None = None) -> RenderableType:
     return console.rows(title or ("trained" if table.status == "done" else table.status), *pairs)
 
 
+def whole_time(seconds: float, start: float) -> str:
+    """An estimate from the start of the command."""
+    return f"{console.duration(seconds)} (of them {console.duration(start)} to load and rehearse)"
+
+
 def planned(plan: PlanTable) -> RenderableType:
     """What would be trained."""
     return console.rows(
         "would train (dry run: nothing written)",
         ("mode", f"{plan.mode}, engine {plan.engine}"),
         ("steps", f"{plan.steps:,} of {plan.gradient_accumulation} packs of up to {plan.pack_length:,} tokens"),
-        ("time", f"{console.duration(plan.estimates.seconds)} estimated"),
+        ("time", f"{whole_time(plan.estimates.seconds, plan.estimates.start_seconds)} estimated"),
         ("peak memory", f"{size(plan.estimates.peak_memory)} estimated"),
         ("disk", f"{size(plan.estimates.disk)} estimated"),
     )

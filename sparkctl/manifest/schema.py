@@ -160,7 +160,8 @@ class MemoryTerms(Table):
 
 class Estimates(Table):
     steps: int
-    seconds: float
+    seconds: float = Field(description="of `train`, from its start")
+    start_seconds: float = Field(0.0, description="of them, loading and rehearsal, before the first step")
     tokens_per_second: float
     throughput_from: str = Field(description="the measurement or the table that the rate comes from")
     peak_memory: int
@@ -251,8 +252,8 @@ class TrainTable(Table):
     last_checkpoint: str | None = None
     tokens: int = 0
     tokens_per_second: float | None = None
-    seconds: float = 0.0
-    estimated_seconds: float
+    seconds: float = Field(0.0, description="of steps, evaluations and saves, over all starts; not of loading")
+    estimated_seconds: float = Field(description="of the same, for all steps")
     peak_memory: int | None = None
     estimated_peak_memory: int
     gate_limit: float | None = Field(None, description="the gate that `train --gate` asked for; a resume keeps to it")
@@ -291,7 +292,8 @@ class HeadPlan(Course):
     decay: float = Field(0.6, gt=0, le=1, description="weight of a draft step's loss beside the step before")
     loss: HeadLoss = Field("kl", description="kl: to the model's own distribution; ce: to the text")
     fresh: bool = Field(False, description="begin with random weights, not with the base's head")
-    estimated_seconds: float
+    estimated_seconds: float = Field(description="of `mtp train`, from its start, without its measurement at the end")
+    estimated_start_seconds: float = Field(0.0, description="of them, loading and rehearsal, before the first step")
     estimated_peak_memory: int
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MOMENTS = 3 * 4  # bytes a trained parameter of a checkpoint: master and two moments in fp32
 DISK_RATE = 150e6  # bytes a second written, synced and hashed: a slow SSD
-START_SECONDS = 15.0  # imports, loading, rehearsal
+START_SECONDS = 15.0  # imports, a rehearsal's packs
 LOAD_RATE = 500e6  # bytes of weights a second
 SAMPLE = 64  # packs that the padding is counted on
 EVAL_SHARE = 0.5  # of a training pass that a pass without gradients takes, a third at best
@@ -116,10 +116,15 @@ def save_seconds(trainable: int) -> float:
     return checkpoint_bytes(trainable) / DISK_RATE
 
 
-def wall_seconds(*, steps: int, step: float, save_every: int, evaluation: float, save: float, weights: int) -> float:
-    """Loading, rehearsal, all steps, the evaluation at the start, and one with each checkpoint."""
+def start_seconds(save: float, weights: int = 0) -> float:
+    """Loading so many bytes of weights, and the rehearsal, which saves once."""
+    return START_SECONDS + weights / LOAD_RATE + save
+
+
+def loop_seconds(*, steps: int, step: float, save_every: int, evaluation: float, save: float) -> float:
+    """All steps, the evaluation at the start, and one with each checkpoint: what [train] counts as its seconds."""
     saves = -(-steps // save_every)
-    return START_SECONDS + weights / LOAD_RATE + steps * step + (1 + saves) * evaluation + (1 + saves) * save
+    return steps * step + (1 + saves) * evaluation + saves * save
 
 
 def disk_bytes(*, store: int, trainable: int, merged: int, keep: int, saves: int) -> tuple[int, int]:

@@ -72,6 +72,7 @@ def plan_head(plan: PlanTable, shape: Shape, store: TokenStore, wishes: HeadWish
         loss=wishes.loss,
         fresh=wishes.fresh,
         estimated_seconds=seconds(plan, shape, documents, wishes, model_key),
+        estimated_start_seconds=start_seconds(shape),
         estimated_peak_memory=heads.peak(
             shape, length, documents.longest, labels, wishes.steps, plan.machine.device,
             fla=fla, multiprocessors=splitting(plan.machine.capability, shape.head_dim),
@@ -98,8 +99,12 @@ def seconds(plan: PlanTable, shape: Shape, documents: Documents, wishes: HeadWis
     tokens = (wishes.epochs or EPOCHS) * documents.tokens + (
         1 + SAVES
     ) * estimates.EVAL_SHARE * documents.held_out_tokens
-    saves = (1 + SAVES) * estimates.save_seconds(heads.parameters(shape))
-    return estimates.START_SECONDS + tokens / rate + saves
+    return start_seconds(shape) + tokens / rate + SAVES * estimates.save_seconds(heads.parameters(shape))
+
+
+def start_seconds(shape: Shape) -> float:
+    """Of them, what comes before the first step."""
+    return estimates.start_seconds(estimates.save_seconds(heads.parameters(shape)))
 
 
 def _model_operations(plan: PlanTable, shape: Shape, documents: Documents) -> float:

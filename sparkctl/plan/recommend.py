@@ -223,12 +223,12 @@ class _Planner:
         evaluation = estimates.evaluation_seconds(documents, rate.tokens_per_second)
         save = estimates.save_seconds(trainable)
         every = made.decide("save_every", rules.save_every(steps, step, save + evaluation))
-        memory = self._memory.terms(variant)
+        loop = estimates.loop_seconds(steps=steps, step=step, save_every=every, evaluation=evaluation, save=save)
+        start, memory = estimates.start_seconds(save, at.model.bytes), self._memory.terms(variant)
         return Estimates(
             steps=steps,
-            seconds=estimates.wall_seconds(
-                steps=steps, step=step, save_every=every, evaluation=evaluation, save=save, weights=at.model.bytes
-            ),
+            seconds=start + loop,
+            start_seconds=start,
             tokens_per_second=rate.tokens_per_second,
             throughput_from=rate.source,
             peak_memory=memory.total,

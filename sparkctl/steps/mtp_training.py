@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 FOLDER = "mtp"
 HEAD = f"{FOLDER}/head.safetensors"
 # how a plan is carried out, not what comes of it
-FREE = {"tokens_per_step", "steps", "save_every", "keep", "machine", "estimated_seconds", "estimated_peak_memory"}
+FREE = {
+    "tokens_per_step", "steps", "save_every", "keep", "machine", "estimated_seconds", "estimated_start_seconds",
+    "estimated_peak_memory",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,9 @@ class HeadJob:
         return f"sparkctl mtp train {quoted(self.run.root)}"
 
     def estimates(self) -> tuple[EngineName, float, int]:
-        """(engine, seconds, peak memory) as planned."""
-        return "native", self.plan.estimated_seconds, self.plan.estimated_peak_memory
+        """(engine, seconds of the loop, peak memory) as planned."""
+        plan = self.plan
+        return "native", plan.estimated_seconds - plan.estimated_start_seconds, plan.estimated_peak_memory
 
     def alike(self, processes: int) -> Kind:
         """What its rate tells of."""

@@ -75,8 +75,9 @@ class Job:
         return f"{self.parent[0].manifest.run.id}:{self.parent[1].name}" if self.parent else "base"
 
     def estimates(self) -> tuple[EngineName, float, int]:
-        """(engine, seconds, peak memory) as planned."""
-        return self.plan.engine, self.plan.estimates.seconds, self.plan.estimates.peak_memory
+        """(engine, seconds of the loop, peak memory) as planned."""
+        costs = self.plan.estimates
+        return self.plan.engine, costs.seconds - costs.start_seconds, costs.peak_memory
 
     def alike(self, processes: int) -> Kind:
         """What its rate tells of."""

@@ -96,6 +96,7 @@ def test_a_training_and_what_the_manifest_says_of_it(say: Say, run: Run, straigh
     assert table.best_eval_loss == min(line["eval_loss"] for line in found[1:] if "eval_loss" in line)
     assert table.tokens == sum(line.get("tokens", 0) for line in found)
     assert table.peak_memory
+    assert table.estimated_seconds == 10 - 4  # without loading and rehearsal, as `seconds`
     assert [(c.id, c.kind, c.step, c.parent) for c in Run.open(run.root).manifest.checkpoints] == [
         ("base", "base", None, None), ("step-000003", "step", 3, "base"), ("step-000004", "step", 4, "base"),
     ]  # fmt: skip

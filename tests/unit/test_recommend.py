@@ -18,6 +18,7 @@ from sparkctl.errors import SparkError, UsageError
 from sparkctl.hardware import heads
 from sparkctl.hardware.measurements import Kind, record
 from sparkctl.manifest.schema import Choices, PlanTable
+from sparkctl.plan.estimates import START_SECONDS
 from sparkctl.plan.recommend import is_made_from, made_from, recommend
 from sparkctl.plan.request import Situation, Wishes
 
@@ -79,6 +80,16 @@ def test_steps_are_those_of_the_schedule(chats: Store) -> None:
     assert short.steps == 3
     assert short.estimates.seconds < plan.estimates.seconds
     assert short.warmup_steps < 3
+
+
+def test_the_time_is_that_of_the_loop_and_of_what_comes_before(chats: Store) -> None:
+    costs = recommend(situation(chats), wishes()).estimates
+    longer = recommend(situation(chats), wishes(epochs=40)).estimates
+    assert costs.start_seconds == longer.start_seconds >= START_SECONDS
+    loops = [each.seconds - each.start_seconds for each in (costs, longer)]
+    tokens = chats.lengths[~chats.held_out].sum()
+    assert loops[0] > tokens / costs.tokens_per_second
+    assert loops[0] < loops[1]
 
 
 def test_who_decides(chats: Store) -> None:
