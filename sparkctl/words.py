@@ -21,6 +21,17 @@ def size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def earlier(title: str, made: str | None) -> str:
+    """The title of a result that was there already. made: when, as the manifest writes instants; None: not noted."""
+    of = f"the result of {made[:10]} {made[11:16]} UTC" if made else "an earlier result"
+    return f"{title} (up to date: nothing was done, this is {of})"
+
+
+def heading(title: str, *, dry_run: bool, up_to_date: bool, made: str | None) -> str:
+    """The title of a result: whether it is only shown, or was there already; see `earlier`."""
+    return earlier(title, made) if up_to_date else title + (" (dry run: nothing written)" if dry_run else "")
+
+
 def here(path: Path) -> str:
     """A path as it can be opened from the working folder, the short way."""
     return min(os.path.relpath(path), os.path.abspath(path), key=len)

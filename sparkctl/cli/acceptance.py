@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sparkctl.cli import console
 from sparkctl.manifest.evidence import Acceptance
-from sparkctl.words import counted
+from sparkctl.words import counted, earlier
 
 if TYPE_CHECKING:
     from sparkctl.steps.mtp_eval import Result
@@ -54,6 +54,8 @@ def as_text(result: Result, dry_run: bool) -> RenderableType:
     if dry_run and not result.up_to_date:
         wanted = [("row", name) for name in result.names]
         return Group(console.rows(f"{title} (dry run: nothing measured)", *wanted), *map(escape, result.notes))
+    if result.up_to_date:
+        title = earlier(title, max((row.created for row in result.rows if row.created), default=None))
     return Group(console.titled(title, table(result.rows)), *map(escape, result.notes))
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from sparkctl.cli import console
 from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, about
 from sparkctl.manifest.schema import AnalysisTable, DataTable, Dropped, ModelTable, RunTable
-from sparkctl.words import counted
+from sparkctl.words import counted, heading
 
 if TYPE_CHECKING:
     from sparkctl.steps.analyze import Result, Shown
@@ -69,7 +69,8 @@ def _json(result: Result, dry_run: bool) -> dict[str, Any]:
 
 def _human(result: Result, dry_run: bool) -> RenderableType:
     a, model = result.analysis, result.model
-    title = f"analysis of {result.run.absolute().name}" + (" (dry run: nothing written)" if dry_run else "")
+    title = f"analysis of {result.run.absolute().name}"
+    title = heading(title, dry_run=dry_run, up_to_date=result.up_to_date, made=result.made)
     pairs: list[tuple[str, object]] = [
         ("model", f"{model.model_type}, {model.parameters:,} parameters"),
         ("examples", f"{a.examples:,}: {a.train_examples:,} to train on, {a.eval_examples:,} held out"),

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from sparkctl.cli import acceptance, console
 from sparkctl.cli.train import trained, whole_time
 from sparkctl.manifest.schema import HeadPlan
-from sparkctl.words import size
+from sparkctl.words import earlier, size
 
 if TYPE_CHECKING:
     from sparkctl.steps.mtp_train import Result
@@ -34,11 +34,13 @@ def as_text(result: Result, dry_run: bool) -> RenderableType:
 
     if result.skipped:
         return console.rows("mtp train", ("skipped", result.skipped))
-    if result.plan and (dry_run or result.mtp is None or result.mtp.train is None):
+    going = not (result.mtp and result.mtp.train) or (dry_run and not result.up_to_date)
+    if result.plan and going:
         return _planned(result.plan)
     assert result.mtp
     assert result.mtp.train
-    parts = [trained(result.mtp.train, title="mtp train"), acceptance.table(result.mtp.acceptance)]
+    title = earlier("mtp train", result.made) if result.up_to_date else "mtp train"
+    parts = [trained(result.mtp.train, title=title), acceptance.table(result.mtp.acceptance)]
     kept = KEPT.get(result.mtp.mode, result.mtp.mode)
     notes = [("note", note) for note in result.notes if note != NOT_HELPED]
     return Group(*parts, console.rows("", ("head", f"{kept}: {result.mtp.head}"), *notes))

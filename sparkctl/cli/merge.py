@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 
 from sparkctl.cli import console
 from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, RunArg
-from sparkctl.words import here, size
+from sparkctl.words import heading, here, size
 
 if TYPE_CHECKING:
     from sparkctl.steps.merge import Result
@@ -60,7 +60,7 @@ def merge(
 
 
 def _human(result: Result, dry_run: bool) -> RenderableType:
-    title = "merge" + (" (dry run: nothing written)" if dry_run else "")
+    title = heading("merge", dry_run=dry_run, up_to_date=result.up_to_date, made=result.created)
     return console.rows(
         title,
         ("checkpoint", result.checkpoint),

@@ -19,7 +19,7 @@ from sparkctl.errors import UsageError
 from sparkctl.manifest.schema import Choices, PlanTable
 from sparkctl.manifest.store import describe
 from sparkctl.manifest.table import EngineName, Mode
-from sparkctl.words import quoted, size
+from sparkctl.words import heading, quoted, size
 
 if TYPE_CHECKING:
     from sparkctl.steps.recommend import Result
@@ -84,7 +84,8 @@ def _json(result: Result, dry_run: bool) -> dict[str, Any]:
 
 def _human(result: Result, dry_run: bool) -> Group:
     plan = result.plan
-    title = f"plan of {result.run.absolute().name}" + (" (dry run: nothing written)" if dry_run else "")
+    title = f"plan of {result.run.absolute().name}"
+    title = heading(title, dry_run=dry_run, up_to_date=result.up_to_date, made=plan.created)
     table = Table(box=None, pad_edge=False)
     for column in ("choice", "value", "from", "why"):
         table.add_column(column, overflow="fold", no_wrap=column != "why", style="dim" if column != "value" else None)

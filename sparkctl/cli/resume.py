@@ -9,6 +9,7 @@ import typer
 from sparkctl.cli import console
 from sparkctl.cli.options import DryRunOpt, JsonOpt, RunArg, SlowOpt
 from sparkctl.cli.train import trained
+from sparkctl.words import earlier
 
 
 def register(app: typer.Typer) -> None:
@@ -33,7 +34,9 @@ def resume(
     if result.up_to_date:
         progress.say(f"up to date: the training of `{run}` is finished")
     title = f"would go on from {result.checkpoint or 'the beginning'} (dry run: nothing written)"
-    human = trained(result.train, title if dry_run and not result.up_to_date else None)
+    if result.up_to_date:
+        title = earlier("trained", result.made)
+    human = trained(result.train, title if dry_run or result.up_to_date else None)
     answer = {
         "ok": True, "run": str(result.run), "up_to_date": result.up_to_date, "dry_run": dry_run,
         "checkpoint": result.checkpoint, "train": result.train.model_dump(mode="json"),

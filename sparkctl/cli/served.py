@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 
 from sparkctl.cli import console
-from sparkctl.words import counted, size
+from sparkctl.words import counted, heading, size
 
 if TYPE_CHECKING:
     from sparkctl.steps.mtp_inject import Result
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def as_text(result: Result, dry_run: bool) -> RenderableType:
     """The folder, whose head is in it, and why a server should draft so many tokens."""
-    title = "mtp inject" + (" (dry run: nothing written)" if dry_run else "")
+    title = heading("mtp inject", dry_run=dry_run, up_to_date=result.up_to_date, made=result.created)
     if result.skipped:
         return console.rows(title, ("skipped", result.skipped))
     linked = f", {counted(result.linked, 'shard')} linked" if result.linked else ""

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from sparkctl.cli import console
 from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, RunArg, SlowOpt
 from sparkctl.manifest.schema import Gate, PlanTable, TrainTable
-from sparkctl.words import size
+from sparkctl.words import earlier, size
 
 if TYPE_CHECKING:
     from sparkctl.steps.train import Result
@@ -42,7 +42,10 @@ def train(
     )  # fmt: skip
     if result.up_to_date:
         progress.say(f"up to date: `{run}` is trained as planned")
-    human = trained(result.train) if result.train and not dry_run else planned(result.plan)
+    if result.train and result.up_to_date:
+        human = trained(result.train, earlier("trained", result.made))
+    else:
+        human = trained(result.train) if result.train and not dry_run else planned(result.plan)
     if result.rank == 0:
         console.answer(_json(result, dry_run), human, json=json)
 

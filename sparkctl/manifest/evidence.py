@@ -47,6 +47,7 @@ class Acceptance(Table):
     cumulative: list[float] = Field(description="share accepted at 1, 2, … of all drafts: vLLM's rate per position")
     mean_accepted: float = Field(description="tokens accepted a draft, without the one that the model adds itself")
     shorter: list[list[float]] = Field(description="`cumulative` of servers that draft 1, 2, … tokens, less than here")
+    created: str | None = None
     made_from: str
 
     @property

@@ -207,6 +207,7 @@ class PlanTable(Course, Method):
     reasons: dict[str, str] = Field(default_factory=dict, description="why each choice is as it is")
     origin: dict[str, str] = Field(default_factory=dict, description="flag, recipe, parent or rule: which won")
     estimates: Estimates
+    created: str | None = None
     made_from: str
 
 

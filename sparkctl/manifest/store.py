@@ -127,6 +127,11 @@ class Run:
                 f"work on a copy: `cp -r {quoted(self.root)} FOLDER`",
             )
 
+    def made(self, id: str | None) -> str | None:
+        """When the checkpoint of that id was written; None where there is none."""
+        entry = self.manifest.checkpoint(id) if id else None
+        return entry.created if entry else None
+
     def running(self) -> str | None:
         """Which step works in this run right now ("train", …), or None."""
         try:

@@ -46,13 +46,14 @@ class Shown:
 
 @dataclass(frozen=True)
 class Result:
-    """What analyze found; the tables are those of the manifest."""
+    """What analyze found; the tables are those of the manifest. made: when, where it is up to date."""
 
     run: Path
     model: ModelTable
     data: DataTable
     analysis: AnalysisTable
     up_to_date: bool = False
+    made: str | None = None
     bad: list[str] = field(default_factory=list)
     shown: list[Shown] = field(default_factory=list)
 
@@ -135,7 +136,7 @@ def _up_to_date(run: Run, inputs: Inputs, show: int, dry_run: bool) -> Result:
         with run.edit() as manifest:
             inputs.record_wishes(manifest)
     shown = _show(run.root / TOKENS, inputs.chat_format(), show) if show else []
-    return Result(run.root, *analysed(run), up_to_date=True, shown=shown)
+    return Result(run.root, *analysed(run), up_to_date=True, made=run.made("base"), shown=shown)
 
 
 class _Analysis:

@@ -51,7 +51,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """`serve`: the command line that puts the folder to use. Under --dry-run the folder need not be there."""
+    """`serve`: the command line that puts the folder to use; `created`: when the folder was written. Under --dry-run it
+    need not be there.
+    """
 
     folder: Path
     checkpoint: str
@@ -60,6 +62,7 @@ class Result:
     bytes: int
     serve: str
     seconds: float = 0.0
+    created: str = ""
     up_to_date: bool = False
 
 
@@ -121,6 +124,7 @@ class _Job:
             bytes=sealed.bytes,
             serve=_use(self, str(self.target), self.base_source),
             seconds=sealed.seconds,
+            created=sealed.created,
             up_to_date=up_to_date,
         )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sparkctl.errors import UsageError
 from sparkctl.manifest.evidence import Acceptance
 from sparkctl.manifest.fingerprint import fingerprint
-from sparkctl.manifest.store import Run
+from sparkctl.manifest.store import Run, now
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.inputs import TOKENS, analysed, hold_out_command
 from sparkctl.steps.merged import merged_model
@@ -187,7 +187,7 @@ def measure(job: Job, known: Sequence[Acceptance] = (), progress: Progress = sil
         smaller = f"sparkctl mtp eval {quoted(request.run)} --prompts {max(1, request.prompts // 4)}"
         with watched_alone(machine, "drafts were measured"), guard.memory("the model and its answers", smaller):
             made = accept.measure(missing, [prompt.ids for prompt in job.prompts], setting, progress)
-        there |= {row.made_from: row for row in made}
+        there |= {row.made_from: row.model_copy(update={"created": now()}) for row in made}
     return [there[subject.made_from] for subject in job.subjects]
 
 

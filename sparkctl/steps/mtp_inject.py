@@ -30,8 +30,9 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Result:
-    """`serve`: the command that serves the folder; `reason`: why it drafts so many tokens. `skipped`: why there is no
-    head, where `folder` is the merged model. Under --dry-run the folder need not be there.
+    """`serve`: the command that serves the folder; `reason`: why it drafts so many tokens; `created`: when it was
+    written. `skipped`: why there is no head, where `folder` is the merged model. Under --dry-run the folder need not be
+    there.
     """
 
     mode: str
@@ -46,6 +47,7 @@ class Result:
     draft_length: int = 0
     reason: str = ""
     seconds: float = 0.0
+    created: str = ""
     up_to_date: bool = False
     skipped: str | None = None
 
@@ -88,6 +90,7 @@ def _result(job: Job, sealed: ServedSeal, up_to_date: bool = False, written: boo
         draft_length=job.drafts.tokens,
         reason=job.drafts.reason,
         seconds=sealed.seconds,
+        created=sealed.created,
         up_to_date=up_to_date,
     )
 

@@ -45,13 +45,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of the head. mtp: None under --dry-run where nothing was trained yet. skipped: why there is none."""
+    """What became of the head. mtp: None under --dry-run where nothing was trained yet. skipped: why there is none.
+    made: when its last checkpoint was written, where it is up to date.
+    """
 
     plan: HeadPlan | None = None
     mtp: MtpTable | None = None
     notes: tuple[str, ...] = ()
     skipped: str | None = None
     up_to_date: bool = False
+    made: str | None = None
     rank: int = 0
 
 
@@ -72,7 +75,8 @@ def mtp_train(request: Request, *, force: bool = False, dry_run: bool = False, p
             return Result(skipped=missing.message, rank=ranks.rank)
         done = not force and _done(job, request)
         if done or dry_run:
-            return Result(job.plan, run.manifest.mtp, up_to_date=done, rank=ranks.rank)
+            made = run.made(f"{job.prefix}{job.before.last_checkpoint}") if job.before else None
+            return Result(job.plan, run.manifest.mtp, up_to_date=done, made=made, rank=ranks.rank)
         run.require_writable()
         _train(job, ranks, force, progress)
         notes = _settle(job, request, progress) if ranks.writes else ()

@@ -12,7 +12,7 @@ from sparkctl.hardware.load import BF16
 from sparkctl.hardware.machine import disk_free, has_fla, this_machine
 from sparkctl.hardware.shape import Shape
 from sparkctl.manifest.schema import Choices, ModelTable, PlanTable
-from sparkctl.manifest.store import Run
+from sparkctl.manifest.store import Run, now
 from sparkctl.plan.estimates import Model
 from sparkctl.plan.recipes import SUFFIX, load_recipe
 from sparkctl.plan.recommend import made_from
@@ -54,6 +54,7 @@ def recommend(request: Request, *, force: bool = False, dry_run: bool = False, p
         if plan and not force and plan.made_from == origin and plan.estimates.peak_memory <= machine.memory:
             return Result(request.run, plan, up_to_date=True)
         new = make_plan(_situation(request.run, run, table, progress), wishes)
+        new.created = now()
         refusal = None if force else _refusal(request.run, run, new)
         if dry_run and refusal:
             progress.say(f"without `--dry-run` this is refused: {refusal.message}")

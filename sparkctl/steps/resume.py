@@ -24,6 +24,7 @@ class Result:
     train: TrainTable
     checkpoint: str | None
     up_to_date: bool = False
+    made: str | None = None  # when its last checkpoint was written, where it is up to date
     rank: int = 0
 
 
@@ -50,7 +51,8 @@ def resume(
         if checkpoint is None and trained.status == "done" and complete(job):
             if rival is not None and limit is not None and trained.gate is None and not dry_run:  # killed before it
                 gates.settle(job, rival, trained, limit, ranks, progress)
-            return Result(run.root, trained, trained.last_checkpoint, True, ranks.rank)
+            made = run.made(trained.last_checkpoint)
+            return Result(run.root, trained, trained.last_checkpoint, True, made, ranks.rank)
         start = _named(job, checkpoint) if checkpoint else newest_whole(job, progress)
         id = start.name if start else None
         if dry_run:

@@ -19,12 +19,15 @@ from sparkctl.words import quoted
 
 @dataclass(frozen=True)
 class Result:
-    """What a training came to. train: None under --dry-run, where nothing was trained yet. rank: whose word it is."""
+    """What a training came to. train: None under --dry-run, where nothing was trained yet. made: when its last
+    checkpoint was written. rank: whose word it is.
+    """
 
     run: Path
     plan: PlanTable
     train: TrainTable | None
     up_to_date: bool = False
+    made: str | None = None
     rank: int = 0
 
 
@@ -41,9 +44,10 @@ def train(
         job = planned(run, allow_slow)
         rival = gates.rival(run) if gate is not None else None
         done = not force and _done(job)
-        if dry_run:
-            return Result(run.root, job.plan, run.manifest.train, done, ranks.rank)
         trained = run.manifest.train
+        made = run.made(trained.last_checkpoint) if trained else None
+        if dry_run:
+            return Result(run.root, job.plan, trained, done, made, ranks.rank)
         if not done or trained is None:
             run.require_writable()
             if certificate:
@@ -51,7 +55,7 @@ def train(
             trained = carry_out(job, None, ranks, progress, _begin_anew, gate)
         if rival is not None and gate is not None:
             gates.settle(job, rival, trained, gate, ranks, progress)
-        return Result(run.root, job.plan, trained, done, ranks.rank)
+        return Result(run.root, job.plan, trained, done, made, ranks.rank)
 
 
 def _begin_anew(manifest: Manifest) -> None:

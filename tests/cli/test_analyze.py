@@ -61,6 +61,8 @@ def test_show_marks_what_is_trained(analyze: Analyze, tmp_path: Path) -> None:
     again = analyze(data, "--run", tmp_path / "r1", "--show", 1)
     assert again.json["up_to_date"] is True
     assert again.json["shown"][0]["pieces"][1] == ["Yés.<|im_end|>", True]
+    said = analyze(data, "--run", tmp_path / "r1", json=False).out
+    assert said.startswith("analysis of r1 (up to date: nothing was done, this is the result of 20")
 
 
 def test_a_second_run_is_up_to_date_without_torch(tmp_path: Path, qwen35_folder: Path) -> None:

@@ -78,6 +78,8 @@ def test_a_second_run_is_up_to_date_until_something_changes(run: Run, said: Said
     merge("r1")
     written = (run.root / "merged" / "config.json").stat().st_mtime_ns, (run.root / "run.toml").read_bytes()
     assert answer(said, "r1")["up_to_date"] is True
+    merge("r1")
+    assert "merge (up to date: nothing was done, this is the result of 20" in said.readouterr().out
     assert ((run.root / "merged" / "config.json").stat().st_mtime_ns, (run.root / "run.toml").read_bytes()) == written
     assert "step-000003, or from" in refused(said, 2, "r1", "--checkpoint", "last")
     assert answer(said, "r1", "--checkpoint", "last", "--force")["up_to_date"] is False

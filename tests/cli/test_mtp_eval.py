@@ -122,6 +122,8 @@ def test_three_rows_are_recorded_and_stay_true(run: Run, said: Said, monkeypatch
         again = answer(said)
     assert again["up_to_date"]
     assert again["rows"] == first["rows"]
+    assert sparkctl(["mtp", "eval", "r1", *FEW]) == 0
+    assert "prompts (up to date: nothing was done, this is the result of 20" in said.readouterr().out
 
 
 def test_another_head_is_measured_anew_and_only_it(run: Run, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:

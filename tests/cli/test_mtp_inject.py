@@ -130,6 +130,8 @@ def test_a_second_run_is_up_to_date_until_something_changes(run: Run, said: Said
     inject(*TRAINED)
     written = Path("r1/served/config.json").stat().st_mtime_ns, Path("r1/run.toml").read_bytes()
     assert answer(said, *TRAINED)["up_to_date"] is True
+    inject(*TRAINED)
+    assert "mtp inject (up to date: nothing was done, this is the result of 20" in said.readouterr().out
     assert (Path("r1/served/config.json").stat().st_mtime_ns, Path("r1/run.toml").read_bytes()) == written
     assert "another model or another head" in refused(said, 2, *DEFAULT)
     heads.trained_head(run, seed=6)

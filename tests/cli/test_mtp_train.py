@@ -69,6 +69,8 @@ def test_a_head_is_trained_measured_and_left_in_the_run(run: Run, capsys: Said, 
     assert {path.name: sha256_file(path) for path in (run.root / "merged").iterdir()} == merged
     assert answer(capsys)["up_to_date"]
     assert answer(capsys, "--dry-run")["up_to_date"]
+    assert sparkctl(["mtp", "train", "r1", *FEW]) == 0
+    assert "mtp train (up to date: nothing was done, this is the result of 20" in capsys.readouterr().out
 
 
 def test_where_training_does_not_help_the_shipped_head_stays(run: Run, capsys: Said, qwen35_folder: Path) -> None:

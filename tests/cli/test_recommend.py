@@ -108,6 +108,8 @@ def test_up_to_date(recommend: Recommend, run: Run) -> None:
     assert again.status == 0
     assert "up to date" in again.err
     assert json.loads(again.out)["up_to_date"]
+    said = recommend("--epochs", 2, json=False).out
+    assert said.startswith("plan of r1 (up to date: nothing was done, this is the result of 20")
     assert (run.root / "run.toml").read_bytes() == before
     assert recommend("--epochs", 3).plan["epochs"] == 3
     assert "up to date" not in recommend("--epochs", 3, "--force").err

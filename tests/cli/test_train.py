@@ -120,6 +120,9 @@ def test_a_finished_one_is_up_to_date(say: Say, straight: Run) -> None:
     assert status == 0
     assert "finished" in err
     assert "4 of 4" in out
+    for command in (("resume",), ("resume", "--dry-run"), ("train",), ("train", "--dry-run")):
+        title = say(command[0], straight.root, *command[1:])[1].splitlines()[0]
+        assert title.startswith("trained (up to date: nothing was done, this is the result of 20"), command
     assert (straight.root / "run.toml").read_bytes() == before
 
 
