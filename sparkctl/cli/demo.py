@@ -48,7 +48,7 @@ def demo(
     result = play(folder, progress=console.progress())
     console.answer(as_json(result), as_text(result), json=json)
     for problem in result.problems:
-        again = f"sparkctl demo {quoted(folder)}, once more; what is said again then is a bug of this program"
+        again = f"`sparkctl demo {quoted(folder)}`, once more; what is said again then is a bug of this program"
         console.failure(SparkError(problem, again), json=False)
     if result.problems:
         raise typer.Exit(1)

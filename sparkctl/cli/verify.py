@@ -79,7 +79,7 @@ def resume(run: RunArg, allow_slow: SlowOpt = False, json: JsonOpt = False) -> N
     how = f"killed at step {made.killed_at}, resumed from step {made.resumed_from}"
     bytes = "equal: metrics, weights, moments" if not made.differences else f"{len(made.differences)} differences"
     human = console.rows("resume", ("trained", f"{made.steps} steps straight, and again {how}"), ("bytes", bytes))
-    hint = f"sparkctl verify resume {quoted(run)}, once more; what differs again is a bug of this program"
+    hint = f"`sparkctl verify resume {quoted(run)}`, once more; what differs again is a bug of this program"
     _answer({**asdict(made), "run": str(made.run)}, human, made.differences, hint, json)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sparkctl.errors import SparkError
+from sparkctl.words import quoted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -213,7 +214,7 @@ class TokenStore:
         import pyarrow as pa
 
         folder = Path(folder)
-        hint = "run `sparkctl analyze` again, with `--force`"
+        hint = f"sparkctl analyze DATA --run {quoted(folder.parent)} --force"
         if not (folder / ARROW).is_file():
             raise SparkError(f"`{folder}` holds no token store", hint)
         digest = stored_digest(folder)

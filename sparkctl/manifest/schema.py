@@ -210,6 +210,20 @@ class PlanTable(Course, Method):
     created: str | None = None
     made_from: str
 
+    def flags(self) -> list[str]:
+        """What the command line chose of it, as words of a command line."""
+        nested = {"lora_r": self.lora.r, "lora_alpha": self.lora.alpha} if self.lora else {}
+        words = []
+        for name in (name for name, origin in self.origin.items() if origin == "flag"):
+            flag, value = name.replace("_", "-"), nested.get(name, getattr(self, name, None))
+            if name == "warmup_fraction":
+                value = round(self.warmup_steps / self.steps, 4)
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            elif value is not None:
+                words += [f"--{flag}", f"{value}"]
+        return words
+
 
 class Gate(Table):
     limit: float = Field(description="largest share by which the new loss may be worse")

@@ -123,7 +123,7 @@ def another(trained: Path) -> str:
     checkpoint = trained.parent
     if names := state.others(checkpoint):
         return shlex.join(["sparkctl", "merge", str(checkpoint.parent.parent), "--checkpoint", names[-1]])
-    return f"{state.anew(checkpoint)} begins anew: there is no other checkpoint"
+    return f"`{state.anew(checkpoint)}` begins anew: there is no other checkpoint"
 
 
 def listed(names: list[str]) -> str:

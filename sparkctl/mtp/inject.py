@@ -133,22 +133,23 @@ def inject_head(
     known: Mapping[str, SealedFile],
     link: bool = False,
     replace: bool = False,
+    merge: str = "sparkctl merge RUN --force",
     finish: Callable[[Path, dict[str, SealedFile]], None],
     progress: Progress = silent,
 ) -> None:
     """Write `target` with `head` as folder `out`.
 
-    known: files of the target with the digests that its seal gives them; one that differs is an error. link: hard links
-    where the file system allows. finish: writes what else belongs into the folder, after the audit; it is given the
-    digests that are known by then. Raises SparkError where the head is not finite or the audit finds anything, OSError
-    where the disk is full; `out` is then what it was.
+    known: files of the target with the digests that its seal gives them; one that differs is an error, which `merge`,
+    the command that wrote them, mends. link: hard links where the file system allows. finish: writes what else belongs
+    into the folder, after the audit; it is given the digests that are known by then. Raises SparkError where the head
+    is not finite or the audit finds anything, OSError where the disk is full; `out` is then what it was.
     """
     copied = sum(shard.bytes for shard in target.shards if not (link and shard.whole))
     require_space(out, copied + head.bytes)
     with staged_folder(out, replace=replace) as stage:
         with progress.task("injecting", target.bytes + head.bytes, "B") as task:
             _write_head(head, stage / HEAD_SHARD, task)  # first: it is small, and may be refused
-            digests = dict(_write_shards(target, stage, known, link, task))
+            digests = dict(_write_shards(target, stage, known, link, merge, task))
         copy_companions(target.folder, stage, None)
         if target.config_changed:
             (stage / "config.json").write_text(json.dumps(target.config, indent=2) + "\n", encoding="utf-8")
@@ -177,9 +178,9 @@ def _audit(target: Target, stage: Path, out: Path) -> None:
 
 
 def _write_shards(
-    target: Target, stage: Path, known: Mapping[str, SealedFile], link: bool, task: Task
+    target: Target, stage: Path, known: Mapping[str, SealedFile], link: bool, merge: str, task: Task
 ) -> Iterator[tuple[str, SealedFile]]:
-    """The model's shards; size and digest of each."""
+    """The model's shards; size and digest of each. merge: the command that writes a merged model anew."""
     for shard in target.shards:
         path, before = stage / shard.name, known.get(shard.file.path.name)
         if not shard.whole:
@@ -193,7 +194,7 @@ def _write_shards(
         if before and before != after:
             raise SparkError(
                 f"`{shard.file.path}` is not what was written there: its digest is another",
-                "merge again, with `--force`",
+                merge,
             )
         yield shard.name, after
 

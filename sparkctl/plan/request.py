@@ -44,6 +44,8 @@ class Wishes:
         asked = self.flags.model_dump(exclude_none=True) | changes
         words = ["sparkctl", "recommend", str(run)]
         words += ["--recipe", self.recipe_flag] if self.recipe_flag else []
+        for name in sorted(self.auto - changes.keys()):
+            words += [f"--{name}", "auto"]
         for name, value in asked.items():
             flag = name.replace("_", "-")
             words += (

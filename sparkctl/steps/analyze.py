@@ -69,7 +69,8 @@ def analyze(request: Request, *, force: bool = False, dry_run: bool = False, pro
     if run and run.manifest.train and not force:
         raise UsageError(
             f"`{request.run}` has been trained on the data it holds; other data would make that result untrue",
-            f"analyze into a new run with `--run NEW --parent {quoted(request.run)}`, or begin this anew: `--force`",
+            f"analyze into a new run with `--run NEW --parent {quoted(request.run)}`, or begin this anew: "
+            f"`{request.again('--force')}`",
         )
     if dry_run:
         return _Analysis(inputs, request, progress).dry_run(run)

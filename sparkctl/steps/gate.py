@@ -25,7 +25,7 @@ def rival(run: Run) -> Rival:
     if (ours[0].tokenizer_sha256, ours[0].vocab_size) != (theirs[0].tokenizer_sha256, theirs[0].vocab_size):
         raise UsageError(
             f"`{parent.root}` reads tokens of another tokenizer, so its loss cannot stand beside this one",
-            f"sparkctl train {quoted(run.root)}, without `--gate`",
+            f"`sparkctl train {quoted(run.root)}`, without `--gate`",
         )
     if not ours[2].eval_examples:
         raise UsageError(

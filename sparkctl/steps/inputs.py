@@ -11,6 +11,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,21 @@ class Request:
     allow_unknown: bool = False
     skip_bad: bool = False
     show: int = 0
+
+    def again(self, *options: str) -> str:
+        """The command line once more, with more options."""
+        flags = {
+            "--run": self.run, "--model": self.model, "--parent": self.parent, "--continue": self.continues,
+            "--recipe": self.recipe, "--max-seq-length": self.max_seq_length, "--eval-fraction": self.eval_fraction,
+            "--chat-template": self.chat_template, "--allow-unknown": self.allow_unknown, "--skip-bad": self.skip_bad,
+            "--show": self.show or None,
+        }  # fmt: skip
+        given = [
+            [flag] if value is True else [flag, str(value)]
+            for flag, value in flags.items()
+            if value is not None and value is not False
+        ]
+        return shlex.join(["sparkctl", "analyze", *map(str, self.data), *chain.from_iterable(given), *options])
 
 
 @dataclass(frozen=True)
@@ -162,6 +178,17 @@ def analyze_command(run: Run, *options: str, shown: Path | None = None) -> str:
     skip_bad = ["--skip-bad"] * bool(data and data.skip_bad)
     words = [*(files or ["DATA"]), "--run", str(shown or run.root), *skip_bad, *options]
     return shlex.join(["sparkctl", "analyze", *words])
+
+
+def recommend_command(run: Run, *options: str, shown: Path | None = None) -> str:
+    """The command line that planned `run`, its flags as the plan notes them, with more options.
+
+    A plan that was trained by gives way to `--force` alone.
+    """
+    plan, trained = run.manifest.plan, run.manifest.train
+    flags = plan.flags() if plan else []
+    begun = trained is not None and (trained.step > 0 or trained.status == "done")
+    return shlex.join(["sparkctl", "recommend", str(shown or run.root), *flags, *options, *["--force"] * begun])
 
 
 def hold_out_command(run: Run, shown: Path | None = None) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -47,6 +47,14 @@ class Request:
     checkpoint: str = "best"  # best, last or an id
     out: Path | None = None  # None: merged/, adapter/ or adapter-text/ in the run
     adapter: AdapterClass | None = None  # None: the whole model
+
+    def again(self, *options: str) -> str:
+        """The command line once more, with more options; one that is given twice counts as the last says."""
+        words = ["sparkctl", "merge", str(self.run)]
+        words += ["--checkpoint", self.checkpoint] if self.checkpoint != "best" else []
+        words += ["--adapter-only=text" if self.adapter == "text" else "--adapter-only"] if self.adapter else []
+        words += ["--out", str(self.out)] if self.out and "--out" not in options else []
+        return shlex.join([*words, *options])
 
 
 @dataclass(frozen=True)
@@ -110,10 +118,6 @@ class _Job:
         """The base as peft and vLLM find it on this machine."""
         return self.model.source if self.model.revision else str(self.base)
 
-    def again(self, *options: str) -> str:
-        """The command line once more, with other options."""
-        return shlex.join(["sparkctl", "merge", str(self.request.run), *options])
-
     def result(self, sealed: Seal, up_to_date: bool = False) -> Result:
         """What the seal of the target says."""
         return Result(
@@ -132,12 +136,11 @@ class _Job:
 def _decide(run: Run, request: Request, progress: Progress) -> _Job:
     """Raises UsageError where an earlier step or the checkpoint is missing, or the base is not the one trained on."""
     model, _, _ = analysed(run)
-    trained = _checkpoint(run, request.checkpoint, progress)
+    trained = _checkpoint(run, request, progress)
     at = state.read_state(trained)
     if request.adapter and at.lora is None:
         raise UsageError(
-            f"`{run.root}` was fully fine-tuned: there is no adapter",
-            shlex.join(["sparkctl", "merge", str(request.run)]),
+            f"`{run.root}` was fully fine-tuned: there is no adapter", replace(request, adapter=None).again()
         )
     assert run.manifest.train
     base = model_folder(run, model, progress)
@@ -158,9 +161,9 @@ def _decide(run: Run, request: Request, progress: Progress) -> _Job:
     return _Job(run, request, model, base, trained, at, template.decode(), out, made_from)
 
 
-def _checkpoint(run: Run, wanted: str, progress: Progress) -> Path:
-    """The training checkpoint that `wanted` means."""
-    train = run.manifest.train
+def _checkpoint(run: Run, request: Request, progress: Progress) -> Path:
+    """The training checkpoint that is wanted."""
+    wanted, train = request.checkpoint, run.manifest.train
     there = {path.name: path for path in state.listed(run.root / CHECKPOINTS)}
     if train is None:
         raise UsageError(f"`{run.root}` has not been trained yet", f"sparkctl train {quoted(run.root)}")
@@ -176,9 +179,8 @@ def _checkpoint(run: Run, wanted: str, progress: Progress) -> Path:
     if id is None:
         raise UsageError(f"`{run.root}` has no checkpoint yet", f"sparkctl resume {quoted(run.root)}")
     if id not in there:
-        raise UsageError(
-            f"no checkpoint `{id}` in `{run.root}`; there: {', '.join(there) or 'none'}", "name one of them"
-        )
+        mend = replace(request, checkpoint=list(there)[-1]).again() if there else f"sparkctl resume {quoted(run.root)}"
+        raise UsageError(f"no checkpoint `{id}` in `{run.root}`; there: {', '.join(there) or 'none'}", mend)
     return there[id]
 
 
@@ -188,17 +190,17 @@ def _check_target(job: _Job, sealed: Seal | None, force: bool) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise UsageError(f"`{job.target}` is a file", job.again("--out", "FOLDER"))
+        raise UsageError(f"`{job.target}` is a file", job.request.again("--out", "FOLDER"))
     if not any(out.iterdir()):
         return
     if sealed is None:
-        raise UsageError(f"`{job.target}` exists, and no merge wrote it", job.again("--out", "FOLDER"))
+        raise UsageError(f"`{job.target}` exists, and no merge wrote it", job.request.again("--out", "FOLDER"))
     if not force:
         stale = sealed.run == job.run.manifest.run.id and sealed.made_from != job.made_from
         what = f"was made from {sealed.checkpoint}, or from another base" if stale else "exists already"
-        raise UsageError(f"`{job.target}` {what}", f"`{job.again('--force')}` replaces it; or `--out FOLDER`")
+        raise UsageError(f"`{job.target}` {what}", f"`{job.request.again('--force')}` replaces it; or `--out FOLDER`")
     if root.is_relative_to(out.resolve()) or job.base.resolve().is_relative_to(out.resolve()):
-        raise UsageError(f"`{job.target}` holds what the merge reads", job.again("--out", "FOLDER"))
+        raise UsageError(f"`{job.target}` holds what the merge reads", job.request.again("--out", "FOLDER"))
 
 
 def _dry_run(job: _Job) -> Result:

@@ -23,7 +23,7 @@ from sparkctl.progress import Progress, silent
 from sparkctl.steps.injection import Job, Request, Skip, decide
 from sparkctl.steps.inputs import analysed
 from sparkctl.steps.mtp_training import note_skip
-from sparkctl.words import counted, here
+from sparkctl.words import counted, here, quoted
 
 CARD = "README.md"
 
@@ -128,7 +128,7 @@ def _write(job: Job, force: bool, progress: Progress) -> Result:
 
     inject_head(
         job.target, job.head, job.out, known=job.model.known, link=job.request.link, replace=force or job.out.exists(),
-        finish=finish, progress=progress,
+        merge=f"sparkctl merge {quoted(job.request.run)} --force", finish=finish, progress=progress,
     )  # fmt: skip
     _record(job, seals[0])
     return _result(job, seals[0])

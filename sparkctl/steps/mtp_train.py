@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,16 @@ class Request:
     wishes: HeadWishes = field(default_factory=HeadWishes)
     prompts: int = 64
     allow_slow: bool = False
+
+    def again(self, *options: str) -> str:
+        """The command line once more, with more options; one that is given twice counts as the last says."""
+        words, usual = ["sparkctl", "mtp", "train", str(self.run)], HeadWishes()
+        for name, value in vars(self.wishes).items():
+            if value != getattr(usual, name):
+                flag = f"--{name.replace('_', '-')}"
+                words += [flag] if value is True else [flag, f"{value}"]
+        words += ["--prompts", f"{self.prompts}"] if self.prompts != Request.prompts else []
+        return shlex.join([*words, *["--allow-slow"] * self.allow_slow, *options])
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,8 @@ def _planned(run: Run, request: Request, progress: Progress) -> HeadJob:
 
     if request.wishes.learning_rate == 0:
         raise UsageError(
-            "a learning rate of 0 trains nothing", f"sparkctl mtp train {quoted(request.run)} --learning-rate 1e-4"
+            "a learning rate of 0 trains nothing",
+            replace(request, wishes=replace(request.wishes, learning_rate=1e-4)).again(),
         )
     model, _, analysis = analysed(run)
     if run.manifest.plan is None:
@@ -107,7 +118,7 @@ def _planned(run: Run, request: Request, progress: Progress) -> HeadJob:
         shipped = from_folder(base, mtp.shapes(text_part(read_config(base))), model.source)
     except NoHead as missing:
         if not request.wishes.fresh:
-            raise NoHead(missing.message, f"sparkctl mtp train {quoted(request.run)} --fresh") from None
+            raise NoHead(missing.message, request.again("--fresh")) from None
     merged, seal = merged_model(run, request.run)
     info = inspect(merged, allow_unknown=True)
     plan = plan_head(
@@ -125,6 +136,7 @@ def _planned(run: Run, request: Request, progress: Progress) -> HeadJob:
         shipped,
         entry.id if entry else "merged",
         made_from,
+        request.again(),
         request.allow_slow,
     )
 
@@ -139,7 +151,7 @@ def _done(job: HeadJob, request: Request) -> bool:
             return False
         raise UsageError(
             f"`{request.run}` has a head that was trained otherwise, or for another merged model",
-            f"{shlex.join(['sparkctl', 'mtp', 'train', str(request.run)])} --force begins anew",
+            f"`{request.again('--force')}` begins anew",
         )
     return table.head is not None and job.head.is_file() and sha256_file(job.head) == table.digest
 

@@ -34,7 +34,7 @@ FREE = {
 @dataclass(frozen=True)
 class HeadJob:
     """A head's training that can be started. merged: the frozen model; shipped: the base's head, None where there is
-    none; parent_id: the merged model in [[checkpoints]].
+    none; parent_id: the merged model in [[checkpoints]]; again: the command that goes on with it.
     """
 
     run: Run
@@ -45,6 +45,7 @@ class HeadJob:
     shipped: HeadSource | None
     parent_id: str
     made_from: str
+    again: str
     allow_slow: bool = False
 
     kind: ClassVar[CheckpointKind] = "mtp-head"
@@ -69,11 +70,6 @@ class HeadJob:
     def before(self) -> TrainTable | None:
         """What is recorded of it."""
         return self.run.manifest.mtp.train if self.run.manifest.mtp else None
-
-    @property
-    def again(self) -> str:
-        """The command that goes on with it."""
-        return f"sparkctl mtp train {quoted(self.run.root)}"
 
     def estimates(self) -> tuple[EngineName, float, int]:
         """(engine, seconds of the loop, peak memory) as planned."""
@@ -126,9 +122,10 @@ class HeadJob:
 
         advice = Advice(
             model="a machine with more memory: the whole model has to be there beside its head",
-            pack=f"{self.again} --pack-length {max(128, plan.pack_length // 2)}, or fewer draft steps: `--steps 1`",
+            pack=f"`{self.again} --pack-length {max(128, plan.pack_length // 2)}`, or fewer draft steps: "
+            f"`{self.again} --steps 1`",
             disk="take away what is not needed on that disk",
-            rate=f"{self.again} --learning-rate",
+            rate=f"{self.again} --force --learning-rate",
         )
         return Session.of(plan, self.store(), engine, State(mode="mtp"), advice, ranks)
 

@@ -55,7 +55,7 @@ def recommend(request: Request, *, force: bool = False, dry_run: bool = False, p
             return Result(request.run, plan, up_to_date=True)
         new = make_plan(_situation(request.run, run, table, progress), wishes)
         new.created = now()
-        refusal = None if force else _refusal(request.run, run, new)
+        refusal = None if force else _refusal(request.run, run, new, wishes)
         if dry_run and refusal:
             progress.say(f"without `--dry-run` this is refused: {refusal.message}")
         elif refusal:
@@ -128,7 +128,7 @@ def _model(run: Run, table: ModelTable, progress: Progress) -> Model:
     )
 
 
-def _refusal(shown: Path, run: Run, new: PlanTable) -> UsageError | None:
+def _refusal(shown: Path, run: Run, new: PlanTable, wishes: Wishes) -> UsageError | None:
     """Why the plan is not replaced: a training carried it out so far, and by the new one it would learn otherwise."""
     trained, before = run.manifest.train, run.manifest.plan
     if trained is None or before is None or (trained.step == 0 and trained.status != "done"):
@@ -141,5 +141,6 @@ def _refusal(shown: Path, run: Run, new: PlanTable) -> UsageError | None:
         return None
     return UsageError(
         f"`{shown}` has been trained by its plan, up to step {trained.step} of {trained.steps}",
-        f"plan a new round, `sparkctl analyze DATA --run NEW --parent {quoted(shown)}`, or add `--force` to start anew",
+        f"plan a new round, `sparkctl analyze DATA --run NEW --parent {quoted(shown)}`, or begin this anew: "
+        f"`{wishes.command(shown)} --force`",
     )

@@ -14,7 +14,7 @@ from sparkctl.manifest.store import Run
 from sparkctl.merge.seal import sealed_as
 from sparkctl.model import mtp
 from sparkctl.mtp.inject import ServedSeal
-from sparkctl.steps.inputs import TOKENS, analyze_command
+from sparkctl.steps.inputs import TOKENS, analyze_command, recommend_command
 from sparkctl.steps.training import Job, check_fresh, complete, planned
 from sparkctl.words import counted, here, quoted
 
@@ -101,7 +101,7 @@ def _analyze(run: Run, shown: Path) -> Step:
 
 
 def _recommend(run: Run, shown: Path) -> Step:
-    plan, mend = run.manifest.plan, f"sparkctl recommend {quoted(shown)}"
+    plan, mend = run.manifest.plan, recommend_command(run, shown=shown)
     if plan is None:
         return Step("recommend", "not run", mend=mend)
     detail = f"{plan.mode}, {plan.engine}, {plan.steps:,} steps of {plan.gradient_accumulation} × {plan.pack_length:,}"

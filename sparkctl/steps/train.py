@@ -73,7 +73,7 @@ def _done(job: Job) -> bool:
             return False  # it failed before anything was worth keeping, and was planned anew
         raise UsageError(
             f"`{run.root}` was trained with another plan or other data",
-            f"{anew}, which begins anew, or analyze into a new run",
+            f"`{anew}` begins anew; or analyze into a new run",
         )
     if trained.status == "done" and complete(job):
         return True

@@ -17,7 +17,7 @@ from sparkctl.manifest.store import Run
 from sparkctl.manifest.table import CheckpointKind, EngineName
 from sparkctl.progress import Progress
 from sparkctl.steps.bases import read_base, require_whole, same_base
-from sparkctl.steps.inputs import TOKENS, analysed, analyze_command, recorded_parent
+from sparkctl.steps.inputs import TOKENS, analysed, analyze_command, recommend_command, recorded_parent
 from sparkctl.train import state
 from sparkctl.train.ranks import Ranks, joined
 from sparkctl.words import quoted
@@ -103,11 +103,12 @@ class Job:
 
     def open(self, choices: dict[str, str] | None, ranks: Ranks, progress: Progress) -> Session:
         """It in memory, before step 1. choices: those of an earlier start that it goes on with."""
-        from sparkctl.train.session import Session
+        from sparkctl.train.session import Session, advice
 
         session = Session.open(
             self.plan, self.model_folder(progress), self.store(), choices=choices, ranks=ranks,
             name=quoted(self.run.root), allow_slow=self.allow_slow,
+            advice=advice(recommend_command(self.run), analyze_command(self.run), analysed(self.run)[2].max),
         )  # fmt: skip
         if self.parent:
             session.start_from(self.parent[1])
@@ -167,9 +168,7 @@ def check_fresh(run: Run, plan: PlanTable) -> None:
     from sparkctl.plan.recommend import is_made_from
 
     if not is_made_from(plan, analysed(run)[2]):
-        raise UsageError(
-            f"the plan of `{run.root}` was made from another analysis", f"sparkctl recommend {quoted(run.root)}"
-        )
+        raise UsageError(f"the plan of `{run.root}` was made from another analysis", recommend_command(run))
 
 
 def complete(job: Job) -> bool:
@@ -215,6 +214,6 @@ def continued(run: Run, plan: PlanTable) -> tuple[Run, Path]:
     if differences:
         raise UsageError(
             f"`{run.root}` cannot continue `{parent.root}`: another {' and another '.join(differences)}",
-            f"plan it alike with `sparkctl recommend {quoted(run.root)}`, or analyze without `--continue`",
+            f"plan it alike, as `sparkctl recommend {quoted(run.root)}` does, or analyze without `--continue`",
         )
     return parent, checkpoint

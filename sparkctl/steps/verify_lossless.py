@@ -18,6 +18,7 @@ from sparkctl.manifest.store import Run, now
 from sparkctl.manifest.table import EngineName
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.certifying import certificate_of
+from sparkctl.steps.inputs import recommend_command
 from sparkctl.steps.record import versions
 from sparkctl.steps.training import Job, claimed, planned
 from sparkctl.train.ranks import Ranks
@@ -45,7 +46,7 @@ class Result:
     @property
     def hint(self) -> str:
         """How to train where the engine did not pass."""
-        return _mend(self.run)
+        return _mend(Run.open(self.run))
 
 
 def verify_lossless(
@@ -79,7 +80,7 @@ def require(job: Job, ranks: Ranks, progress: Progress) -> None:
     if not table.passed:
         raise SparkError(
             f"the {table.engine} engine is not lossless with this model on this machine: {'; '.join(table.problems)}",
-            _mend(job.run.root),
+            _mend(job.run),
         )
 
 
@@ -91,8 +92,9 @@ def affordable(plan: PlanTable) -> int:
     return max(FEWEST, min(STEPS, int(tokens / min(TOKENS, plan.pack_length)) - PACKS))
 
 
-def _mend(run: Path) -> str:
-    return f"sparkctl recommend {quoted(run)} --engine reference, or `sparkctl train {quoted(run)} --no-certificate`"
+def _mend(run: Run) -> str:
+    other = recommend_command(run, "--engine", "reference")
+    return f"`{other}`, or `sparkctl train {quoted(run.root)} --no-certificate`"
 
 
 def certified(job: Job, steps: int, choices: dict[str, str], progress: Progress) -> tuple[Lossless, Certificate]:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.files import sweep_stages
+from sparkctl.manifest.schema import PlanTable
 from sparkctl.manifest.store import Run
 from sparkctl.progress import Progress, silent
-from sparkctl.steps.inputs import TOKENS
+from sparkctl.steps.inputs import TOKENS, recommend_command
 from sparkctl.steps.killing import killed_training
 from sparkctl.steps.training import Job, planned
 from sparkctl.words import quoted
@@ -47,7 +48,7 @@ def verify_resume(folder: Path, *, allow_slow: bool = False, progress: Progress 
         if job.plan.steps < STEPS:
             raise UsageError(
                 f"`{run.root}` is trained in {job.plan.steps} steps; to be killed and resumed takes {STEPS}",
-                f"sparkctl recommend {quoted(run.root)} --epochs N",
+                recommend_command(run, *_longer(job.plan)),
             )
         sweep_stages(run.root, SCRATCH)
         scratch = Path(tempfile.mkdtemp(prefix=f".{SCRATCH}.", suffix=".tmp", dir=run.root))
@@ -65,6 +66,12 @@ def verify_resume(folder: Path, *, allow_slow: bool = False, progress: Progress 
             return Result(run.root, STEPS, killed_at, resumes[-1].step, differences(straight, resumed, STEPS))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _longer(plan: PlanTable) -> list[str]:
+    """Options of a plan with steps enough."""
+    epochs = ["--epochs", str(plan.epochs * -(-STEPS // plan.steps))]
+    return epochs if plan.max_steps is None else [*epochs, "--max-steps", str(STEPS)]
 
 
 def launch(command: str, run: Path, *options: str, hint: str, slow: bool = False) -> None:

@@ -24,15 +24,21 @@ if TYPE_CHECKING:
     from sparkctl.train.engines.base import Engine
 
 
-def advice(name: str) -> Advice:
-    """For the training of a model; `name` is its run in hints."""
-    plan = f"sparkctl recommend {name}"
+def advice(recommend: str, analyze: str, longest: int) -> Advice:
+    """For the training of a model, by the commands that planned and analysed it. longest: document, in tokens."""
+    shorter = max(1, 3 * longest // 4)
     return Advice(
-        model=f"{plan} --mode lora, or a model that fits this machine",
-        pack=f"{plan} --checkpointing, or drop such examples: `sparkctl analyze … --max-seq-length N`",
-        disk=f"`{plan} --keep 1`",
-        rate=f"{plan} --learning-rate",
+        model=f"`{recommend} --mode lora`, or take a model that fits this machine",
+        pack=f"`{recommend} --checkpointing`, or drop such examples: `{analyze} --max-seq-length {shorter}`",
+        disk=f"`{recommend} --keep 1`",
+        rate=f"{recommend} --learning-rate",
     )
+
+
+def _advice(name: str, store: TokenStore) -> Advice:
+    """Where nobody knows more of a run than its name."""
+    longest = int(store.lengths.max(initial=1))
+    return advice(f"sparkctl recommend {name}", f"sparkctl analyze DATA --run {name}", longest)
 
 
 @dataclass
@@ -53,6 +59,7 @@ class Session:
     def open(
         cls, plan: PlanTable, folder: Path, store: TokenStore, *,
         choices: dict[str, str] | None = None, ranks: Ranks | None = None, name: str = "RUN", allow_slow: bool = False,
+        advice: Advice | None = None,
     ) -> Session:  # fmt: skip
         """Load the model of `folder` and stand before step 1. choices: the pinned ones of an earlier start.
 
@@ -60,7 +67,7 @@ class Session:
         """
         return cls.of(
             plan, store, lambda: make_engine(plan, folder, choices, name, allow_slow),
-            State(mode=plan.mode, lora=plan.lora), advice(name), ranks,
+            State(mode=plan.mode, lora=plan.lora), advice or _advice(name, store), ranks,
         )  # fmt: skip
 
     @classmethod

@@ -124,7 +124,7 @@ def _another(checkpoint: Path) -> str:
     """What to do without that checkpoint, whose run is two folders up."""
     if names := others(checkpoint):
         return shlex.join(["sparkctl", "resume", str(checkpoint.parent.parent), "--from", names[-1]])
-    return f"{anew(checkpoint)}: there is no other checkpoint"
+    return f"`{anew(checkpoint)}` begins anew: there is no other checkpoint"
 
 
 def others(checkpoint: Path) -> list[str]:
@@ -214,7 +214,7 @@ def load_trainable(checkpoint: Path, parameters: dict[str, Parameter]) -> None:
         if shapes != {name: list(parameter.shape) for name, parameter in parameters.items()}:
             raise SparkError(
                 f"`{checkpoint}` holds other tensors than this model trains",
-                f"{anew(checkpoint)} begins anew",
+                f"`{anew(checkpoint)}` begins anew",
             )
         with torch.no_grad():
             for name, parameter in parameters.items():

@@ -205,7 +205,7 @@ def test_a_damaged_checkpoints_hint_names_another(tmp_path: Path) -> None:
     shutil.rmtree(checkpoints / "step-000003")
     with pytest.raises(state.CheckpointDamaged) as caught:
         state.verify(checkpoints / "step-000006")
-    assert (caught.value.hint or "").startswith(f"sparkctl train {tmp_path / 'r1'} --force")
+    assert (caught.value.hint or "").startswith(f"`sparkctl train {tmp_path / 'r1'} --force`")
 
 
 def test_a_run_without_files_asks_for_data(tmp_path: Path, llama_folder: Path) -> None:

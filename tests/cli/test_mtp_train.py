@@ -172,7 +172,8 @@ def test_tokens_that_are_not_the_analysed_ones(run: Run, capsys: Said) -> None:
 
 
 def test_a_rate_of_nothing(run: Run, capsys: Said) -> None:
-    assert "hint: sparkctl mtp train r1 --learning-rate 1e-4" in refused(capsys, "--learning-rate", "0")
+    said = refused(capsys, "--learning-rate", "0")
+    assert "hint: sparkctl mtp train r1 --pack-length 64 --epochs 2 --learning-rate 0.0001 --prompts 3\n" in said
 
 
 def test_a_merged_model_that_was_changed(run: Run, capsys: Said) -> None:

@@ -64,7 +64,7 @@ def _without_held_out(run: Run) -> None:
         (_unanalysed, "train", "sparkctl analyze DATA --run {run} --model MODEL"),
         (_unplanned, "train", "sparkctl recommend {run}"),
         (_other_tokens, "train", "sparkctl analyze DATA --run {run} --force"),
-        (_trained_otherwise, "train", "sparkctl train {run} --force, which begins anew, or analyze into a new run"),
+        (_trained_otherwise, "train", "`sparkctl train {run} --force` begins anew; or analyze into a new run"),
         (_trained_otherwise, "resume", "sparkctl train {run} --force"),
         (_without_a_checkpoint, "train", "sparkctl resume {run}"),
         (_nothing, "resume", "sparkctl train {run}"),

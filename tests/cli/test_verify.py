@@ -84,7 +84,7 @@ def test_a_wrong_operator_fails_the_certificate(run: Run, say: Callable[..., Sai
     assert len(said["tensors"]) == said["lossless"]["tensors"]
     assert "error: a formula differs" in err
     assert (
-        f"hint: sparkctl recommend {run.root} --engine reference, or `sparkctl train {run.root} --no-certificate`"
+        f"hint: `sparkctl recommend {run.root} --engine reference`, or `sparkctl train {run.root} --no-certificate`"
         in err
     )
     assert not certificate(run).passed
@@ -216,7 +216,7 @@ def test_what_differs_after_a_resume_is_listed(
     assert status == 1
     assert "1 differences" in out
     assert "error: metrics.jsonl: step 3: loss 1.0 straight, 1.1 resumed" in err
-    assert f"hint: sparkctl verify resume {run.root}, once more; " in err
+    assert f"hint: `sparkctl verify resume {run.root}`, once more; " in err
 
 
 def test_a_whole_model_and_one_that_lacks_a_tensor(

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shlex
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hub_server
 import merging_run
 import pytest
+import ready
 import torch
+import typer
 from hub_server import SHARDS, HubServer
 from safetensors.torch import load_file, save_file
 
+import sparkctl
+from sparkctl.cli.app import register
 from sparkctl.errors import SparkError
+from sparkctl.manifest.schema import TrainTable
 from sparkctl.merge.merge import merge_checkpoint
 from sparkctl.model.anew import THEN, folder_anew
 from sparkctl.model.hub import locate
 from sparkctl.model.load import load_text_model
 from sparkctl.model.lora import add_adapters
 from sparkctl.model.weights import TensorFile
+from sparkctl.plan.heads import HeadWishes
+from sparkctl.steps import inputs, merge, mtp_train
 from sparkctl.train import state
 
 ID = "org/tiny"
@@ -65,7 +76,7 @@ def test_a_checkpoint_without_its_state_names_another(checkpoints: Path) -> None
 def test_a_checkpoint_of_another_model_is_begun_anew(checkpoints: Path) -> None:
     with pytest.raises(SparkError, match="other tensors") as caught:
         state.load_trainable(checkpoints / "step-000003", {"w": torch.nn.Parameter(torch.ones(1))})
-    assert caught.value.hint == "sparkctl train 'my run' --force begins anew"
+    assert caught.value.hint == "`sparkctl train 'my run' --force` begins anew"
 
 
 def test_weights_that_cannot_be_merged_name_another_checkpoint(checkpoints: Path, qwen35_folder: Path) -> None:
@@ -79,7 +90,7 @@ def test_weights_that_cannot_be_merged_name_another_checkpoint(checkpoints: Path
 
     assert refused() == "sparkctl merge 'my run' --checkpoint step-000006"
     state.remove(checkpoints / "step-000006")
-    assert refused() == "sparkctl train 'my run' --force begins anew: there is no other checkpoint"
+    assert refused() == "`sparkctl train 'my run' --force` begins anew: there is no other checkpoint"
 
 
 def test_a_model_without_modules_to_adapt_is_trained_whole(llama_folder: Path) -> None:
@@ -87,3 +98,81 @@ def test_a_model_without_modules_to_adapt_is_trained_whole(llama_folder: Path) -
     with pytest.raises(SparkError, match="no module to adapt") as caught:
         add_adapters(model, 4, 4, 0, ["nothing"], "runs/r1")
     assert caught.value.hint == "train it whole: `sparkctl recommend runs/r1 --mode full`"
+
+
+def test_a_merge_is_said_again_as_it_was_asked_for() -> None:
+    asked = merge.Request(Path("my run"), "last", Path("out"), "text")
+    line = "sparkctl merge 'my run' --checkpoint last --adapter-only=text"
+    assert asked.again("--force") == f"{line} --out out --force"
+    assert asked.again("--out", "FOLDER") == f"{line} --out FOLDER"
+    assert merge.Request(Path("r1"), adapter="multimodal").again() == "sparkctl merge r1 --adapter-only"
+
+
+def test_a_head_s_training_is_said_again_as_it_was_asked_for() -> None:
+    wishes = HeadWishes(steps=2, fresh=True, pack_length=4096, learning_rate=5e-5)
+    asked = mtp_train.Request(Path("my run"), wishes, prompts=8, allow_slow=True)
+    assert asked.again("--force") == (
+        "sparkctl mtp train 'my run' --steps 2 --fresh --pack-length 4096 --learning-rate 5e-05 --prompts 8 "
+        "--allow-slow --force"
+    )
+    assert mtp_train.Request(Path("r1")).again() == "sparkctl mtp train r1"
+
+
+def test_an_analysis_is_said_again_as_it_was_asked_for() -> None:
+    asked = inputs.Request(
+        (Path("a b.jsonl"), Path("c.jsonl")), Path("r1"), "org/tiny", Path("r0"), continues=True, eval_fraction=0.0,
+        skip_bad=True, show=2,
+    )  # fmt: skip
+    assert asked.again("--force") == (
+        "sparkctl analyze 'a b.jsonl' c.jsonl --run r1 --model org/tiny --parent r0 --continue --eval-fraction 0.0 "
+        "--skip-bad --show 2 --force"
+    )
+    assert inputs.Request((Path("c.jsonl"),), Path("r1")).again() == "sparkctl analyze c.jsonl --run r1"
+
+
+def test_a_plan_is_said_again_as_it_was_asked_for(tmp_path: Path, llama_folder: Path) -> None:
+    origin = dict.fromkeys(("epochs", "lora_r", "checkpointing", "warmup_fraction", "max_steps"), "flag")
+    run = ready.run(tmp_path / "r1", llama_folder, count=12, origin=origin | {"seed": "recipe"})
+    line = f"sparkctl recommend {run.root} --epochs 2 --lora-r 4 --no-checkpointing --warmup-fraction 0.25"
+    assert inputs.recommend_command(run) == line
+    parse = command("recommend").make_context("recommend", shlex.split(inputs.recommend_command(run))[2:]).params
+    assert (parse["epochs"], parse["lora_r"], parse["checkpointing"], parse["warmup_fraction"]) == (2, 4, False, 0.25)
+    with run.edit() as manifest:
+        manifest.train = TrainTable(
+            status="done", started="now", engine="native", versions={}, made_from="x", step=8, steps=8,
+            trainable_parameters=1, estimated_seconds=1, estimated_peak_memory=1,
+        )  # fmt: skip
+        assert manifest.plan
+        manifest.plan.origin = {}
+    assert inputs.recommend_command(run, "--keep", "1") == f"sparkctl recommend {run.root} --keep 1 --force"
+
+
+def command(name: str) -> Any:
+    return typer.main.get_command(register()).commands[name]  # type: ignore[attr-defined]
+
+
+def hints() -> Iterator[tuple[str, str]]:
+    """(where, text) of every hint that is written out where its error is made; values in it are X."""
+    for file in sorted(Path(sparkctl.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error"):
+                for hint in node.args[1:2]:
+                    if isinstance(hint, ast.Constant | ast.JoinedStr):
+                        parts = hint.values if isinstance(hint, ast.JoinedStr) else [hint]
+                        said = "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in parts)
+                        yield f"{file.name}:{node.lineno}", said
+
+
+def prose(hint: str) -> bool:
+    """Whether a hint that begins as a command ends otherwise, so that pasting it fails."""
+    return hint.startswith("sparkctl ") and re.search(r"[,;:] |`| begins | does ", hint) is not None
+
+
+def test_a_hint_is_a_command_or_has_it_in_backticks() -> None:
+    assert prose("sparkctl train X --force begins anew")
+    assert prose("sparkctl train X, without `--gate`")
+    assert not prose("sparkctl train X --force")
+    assert not prose("`sparkctl train X --force` begins anew")
+    found = list(hints())
+    assert len(found) > 100
+    assert [(where, hint) for where, hint in found if prose(hint)] == []
