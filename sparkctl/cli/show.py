@@ -102,9 +102,13 @@ def _checkpoints(node: Tree, run: Run) -> None:
     """Each checkpoint under its parent; those from another run's under this round."""
     best = run.manifest.train.best_checkpoint if run.manifest.train else None
     nodes: dict[str, Tree] = {}
-    for entry in run.manifest.checkpoints:
-        above = nodes.get(entry.parent or "", node)
-        nodes[entry.id] = above.add(_checkpoint(run, entry, entry.id == best))
+    waiting = list(run.manifest.checkpoints)  # as they were written: a merge that was done again comes behind its head
+    while waiting:
+        ids = {entry.id for entry in waiting}
+        for entry in [entry for entry in waiting if entry.parent not in ids] or waiting:
+            above = nodes.get(entry.parent or "", node)
+            nodes[entry.id] = above.add(_checkpoint(run, entry, entry.id == best))
+        waiting = [entry for entry in waiting if entry.id not in nodes]
 
 
 def _checkpoint(run: Run, entry: Checkpoint, best: bool) -> str:

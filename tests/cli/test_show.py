@@ -225,6 +225,9 @@ def test_a_training_begun_anew_leaves_the_merge_stale(merged: Run, say: Say) -> 
     assert "the merged model is another one by now" in say("show", merged.root)
 
 
+LINKS = ["r2 ", "step-000003", "merged-000003"]  # each the child of the one before it
+
+
 def test_the_tree_goes_from_the_first_round_to_this_one(tmp_path: Path, qwen35_folder: Path, say: Say) -> None:
     first = merging_run.trained_run(tmp_path / "r1", qwen35_folder)
     second = merging_run.trained_run(tmp_path / "r2", qwen35_folder, parent=first)
@@ -234,6 +237,11 @@ def test_the_tree_goes_from_the_first_round_to_this_one(tmp_path: Path, qwen35_f
     assert tree.index("r1 ") < tree.index("step-000003") < tree.index("r2 ") < tree.index("merged-000003")
     assert "best" in tree
     assert [entry["name"] for entry in json.loads(say("show", second.root, "--json"))["lineage"]] == ["r2", "r1"]
+    with second.edit() as manifest:  # as a merge leaves them that was done again
+        manifest.checkpoints = manifest.checkpoints[::-1]
+    at = {name: line.index(name) for line in say("show", second.root).splitlines() for name in LINKS if name in line}
+    assert sorted(LINKS, key=at.__getitem__) == LINKS
+    assert len(set(at.values())) == len(LINKS)
     shutil.rmtree(first.root)
     assert "(not there)" in say("show", second.root)
 
