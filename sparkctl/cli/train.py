@@ -78,8 +78,8 @@ def trained(table: TrainTable, title: str | None = None) -> RenderableType:
 
 
 def whole_time(seconds: float, start: float) -> str:
-    """An estimate from the start of the command."""
-    return f"{console.duration(seconds)} (of them {console.duration(start)} to load and rehearse)"
+    """An estimate from the command's start. start: what precedes the first step; 0 in plans that do not note it."""
+    return console.duration(seconds) + (f" (of them {console.duration(start)} to load and rehearse)" if start else "")
 
 
 def planned(plan: PlanTable) -> RenderableType:
