@@ -14,7 +14,9 @@ from sparkctl.manifest.store import Run
 from sparkctl.merge.seal import sealed_as
 from sparkctl.model import mtp
 from sparkctl.mtp.inject import ServedSeal
+from sparkctl.steps.injection import FOLDER as SERVED
 from sparkctl.steps.inputs import TOKENS, analyze_command, recommend_command
+from sparkctl.steps.merge import FOLDERS, TABLES, Request
 from sparkctl.steps.training import Job, check_fresh, complete, planned
 from sparkctl.words import counted, here, quoted
 
@@ -140,13 +142,20 @@ def _job(run: Run) -> Job | None:
 
 def _merges(run: Run, shown: Path, trained: Step) -> list[Step]:
     """The merged model, and each adapter that was written: of the multimodal class, of the text-only one."""
-    manifest, merge = run.manifest, f"sparkctl merge {quoted(shown)}"
-    steps = [_merge("merge", run, manifest.merge, trained, merge)]
-    if manifest.adapter:
-        steps.append(_merge("adapter", run, manifest.adapter, trained, f"{merge} --adapter-only"))
-    if manifest.adapter_text:
-        steps.append(_merge("adapter, text", run, manifest.adapter_text, trained, f"{merge} --adapter-only=text"))
+    steps = []
+    for kind, name in (("merge", "merge"), ("adapter", "adapter"), ("adapter_text", "adapter, text")):
+        table: MergeTable | None = getattr(run.manifest, kind)
+        if table or kind == "merge":
+            steps.append(_merge(name, run, table, trained, _merge_command(run, shown, kind, table)))
     return steps
+
+
+def _merge_command(run: Run, shown: Path, kind: str, table: MergeTable | None) -> str:
+    """The command that writes it again, where it was written."""
+    adapter = next(adapter for adapter, name in TABLES.items() if name == kind)
+    elsewhere = table is not None and table.folder != FOLDERS[adapter]
+    out = Path(here(run.resolve(table.folder))) if table and elsewhere else None
+    return Request(shown, out=out, adapter=adapter).again()
 
 
 def _heads(run: Run, shown: Path, merged: Step) -> list[Step]:
@@ -158,6 +167,8 @@ def _heads(run: Run, shown: Path, merged: Step) -> list[Step]:
     steps = [_head(run, manifest.mtp, merged, f"sparkctl mtp train {quoted(shown)}")]
     if manifest.served:
         mend = f"sparkctl mtp inject {quoted(shown)} --mode {manifest.served.mode}"
+        if manifest.served.folder != SERVED:
+            mend += f" --out {quoted(here(run.resolve(manifest.served.folder)))}"
         steps.append(_served(run, manifest.served, merged, steps[0], mend))
     return steps
 

@@ -177,6 +177,10 @@ def test_a_merge_is_looked_into(merged: Run, say: Say) -> None:
     (merged.root / "merged" / "config.json").write_text("{}")
     assert states(say, merged)["merge"] == "stale"
     assert hint(say, merged, "merge") == f"sparkctl merge {merged.root} --force"
+    elsewhere = merged.root.parent / "my model"
+    say("merge", merged.root, "--out", elsewhere)
+    (elsewhere / "config.json").write_text("{}")
+    assert hint(say, merged, "merge") == f"sparkctl merge {merged.root} --out '{elsewhere}' --force"
 
 
 def with_head(run: Run, say: Say) -> None:
