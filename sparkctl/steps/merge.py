@@ -24,7 +24,7 @@ from sparkctl.merge.serve import load_text_adapter, model_length, serve_adapter,
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.bases import same_base
 from sparkctl.steps.inputs import analysed, analyze_command
-from sparkctl.steps.training import CHECKPOINTS, model_folder
+from sparkctl.steps.training import CHECKPOINTS, model_folder, planned
 from sparkctl.train import state
 from sparkctl.words import quoted
 
@@ -83,6 +83,7 @@ def merge(request: Request, *, force: bool = False, dry_run: bool = False, progr
         if sealed and not force and sealed.made_from == job.made_from and intact(job.out, sealed):
             if not (dry_run or run.read_only):
                 _record(job, sealed)
+            _tell_stale(run, progress)
             return job.result(sealed, up_to_date=True)
         _check_target(job, sealed, force)
         state.verify(job.trained)
@@ -90,7 +91,9 @@ def merge(request: Request, *, force: bool = False, dry_run: bool = False, progr
             return _dry_run(job)
         run.require_writable()
         sweep_stages(job.out.parent, job.out.name)
-        return job.result(_write(job, force, progress))
+        written = _write(job, force, progress)
+        _tell_stale(run, progress)
+        return job.result(written)
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,19 @@ def _check_target(job: _Job, sealed: Seal | None, force: bool) -> None:
         raise UsageError(f"`{job.target}` {what}", f"`{job.request.again('--force')}` replaces it; or `--out FOLDER`")
     if root.is_relative_to(out.resolve()) or job.base.resolve().is_relative_to(out.resolve()):
         raise UsageError(f"`{job.target}` holds what the merge reads", job.request.again("--out", "FOLDER"))
+
+
+def _tell_stale(run: Run, progress: Progress) -> None:
+    """Say so where the run holds another plan or other data than it was trained by: the merge is of the old ones."""
+    try:
+        now_planned = planned(run).made_from
+    except UsageError:
+        now_planned = None
+    if run.manifest.train and run.manifest.train.made_from != now_planned:
+        progress.say(
+            f"the training of `{run.root}` was by another plan or other data than it holds now: "
+            f"`sparkctl train {quoted(run.root)} --force` trains it anew"
+        )
 
 
 def _dry_run(job: _Job) -> Result:

@@ -213,6 +213,19 @@ def test_what_was_made_from_a_stale_training_is_stale(merged: Run, say: Say) -> 
     assert "its training is stale" in say("show", merged.root)
 
 
+def test_a_merge_of_a_stale_training_says_so(merged: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    def said() -> str:
+        assert command(["merge", str(merged.root)]) == 0
+        return capsys.readouterr().err
+
+    anew = f"`sparkctl train {merged.root} --force` trains it anew"
+    assert anew not in said()
+    with merged.edit() as manifest:
+        assert manifest.plan
+        manifest.plan.learning_rate *= 2
+    assert anew in said()
+
+
 def test_a_training_begun_anew_leaves_the_merge_stale(merged: Run, say: Say) -> None:
     """The checkpoint has the same name, and other bytes; what is merged from it then is another model."""
     with_head(merged, say)
