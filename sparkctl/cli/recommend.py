@@ -94,17 +94,14 @@ def _human(result: Result, dry_run: bool) -> Group:
         table.add_row(*map(Text, cells))
     costs = plan.estimates
     head = ", the MTP head's checkpoints and the served folder" if costs.head_seconds else ""
+    head_time = f"{console.duration(costs.head_seconds)} more, for `mtp train`" if costs.head_seconds else None
     memory = ", ".join(f"{name} {size(value)}" for name, value in costs.memory if value)
     estimates = console.rows(
         f"on {plan.machine.name}, {size(plan.machine.memory)}",
         ("steps", f"{costs.steps:,}, packs a step: {plan.gradient_accumulation}, warm-up: {plan.warmup_steps}"),
         ("time", whole_time(costs.seconds, costs.start_seconds)),
         ("rate", f"{costs.tokens_per_second:,.0f} tok/s: {costs.throughput_from}"),
-        *(
-            [("MTP head", f"{console.duration(costs.head_seconds)} more, for `mtp train`")]
-            if costs.head_seconds
-            else []
-        ),
+        *([("MTP head", head_time)] if head_time else []),
         ("memory", f"{size(costs.peak_memory)} at its peak: {memory}"),
         ("disk", f"{size(costs.disk)}: tokens, checkpoints, the merged model{head}"),
         ("trained", f"{costs.trainable_parameters:,} parameters"),

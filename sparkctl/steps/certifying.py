@@ -12,6 +12,7 @@ from pathlib import Path
 from sparkctl.manifest.evidence import Lossless
 from sparkctl.manifest.store import Run
 from sparkctl.progress import Progress
+from sparkctl.steps.certificate import certified
 from sparkctl.steps.training import Job, planned
 from sparkctl.telling import listen, telling
 from sparkctl.train.ranks import compute_on_own_gpu
@@ -39,8 +40,6 @@ def certificate_of(job: Job, steps: int, progress: Progress) -> Lossless:
 
 def main() -> None:
     """The command of this module."""
-    from sparkctl.steps.verify_lossless import certified
-
     run, steps, *slow = sys.argv[1:]
     with telling() as teller:
         compute_on_own_gpu()

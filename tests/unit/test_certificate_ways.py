@@ -13,7 +13,7 @@ from sparkctl.hardware.measurements import Layers, keep_ways
 from sparkctl.manifest.evidence import Lossless
 from sparkctl.manifest.store import Run
 from sparkctl.progress import silent
-from sparkctl.steps import verify_lossless
+from sparkctl.steps import certificate, verify_lossless
 from sparkctl.steps.train import train
 from sparkctl.steps.training import Job, planned
 from sparkctl.train.ranks import Ranks
@@ -42,7 +42,7 @@ def measured(**ways: str) -> None:
 
 
 def made_from(at: Job, model: Path, choices: dict[str, str] | None = None) -> str:
-    return verify_lossless._made_from(at, model, choices or {})
+    return certificate.made_from(at, model, choices or {})
 
 
 def test_other_ways_are_another_certificate(tmp_path: Path, llama_folder: Path) -> None:
