@@ -17,14 +17,24 @@ SOURCES = Path(__file__).parent / "drivers"
 LIBRARIES = {"cuda": "libcuda.so.1", "nvml": "libnvidia-ml.so.1"}
 
 
-def build(folder: Path) -> Path:
-    """Both drivers in `folder`, against the cuda.h that Triton carries: its structs are NVIDIA's."""
+def build(folder: Path, *flags: str) -> Path:
+    """Both drivers in `folder`, against the cuda.h that Triton carries: its structs are NVIDIA's. flags: for cc."""
     triton = find_spec("triton")
     assert triton
     assert triton.origin
     headers = Path(triton.origin).parent / "backends" / "nvidia" / "include"
     for source, library in LIBRARIES.items():
-        command = ["cc", "-shared", "-fPIC", "-w", f"-I{headers}", "-o", folder / library, SOURCES / f"{source}.c"]
+        command = [
+            "cc",
+            "-shared",
+            "-fPIC",
+            "-w",
+            f"-I{headers}",
+            *flags,
+            "-o",
+            folder / library,
+            SOURCES / f"{source}.c",
+        ]
         subprocess.run(command, check=True)
     return folder
 
@@ -67,22 +77,24 @@ def hide(folder: Path, *names: str) -> None:
     )
 
 
-def sparkctl(*arguments: str, drivers: Path | None = None, packages: Path | None = None, **variables: str) -> Any:
+def sparkctl(
+    *arguments: str, drivers: Path | None = None, packages: Path | None = None, timeout: float | None = None,
+    **variables: str,
+) -> Any:  # fmt: skip
     """(exit status, the JSON it printed, stderr) of the command on such a machine."""
     environment = {**os.environ, **variables}
     if drivers:
         environment["LD_LIBRARY_PATH"] = str(drivers)
     if packages:
-        environment["PYTHONPATH"] = str(packages)
-    done = subprocess.run(
-        [sys.executable, "-m", "sparkctl", *arguments, "--json"], env=environment, capture_output=True, text=True
-    )
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "sparkctl", *arguments, "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, json.loads(done.stdout), done.stderr
 
 
 def no_drivers(folder: Path) -> Path:
-    """The folder with files that are no libraries in their places: as where none is installed, on any machine."""
+    """The folder with files that are no libraries in their places: no GPU is seen then, on any machine."""
     for library in LIBRARIES.values():
         (folder / library).write_text("no library")
     return folder
@@ -92,3 +104,17 @@ def no_drivers(folder: Path) -> Path:
 def drivers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the two drivers."""
     return build(tmp_path_factory.mktemp("drivers"))
+
+
+def quick(drivers: Path, packages: Path, **variables: str) -> tuple[int, Any, str]:
+    """A look at a Spark whose libraries are all right but for what is changed."""
+    return sparkctl("doctor", "--quick", drivers=drivers, packages=packages, **variables)
+
+
+@pytest.fixture
+def spark(tmp_path: Path) -> Path:
+    """The libraries of a Spark: a torch for CUDA in the place of this machine's."""
+    folder = tmp_path / "packages"
+    package(folder, "torch", "2.11.0a0+eb65b36")
+    (folder / "torch" / "version.py").write_text("cuda = '13.1'\n")
+    return folder

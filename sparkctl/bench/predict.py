@@ -8,29 +8,13 @@ from pathlib import Path
 from sparkctl.bench.setting import require_room
 from sparkctl.bench.workload import Workload, synthetic
 from sparkctl.errors import UsageError
+from sparkctl.hardware.ceiling import DEVICES, Ceiling
 from sparkctl.hardware.shape import Shape
 from sparkctl.manifest.table import Mode
 from sparkctl.model import catalog
 from sparkctl.model.families import count
 
 BF16 = 2
-
-
-@dataclass(frozen=True)
-class Ceiling:
-    """What a device can do at best. bytes: of memory a second; operations: dense bf16 a second."""
-
-    name: str
-    bytes: float
-    operations: float
-    share: float  # of the operations that large matrix products reach in practice
-
-
-DEVICES = {
-    "gb10": Ceiling("NVIDIA GB10 (DGX Spark)", 273e9, 100e12, 0.9),
-    "h100": Ceiling("NVIDIA H100 SXM", 3.35e12, 780e12, 1.0),
-    "h200": Ceiling("NVIDIA H200", 4.2e12, 790e12, 1.0),  # measured: a copy, a product of 8192³
-}
 
 
 @dataclass(frozen=True)

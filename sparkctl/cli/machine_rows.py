@@ -10,7 +10,7 @@ from sparkctl.words import here, size
 if TYPE_CHECKING:
     from sparkctl.doctor.device import Device
     from sparkctl.doctor.fastpath import FastPath
-    from sparkctl.doctor.nvml import Gpu
+    from sparkctl.hardware.nvml import Gpu
 
 GIB = 1 << 30
 Rows = Iterator[tuple[str, str]]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparkctl import env
-from sparkctl.doctor import launch, nvml
+from sparkctl.doctor import launch
 from sparkctl.doctor.launch import Claims
-from sparkctl.doctor.nvml import Gpu
+from sparkctl.hardware import nvml
 from sparkctl.hardware.machine import available_cores, available_memory, disk_free, processor_name
+from sparkctl.hardware.nvml import Gpu
 
 SECONDS = launch.SECONDS
 NVIDIA, DISPLAYS = "0x10de", "0x03"  # of PCI: a vendor, the first digits of a class
@@ -57,8 +59,9 @@ class Device:
 
 
 def look(*, seconds: float = SECONDS, toolkit: str | None = None, root: Path = Path("/")) -> Device:
-    """All of it. seconds: that CUDA's driver may take for a context. toolkit: its release, from its ptxas."""
-    reading = nvml.read()
+    """All of it. seconds: that NVML and CUDA's driver may take together. toolkit: its release, from its ptxas."""
+    began = time.monotonic()
+    reading = nvml.read(min(seconds, nvml.SECONDS))
     gpu = reading.gpu
     meminfo = _meminfo(root)
     swap, swap_free = meminfo.get("SwapTotal"), meminfo.get("SwapFree")
@@ -66,8 +69,8 @@ def look(*, seconds: float = SECONDS, toolkit: str | None = None, root: Path = P
         processor=processor_name(root), cores=available_cores(root), memory=meminfo.get("MemTotal"),
         available=available_memory(root), swap=swap,
         swap_used=swap - swap_free if swap is not None and swap_free is not None else None, disks=_disks(), gpu=gpu,
-        problem=reading.problem, fitted=_fitted(root), claims=launch.claims(seconds) if gpu else None,
-        toolkit=toolkit,
+        problem=reading.problem, fitted=_fitted(root), toolkit=toolkit,
+        claims=launch.claims(seconds + began - time.monotonic()) if gpu else None,
     )  # fmt: skip
 
 

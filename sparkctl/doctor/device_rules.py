@@ -39,6 +39,10 @@ def _driver(device: Device) -> Iterator[Finding]:
         mend = "install NVIDIA's driver 580 or newer; in a container, start it with `--gpus all`"
         if "mismatch" in problem:
             mend = "restart the machine: its driver was updated while it was loaded"
+        elif "did not end" in problem or "died" in problem:
+            mend = "restart the machine; `sudo dmesg | grep -i nvrm` tells what its driver ran into"
+        elif "too old" in problem:
+            mend = "update NVIDIA's driver: 580 or newer"
         elif "permission" in problem:
             mend = "join the group that owns `/dev/nvidia0`; in a container, start it with `--gpus all`"
         yield Finding("driver", Weight.NEEDED, f"a GPU is fitted and cannot be used: {problem}", mend)

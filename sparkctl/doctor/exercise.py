@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from sparkctl.data.batches import Pack
-    from sparkctl.doctor.nvml import Gpu
+    from sparkctl.hardware.nvml import Gpu
     from sparkctl.train.engines.base import Engine
 
 SHAPE = "qwen3.5-2b"  # whose operators are asked for, and whose head sizes the small model has
@@ -135,14 +135,14 @@ def speed(device: torch.device) -> dict[str, Any]:
 @contextlib.contextmanager
 def watched() -> Iterator[list[Gpu]]:
     """What NVML says of the GPU every TICK seconds while the block runs."""
-    from sparkctl.doctor import nvml
+    from sparkctl.hardware import nvml
 
     seen: list[Gpu] = []
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(TICK):
-            gpu = nvml.read().gpu
+            gpu = nvml.here().gpu
             seen.extend([gpu] if gpu else [])
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -151,7 +151,7 @@ def watched() -> Iterator[list[Gpu]]:
         yield seen
     finally:
         over.set()
-        watcher.join()
+        watcher.join(1.0)
 
 
 def under_load(seen: list[Gpu]) -> dict[str, Any]:

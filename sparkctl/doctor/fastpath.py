@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sparkctl import child
-from sparkctl.bench.predict import DEVICES, Ceiling
 from sparkctl.doctor.findings import Finding, Weight
+from sparkctl.hardware.ceiling import DEVICES, Ceiling
 from sparkctl.progress import Progress, silent
 
 SECONDS = {"kernels": 120.0, "proof": 400.0, "speed": 60.0}  # a cold start compiles kernels for a minute

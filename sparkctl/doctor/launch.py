@@ -14,6 +14,7 @@ from typing import Any
 
 from sparkctl import child
 from sparkctl.doctor.driver import LIBRARY, Driver, DriverError
+from sparkctl.hardware.nvml import not_loaded, too_old
 
 SECONDS = 15.0  # a context takes one, a probe milliseconds
 # failures of the machine rather than of the kernel
@@ -80,8 +81,10 @@ def main() -> None:
             answer["words"] = Driver().launch(base64.b64decode(request.pop("cubin")), **request)
         else:
             _facts(answer)
-    except OSError:
-        answer |= dict(error=f"no {LIBRARY}: NVIDIA's driver is not installed", library=False)
+    except OSError as error:
+        answer |= dict(error=not_loaded(LIBRARY, error), library=False)
+    except AttributeError as error:
+        answer |= dict(error=too_old(LIBRARY, error), library=False)
     except DriverError as error:
         answer["error"] = error.name
     print(json.dumps(answer))

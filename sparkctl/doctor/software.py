@@ -33,10 +33,11 @@ LIBRARIES = (
     Library("peft", "peft", "always"),
     Library("datasets", "datasets", "always"),
     Library("safetensors", "safetensors", "always"),
+    Library("numpy", "numpy", "always"),
     Library("unsloth", "unsloth", "choice"),
     Library("bitsandbytes", "bitsandbytes", "choice"),
 )
-BESIDE = ("numpy", "trl")  # of which rules ask, without a row
+BESIDE = ("trl",)  # of which rules ask, without a row
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The machine at hand, read from NVML and /proc: no torch, a few milliseconds.
+"""The machine at hand, read from NVML and /proc: no torch, a tenth of a second.
 
 Memory is what a training may take. On a GPU with its own memory that is the GPU's. Where GPU and CPU share one
 (GB10) or the CPU trains, it is what the kernel could give now, MemAvailable: CUDA's own "free" is MemFree there, far
@@ -7,29 +7,19 @@ too small after files were read. A container's limit counts too.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from sparkctl import env
+from sparkctl.hardware import nvml
+from sparkctl.hardware.nvml import Gpu
 from sparkctl.manifest.schema import Machine
 
 HOST_RESERVE = 6 << 30  # bytes left to a host whose GPU shares its memory: it hangs where they run out
 CPU_RESERVE = 0.03  # share of a CPU's memory that stays free
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU as its driver describes it. `memory` is None where it has none of its own."""
-
-    name: str
-    capability: str
-    memory: int | None
 
 
 def this_machine() -> Machine:
@@ -69,41 +59,12 @@ def has_fla() -> bool:
     return find_spec("fla") is not None
 
 
-class _NvmlMemory(ctypes.Structure):
-    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
-
-
 def find_gpu() -> Gpu | None:
-    """The first visible GPU by NVML, the driver's own library; None where there is no driver or no GPU."""
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None
-    visible = env.visible_gpu()
-    if visible is None or nvml.nvmlInit_v2():
-        return None
-    try:
-        handle = ctypes.c_void_p()
-        if visible.isdigit():
-            failed = nvml.nvmlDeviceGetHandleByIndex_v2(int(visible), ctypes.byref(handle))
-        else:
-            failed = nvml.nvmlDeviceGetHandleByUUID(visible.encode(), ctypes.byref(handle))
-        return None if failed else _describe(nvml, handle)
-    finally:
-        nvml.nvmlShutdown()
+    """The first visible GPU by NVML, the driver's own library; None where there is no driver that answers, or no GPU.
 
-
-def _describe(nvml: ctypes.CDLL, handle: ctypes.c_void_p) -> Gpu | None:
-    name, major, minor, memory = ctypes.create_string_buffer(96), ctypes.c_int(), ctypes.c_int(), _NvmlMemory()
-    if nvml.nvmlDeviceGetName(handle, name, 96):
-        return None
-    if nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor)):
-        return None
-    # "not supported" is a GB10's answer: it has no memory of its own
-    failed = nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
-    return Gpu(
-        name.value.decode(), f"{major.value}.{minor.value}", None if failed or not memory.total else memory.total
-    )
+    Its `memory` is None where it has none of its own.
+    """
+    return nvml.read().gpu
 
 
 def processor_name(root: Path = Path("/")) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from sparkctl import child
-from sparkctl.doctor import chip, device, device_rules, fastpath, findings, nvml, ptx, rules, software, targets
+from sparkctl.doctor import chip, device, device_rules, fastpath, findings, ptx, rules, software, targets
 from sparkctl.doctor.chip import Row
 from sparkctl.doctor.device import Device
 from sparkctl.doctor.fastpath import FastPath
@@ -15,10 +15,11 @@ from sparkctl.doctor.ptx import Assembler
 from sparkctl.doctor.software import Installed
 from sparkctl.doctor.targets import Target
 from sparkctl.errors import SparkError
+from sparkctl.hardware import nvml
 from sparkctl.hardware.machine import torch_has_cuda
 from sparkctl.progress import Progress, silent
 
-QUICK_SECONDS = 1.0  # that CUDA may take for its claims where the whole has to take less than three
+QUICK_SECONDS = 2.0  # that NVML and CUDA may take where the whole has to take less than three
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,9 @@ def _side_by_side(report: Report, progress: Progress) -> tuple[Report, list[Find
 
 def _of_target(target: Target, assemblers: list[Assembler], quick: bool, progress: Progress) -> Report:
     """What assembling alone says; launched too where its GPU is here."""
-    gpu, beside = nvml.read().gpu, () if quick else targets.BESIDE
+    gpu, beside = (None, ()) if quick else (nvml.read().gpu, targets.BESIDE)
     here = targets.of_capability(gpu.capability) if gpu else None
-    launching = not quick and here is not None and here.number == target.number
+    launching = here is not None and here.number == target.number
     rows = chip.rows(target, assemblers, launching=launching, beside=beside, progress=progress)
     report = Report(target, None, assemblers, software.look(), rows, quick=quick)
     wrong = chip.judge(rows, target) + rules.judge(_facts(report))

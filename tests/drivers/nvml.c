@@ -1,7 +1,8 @@
-/* NVIDIA's management library for a machine that the environment describes: FAKE_NVML is a status of nvmlInit, the
-   other variables name the GPU. A GB10 answers "not supported" (3) where it is asked for a memory of its own. */
+/* NVIDIA's management library for a machine that the environment describes: FAKE_NVML is a status of nvmlInit, or -1
+   where it hangs and -2 where it aborts; the other variables name the GPU. With BARE it has no other function. A GB10 answers "not supported" (3) where it is asked for a memory of its own. */
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { NOT_SUPPORTED = 3 };
 
@@ -10,7 +11,14 @@ static long number(const char *name, long otherwise) {
   return value ? atol(value) : otherwise;
 }
 
-int nvmlInit_v2(void) { return (int)number("FAKE_NVML", 0); }
+int nvmlInit_v2(void) {
+  long status = number("FAKE_NVML", 0);
+  if (status == -1) sleep(60);
+  if (status == -2) abort();
+  return (int)status;
+}
+
+#ifndef BARE
 int nvmlShutdown(void) { return 0; }
 
 const char *nvmlErrorString(int status) {
@@ -74,3 +82,4 @@ int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, struc
   if (held) found[0] = (struct process){4711, (unsigned long long)held, 0, 0};
   return 0;
 }
+#endif

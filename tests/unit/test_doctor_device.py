@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_machine import drivers  # noqa: F401  # a fixture
+from fake_machine import build, drivers, no_drivers  # noqa: F401  # a fixture
 
-from sparkctl.doctor import device, device_rules, nvml
+from sparkctl.doctor import device, device_rules
 from sparkctl.doctor.device import Device, Disk
 from sparkctl.doctor.findings import Finding, Weight, by_weight
 from sparkctl.doctor.launch import Claims
-from sparkctl.doctor.nvml import Gpu, Process, Reading
+from sparkctl.hardware import machine, nvml
+from sparkctl.hardware.nvml import Gpu, Process, Reading
 
 GIB, GB = 1 << 30, 10**9
 GB10 = Gpu("NVIDIA GB10", "12.1", 1, driver="580.95.05", cuda=(13, 0))
@@ -21,7 +22,8 @@ SPARK = Device(
     disks=(Disk("runs here", Path("/work"), 500 * GB), Disk("temporary files", Path("/scratch/tmp"), 9 * GB, "TMPDIR")),
     gpu=GB10, problem=None, fitted=True, claims=Claims("12.1", (13, 0), 3 * GIB, 120 * GIB, True, 101_376, 65_536),
 )  # fmt: skip
-NO_GPU = replace(SPARK, gpu=None, claims=None, problem=nvml.NO_LIBRARY)
+NO_LIBRARY = "no libnvidia-ml.so.1: NVIDIA's driver is not installed"
+NO_GPU = replace(SPARK, gpu=None, claims=None, problem=NO_LIBRARY)
 
 
 def gpu(**changes: object) -> Device:
@@ -37,6 +39,9 @@ CASES = [
     (replace(NO_GPU, fitted=False), "GPU", Weight.NOTE, "runs on the CPU", "make demo"),
     (replace(NO_GPU, problem="NVML: driver/library version mismatch"), "driver", Weight.NEEDED, "mismatch", "restart"),
     (replace(NO_GPU, problem="NVML: insufficient permissions"), "driver", Weight.NEEDED, "permissions", "/dev/nvidia0"),
+    (replace(NO_GPU, problem="NVML did not end within 5 s"), "driver", Weight.NEEDED, "did not end", "restart"),
+    (replace(NO_GPU, problem="NVML died of SIGABRT"), "driver", Weight.NEEDED, "SIGABRT", "nvrm"),
+    (replace(NO_GPU, problem="too old a driver library: x"), "driver", Weight.NEEDED, "too old", "update NVIDIA's"),
     (replace(NO_GPU, problem="CUDA_VISIBLE_DEVICES hides every GPU"), "GPU", Weight.SLOW, "hides", "unset CUDA_VIS"),
     (replace(SPARK, claims=Claims(problem="CUDA_ERROR_NOT_PERMITTED")), "CUDA", Weight.NEEDED, "NOT_PERMITTED", "gpus"),
     (gpu(capability="7.5"), "GPU", Weight.NEEDED, "no bf16", "8.0 or higher"),
@@ -107,7 +112,7 @@ def test_the_heaviest_come_first_and_each_once() -> None:
 @pytest.fixture
 def management(drivers: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:  # noqa: F811
     """NVML is the one of tests/drivers."""
-    monkeypatch.setattr(nvml, "LIBRARY", str(drivers / "libnvidia-ml.so.1"))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(drivers))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return monkeypatch
 
@@ -152,13 +157,38 @@ def test_gpus_that_are_not_visible(management: pytest.MonkeyPatch) -> None:
     assert nvml.read().problem == "NVML: unknown error"
 
 
+@pytest.mark.parametrize(("status", "problem"), [(-1, "NVML did not end within 1 s"), (-2, "NVML died of SIGABRT")])
+def test_a_driver_that_hangs_or_aborts_is_an_answer(management: pytest.MonkeyPatch, status: int, problem: str) -> None:
+    management.setenv("FAKE_NVML", str(status))
+    management.setattr(nvml, "SECONDS", 1.0)
+    assert nvml.read(1.0) == Reading(problem=problem)
+    assert device.look().problem == problem
+    management.setattr(nvml.read, "__defaults__", (1.0,))
+    assert machine.find_gpu() is None
+
+
+def test_a_library_that_lacks_a_function_is_too_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(build(tmp_path, "-DBARE")))
+    said = "too old a driver library: libnvidia-ml.so.1: undefined symbol: nvmlDeviceGetHandleByIndex_v2"
+    assert nvml.read().problem in (said, said.replace("DeviceGetHandleByIndex_v2", "Shutdown"))
+    assert machine.find_gpu() is None
+
+
 def test_no_management_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvml, "LIBRARY", "libnvidia-ml.so.not-here")
-    assert nvml.read().problem == nvml.NO_LIBRARY
+    assert nvml.here().problem == NO_LIBRARY.replace("so.1", "so.not-here")
+
+
+def test_a_file_that_is_no_library_is_told_in_the_loader_s_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(no_drivers(tmp_path)))
+    place = tmp_path / "libnvidia-ml.so.1"
+    assert nvml.read().problem == f"libnvidia-ml.so.1 cannot be loaded: {place}: file too short"
 
 
 def test_the_machine_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvml, "LIBRARY", "libnvidia-ml.so.not-here")
+    monkeypatch.setattr(nvml, "read", lambda seconds: Reading(problem=NO_LIBRARY))
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text(
         "MemTotal: 1000 kB\nMemAvailable: 700 kB\nSwapTotal: 300 kB\nSwapFree: 200 kB\n"

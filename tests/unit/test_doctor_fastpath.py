@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from sparkctl import child
-from sparkctl.doctor import chip, exercise, fastpath, nvml, software, targets
+from sparkctl.doctor import chip, exercise, fastpath, software, targets
 from sparkctl.doctor.chip import Row
 from sparkctl.doctor.fastpath import FastPath, Operator, Proof, Speed
 from sparkctl.doctor.findings import Weight
-from sparkctl.doctor.nvml import Gpu, Reading
 from sparkctl.doctor.software import Installed
+from sparkctl.hardware import nvml
+from sparkctl.hardware.nvml import Gpu, Reading
 from sparkctl.progress import silent
 from sparkctl.steps import doctor
 
@@ -138,7 +139,7 @@ def test_clocks_are_watched_while_products_run(monkeypatch: pytest.MonkeyPatch) 
         for clock, power, held in ((650, 18.0, ("power brake",)), (None, None, ()), (640, 15.0, ()), (660, 17.0, ()))
     ]
     answers = iter(Reading(gpu) for gpu in gpus)
-    monkeypatch.setattr(nvml, "read", lambda: next(answers, Reading(problem="gone")))
+    monkeypatch.setattr(nvml, "here", lambda: next(answers, Reading(problem="gone")))
     monkeypatch.setattr(exercise, "TICK", 0.001)
     with exercise.watched() as seen:
         time.sleep(0.2)

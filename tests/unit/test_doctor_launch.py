@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from fake_machine import drivers, no_drivers  # noqa: F401  # a fixture
+from fake_machine import build, drivers, no_drivers  # noqa: F401  # a fixture
 
 from sparkctl import child
 from sparkctl.doctor import launch
@@ -69,8 +69,10 @@ def test_no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LD_LIBRARY_PATH", str(no_drivers(tmp_path)))
     said = run()
     assert said.never
-    assert said.problem
-    assert "driver is not installed" in said.problem
+    assert said.problem == f"libcuda.so.1 cannot be loaded: {tmp_path / 'libcuda.so.1'}: file too short"
+    built = build(tmp_path)
+    (built / "libnvidia-ml.so.1").replace(built / "libcuda.so.1")  # a library without a function of CUDA's
+    assert launch.claims().problem == "too old a driver library: libcuda.so.1: undefined symbol: cuInit"
 
 
 def test_what_cuda_claims(fake: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import fake_machine
@@ -28,7 +29,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Installed]:
         fake_machine.package(folder, name, "9.8.7", body)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        patch.setenv("PYTHONPATH", str(folder))
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
         patch.setattr(software, "SECONDS", 12.0)
         patch.setattr(software, "LIBRARIES", [one for one in software.LIBRARIES if one.name in BODIES])
         return {one.library.name: one for one in software.imported(software.look())}
@@ -65,7 +66,7 @@ def test_a_torch_for_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """
     fake_machine.package(tmp_path, "torch", "2.11.0", body)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(software, "LIBRARIES", software.LIBRARIES[:1])
     (found,) = software.imported(software.look())
     assert found.torch == Torch("13.0", ("sm_80", "sm_120", "compute_120"), True)

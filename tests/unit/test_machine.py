@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparkctl.hardware import machine
-from sparkctl.hardware.machine import Gpu
+from sparkctl.hardware.nvml import Gpu
 
 MIB = 1 << 20
 MEMINFO = "MemTotal: 131072000 kB\nMemFree: 1024 kB\nMemAvailable: 65536000 kB\n"
@@ -84,16 +84,16 @@ def test_disk_of_a_folder_that_is_not_made_yet(tmp_path: Path) -> None:
 def test_unified_memory_leaves_room_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "torch_has_cuda", lambda: True)
     monkeypatch.setattr(machine, "available_memory", lambda: 120 << 30)
-    monkeypatch.setattr(machine, "find_gpu", lambda: Gpu("NVIDIA GB10", "12.1", None))
+    monkeypatch.setattr(machine, "find_gpu", lambda: Gpu("NVIDIA GB10", "12.1", 1))
     spark = machine.this_machine()
     assert (spark.device, spark.unified_memory, spark.memory) == ("cuda", True, (120 << 30) - machine.HOST_RESERVE)
-    monkeypatch.setattr(machine, "find_gpu", lambda: Gpu("NVIDIA H200", "9.0", 140 << 30))
+    monkeypatch.setattr(machine, "find_gpu", lambda: Gpu("NVIDIA H200", "9.0", 1, memory=140 << 30))
     assert machine.this_machine().memory == 140 << 30
 
 
 def test_a_gpu_that_torch_cannot_use_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "torch_has_cuda", lambda: False)
-    monkeypatch.setattr(machine, "find_gpu", lambda: Gpu("NVIDIA H200", "9.0", 140 << 30))
+    monkeypatch.setattr(machine, "find_gpu", lambda: Gpu("NVIDIA H200", "9.0", 1, memory=140 << 30))
     assert machine.this_machine().device == "cpu"
 
 

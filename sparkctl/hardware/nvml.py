@@ -1,21 +1,24 @@
-"""What NVIDIA's management library says of a GPU, by ctypes: no torch, no CUDA context, a few milliseconds.
+"""What NVIDIA's management library says of a GPU, by ctypes: no torch, no CUDA context.
 
+`read` asks it in a process of its own, `python -m sparkctl.hardware.nvml`: a driver may hang or abort.
 Every field may be None: a GB10 answers "not supported" to the questions about a memory and a power limit of its own.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import byref, c_char_p, c_int, c_uint, c_ulonglong, c_void_p, create_string_buffer
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from sparkctl import env
+from sparkctl import child, env
 
 LIBRARY = "libnvidia-ml.so.1"
-NO_LIBRARY = f"no {LIBRARY}: NVIDIA's driver is not installed"
+SECONDS = 5.0  # a driver that was asleep takes two
+NOT_THERE = "cannot open shared object file: No such file"  # how the loader says it of the library itself
 SM, MEMORY = 1, 2  # clocks
 TOO_SMALL = 7  # there are more processes than room was given for
 MOST_PROCESSES = 64
@@ -64,6 +67,16 @@ class Reading:
     gpu: Gpu | None = None
     problem: str | None = None
 
+    @classmethod
+    def of(cls, said: dict[str, Any]) -> Reading:
+        """From its JSON."""
+        gpu = said["gpu"]
+        if gpu is None:
+            return cls(problem=said["problem"])
+        cuda, processes = gpu.pop("cuda"), tuple(Process(**one) for one in gpu.pop("processes"))
+        throttled = tuple(gpu.pop("throttled"))
+        return cls(Gpu(**gpu, cuda=tuple(cuda) if cuda else None, throttled=throttled, processes=processes))
+
 
 class _Memory(ctypes.Structure):
     _fields_ = (("total", c_ulonglong), ("free", c_ulonglong), ("used", c_ulonglong))
@@ -73,13 +86,31 @@ class _Process(ctypes.Structure):
     _fields_ = (("pid", c_uint), ("bytes", c_ulonglong), ("instance", c_uint), ("compute", c_uint))
 
 
-def read() -> Reading:
-    """What NVML says of the first GPU that CUDA may use."""
+def read(seconds: float = SECONDS) -> Reading:
+    """What NVML says of the first GPU that CUDA may use, or what became of a library that was asked so long."""
+    said, problem = child.answer("sparkctl.hardware.nvml", seconds=seconds)
+    return Reading(problem=f"NVML {problem}") if problem else Reading.of(said)
+
+
+def not_loaded(library: str, error: OSError) -> str:
+    """Why the loader has no such library of the driver: there is none, or in its own words."""
+    if NOT_THERE in str(error) and library in str(error):
+        return f"no {library}: NVIDIA's driver is not installed"
+    return f"{library} cannot be loaded: {error}"
+
+
+def too_old(library: str, error: AttributeError) -> str:
+    """That the library lacks a function."""
+    return f"too old a driver library: {str(error).rpartition('/')[2] or library}"
+
+
+def here() -> Reading:
+    """The same in this process, which it may hang or end."""
     visible = env.visible_gpu()
     try:
         nvml = ctypes.CDLL(LIBRARY)
-    except OSError:
-        return Reading(problem=NO_LIBRARY)
+    except OSError as error:
+        return Reading(problem=not_loaded(LIBRARY, error))
     if visible is None:
         return Reading(problem="CUDA_VISIBLE_DEVICES hides every GPU")
     try:
@@ -87,6 +118,8 @@ def read() -> Reading:
             return Reading(_Asked(nvml, visible).gpu())
     except _NvmlError as error:
         return Reading(problem=str(error))
+    except AttributeError as error:
+        return Reading(problem=too_old(LIBRARY, error))
 
 
 class _NvmlError(Exception):
@@ -169,3 +202,7 @@ class _Asked:
             return ()
         held = (None if p.bytes == UNKNOWN else p.bytes for p in found[: min(count.value, MOST_PROCESSES)])
         return tuple(Process(p.pid, bytes) for p, bytes in zip(found, held, strict=False))
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(here())))
