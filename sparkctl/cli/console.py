@@ -100,10 +100,11 @@ def failure(error: SparkError, *, json: bool) -> None:
         _line(err(), error.hint, "hint:", "bold cyan")
 
 
-def remark(text: str, hint: str, label: str, style: str) -> None:
-    """Something that was found, on stderr under a label of its own, and its hint."""
+def remark(text: str, hint: str | None, label: str, style: str) -> None:
+    """Something that was found, on stderr under a label of its own, and its hint where it has one."""
     _line(err(), text, label, style)
-    _line(err(), hint, "hint:", "bold cyan")
+    if hint:
+        _line(err(), hint, "hint:", "bold cyan")
 
 
 def _line(console: Console, text: str, label: str = "", style: str = "") -> None:

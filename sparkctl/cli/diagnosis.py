@@ -43,6 +43,9 @@ def verdict(found: Report) -> Text:
     needed = sum(finding.weight == Weight.NEEDED for finding in found.findings)
     gpu = found.device.gpu if found.device else None
     name = f"{gpu.name}, {found.target or gpu.capability}" if gpu else str(found.target or "no GPU")
+    unproved = sum(row.unproved for row in found.features)
+    if needed and needed == unproved:
+        return Text(f"{name}: not proved, {counted(needed, 'feature')} that training needs", style="bold red")
     if needed:
         return Text(f"{name}: does not train yet, {counted(needed, 'thing')} to mend", style="bold red")
     if not found.device:

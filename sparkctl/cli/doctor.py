@@ -75,7 +75,7 @@ def _report(report: Report) -> dict[str, Any]:
         "features": [asdict(row) for row in report.features],
         "fast_path": _fast_path(report.fast_path) if report.fast_path else None,
         "findings": [_finding(finding) for finding in report.findings],
-        "hints": [finding.mend for finding in report.findings],
+        "hints": [finding.mend for finding in report.findings if finding.mend],
     }
 
 

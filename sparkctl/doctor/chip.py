@@ -17,6 +17,7 @@ from sparkctl.progress import Progress, silent
 
 Proof = Literal["assembled", "launched", "both"]
 AT_ONCE = 4  # probes: each waits for a process
+NEWER = "pip install --upgrade triton"  # each brings the ptxas of a newer CUDA
 ONLY_A_LAUNCH = "assembles everywhere: only a launch tells"
 
 
@@ -41,6 +42,11 @@ class Row:
     def differs(self) -> bool:
         """Whether it is not as expected."""
         return None not in (self.expected, self.found) and self.expected != self.found
+
+    @property
+    def unproved(self) -> bool:
+        """Whether training needs it and assembling, which could have told, did not."""
+        return self.needed and not self.launch_only and self.found is None
 
 
 def rows(
@@ -104,12 +110,15 @@ def _other(feature: Feature, target: Target, here: list[Assembler]) -> bool | No
 
 
 def judge(found: list[Row], target: Target) -> list[Finding]:
-    """What is wrong with a table: a feature that training needs is missing, or one is not as expected."""
+    """What is wrong with a table: a feature that training needs is missing or not proved, or one is not as expected."""
     wrong = []
     for row in found:
         if row.needed and row.found is False:
             what = f"{target} has no {row.name}, which training needs" + (f": {row.why}" if row.why else "")
             wrong.append(Finding(row.name, Weight.NEEDED, what, "train on a GPU of compute capability 8.0 or higher"))
+        elif row.unproved:
+            what = f"{row.name}, which training needs, is not proved of {target}: {row.why or 'no answer'}"
+            wrong.append(Finding(row.name, Weight.NEEDED, what, NEWER if ptx.too_old(row.why) else None))
         elif row.differs:
             what = f"{row.name}: expected {yes(row.expected)} on {target}, found {yes(row.found)}"
             what += f" ({row.why})" if row.why else ""

@@ -17,12 +17,15 @@ class Weight(IntEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong. subject: the row it is about; source: where that is known from."""
+    """One thing that is wrong. subject: the row it is about; source: where that is known from.
+
+    mend: a command or what else to do, None where there is nothing to do.
+    """
 
     subject: str
     weight: Weight
     what: str
-    mend: str
+    mend: str | None = None
     source: str | None = None
 
 

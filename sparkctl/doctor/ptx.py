@@ -18,6 +18,7 @@ TRITON = {"ptxas": "triton's ptxas", "ptxas-blackwell": "triton's ptxas-blackwel
 # how ptxas says that the target lacks an instruction, rather than that the PTX is wrong
 LACKING = re.compile(r"not supported on \.?target|requires \.?target|cannot be compiled for architecture")
 BLACKWELL = 100  # from this architecture on Triton calls its ptxas-blackwell
+OUTDATED = "is too old for this probe"
 TOO_NEW = re.compile(r"Unsupported \.version|is not defined for option 'gpu-name'")
 
 
@@ -113,8 +114,13 @@ def assemble(source: str, target: Target, by: Assembler) -> Assembled:
     if errors and len(lacking) == len(errors):
         return Assembled(False, why=lacking[0])
     if TOO_NEW.search(ended.err):
-        return Assembled(None, why=f"{by} is too old for this probe")
+        return Assembled(None, why=f"{by} {OUTDATED}")
     return Assembled(None, why=f"{by}: {errors[0] if errors else ended.problem}")
+
+
+def too_old(why: str | None) -> bool:
+    """Whether a probe could not be judged because the assembler is older than its PTX."""
+    return why is not None and why.endswith(OUTDATED)
 
 
 def _order(name: str) -> tuple[int, ...]:

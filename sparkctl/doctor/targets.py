@@ -15,6 +15,7 @@ SHARED = {
 SINCE = {90: "12.0", 100: "12.8", 103: "12.9", 110: "13.0", 120: "12.8", 121: "12.9"}  # whose ptxas knows them first
 PTX = {100: "8.6", 103: "8.8", 110: "9.0", 120: "8.7", 121: "8.8"}  # the first version of PTX for them
 EARLIEST_PTX = "8.0"
+FAMILY_SINCE, FAMILY_PTX = "12.9", "8.8"  # the first of both for `f`
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,23 @@ class Target:
     @property
     def release(self) -> str:
         """The CUDA release whose ptxas is the first that knows it."""
-        return SINCE.get(self.number, "11.8")
+        own = SINCE.get(self.number, "11.8")
+        return max(own, FAMILY_SINCE, key=_order) if self.suffix == "f" else own
 
     @property
     def ptx(self) -> str:
         """The first version of PTX that has it."""
-        return PTX.get(self.number, EARLIEST_PTX)
+        own = PTX.get(self.number, EARLIEST_PTX)
+        return max(own, FAMILY_PTX, key=_order) if self.suffix == "f" else own
 
     @property
     def own(self) -> bool:
         """Whether it has the instructions that later architectures need not have."""
         return bool(self.suffix)
+
+
+def _order(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
 
 
 GB10, HOPPER = Target(121, "a"), Target(90, "a")

@@ -54,7 +54,7 @@ def doctor(target: str | None = None, *, quick: bool = False, progress: Progress
     quick: no imports, no launches, no fast path. Raises UsageError at an unknown target, SparkError where no
     assembler here knows the one that was named.
     """
-    named = targets.parse(target) if target else None
+    named = None if target is None else targets.parse(target)
     assemblers = ptx.find()
     if named:
         return _of_target(named, assemblers, quick, progress)
@@ -113,7 +113,7 @@ def _features(report: Report, progress: Progress) -> tuple[list[Row], list[Findi
     try:
         rows = chip.rows(target, report.assemblers, launching=launching, progress=progress)
     except SparkError as error:
-        return [], [Finding("ptxas", Weight.NEEDED, error.message, error.hint or "")]
+        return [], [Finding("ptxas", Weight.NEEDED, error.message, error.hint)]
     return rows, chip.judge(rows, target)
 
 

@@ -70,13 +70,32 @@ def test_a_target_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--target", "sm_999"), ("--kernels", "--quick"), ("--kernels", "--target", "sm_80")]
+    "arguments",
+    [
+        ("--target", "sm_999"),
+        ("--target", ""),
+        ("--kernels", "--quick"),
+        ("--kernels", "--target", "sm_80"),
+        ("--kernels", "--target", ""),
+    ],
 )
 def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
     status, out, err = run(capsys, *arguments, "--json")
     assert status == 2
     assert json.loads(out)["ok"] is False
     assert "hint:" in err
+
+
+def test_what_assembling_could_not_tell_is_not_proved(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        ptx, "assemble", lambda *given: ptx.Assembled(None, why="ptxas: PTX .version 8.7 is not for it")
+    )
+    status, out, err = run(capsys, "--target", "sm_120f", "--quick")
+    assert status == 1
+    assert out.startswith("sm_120f: not proved, 2 features that training needs")
+    assert "error: mma bf16, which training needs, is not proved of sm_120f: ptxas: PTX .version 8.7" in err
 
 
 def test_no_assembler_that_knows_the_target(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,10 @@ def test_what_assembles_everywhere_proves_nothing(table: dict[str, Row]) -> None
     assert all(row.proof == "assembled" and not row.differs for row in table.values() if row.name not in open_ones)
 
 
-@pytest.mark.parametrize("name", ["sm_121a", "sm_121", "sm_120a", "sm_100a", "sm_90a", "sm_89", "sm_80"])
+FAMILIES = ["sm_100f", "sm_103f", "sm_110f", "sm_120f", "sm_121f"]
+
+
+@pytest.mark.parametrize("name", ["sm_121a", "sm_121", "sm_120a", "sm_100a", "sm_90a", "sm_89", "sm_80", *FAMILIES])
 def test_every_probe_is_judged_for_its_feature_alone(here: list[Assembler], name: str) -> None:
     """A mistake in the PTX would be no `no`: it would leave the row open."""
     rows = chip.rows(targets.parse(name), here, launching=False)
@@ -132,6 +136,24 @@ def test_triton_s_own_assemblers_can_be_replaced(monkeypatch: pytest.MonkeyPatch
 def test_an_unknown_target(name: str) -> None:
     with pytest.raises(UsageError, match="unknown target"):
         targets.parse(name)
+
+
+def test_a_family_is_known_later_than_its_chips() -> None:
+    assert {(targets.parse(name).ptx, targets.parse(name).release) for name in FAMILIES if "110" not in name} == {
+        ("8.8", "12.9")
+    }
+    assert (targets.parse("sm_110f").ptx, targets.parse("sm_110f").release) == ("9.0", "13.0")
+    assert (targets.parse("sm_120a").ptx, targets.parse("sm_100a").release) == ("8.7", "12.8")
+
+
+def test_what_training_needs_and_nothing_proves_is_wrong() -> None:
+    open_one = Row("mma bf16", True, None, None, "products", needed=True, why=f"ptxas 12.8 {ptx.OUTDATED}")
+    (found,) = chip.judge([open_one], GB10)
+    assert (found.weight, found.mend) == (Weight.NEEDED, "pip install --upgrade triton")
+    assert "mma bf16, which training needs, is not proved of sm_121a: ptxas 12.8 is too old" in found.what
+    other = [replace(open_one, needed=False), replace(open_one, launch_only=True)]
+    assert chip.judge(other, GB10) == []
+    assert chip.judge([replace(open_one, why="ptxas: a mistake")], GB10)[0].mend is None
 
 
 def test_targets_by_capability() -> None:
