@@ -14,8 +14,10 @@ from sparkctl.doctor.targets import Target
 
 FLA, TRITON = "https://github.com/fla-org/flash-linear-attention", "https://github.com/triton-lang/triton"
 TRANSFORMERS, PYTORCH = "https://github.com/huggingface/transformers", "https://github.com/pytorch/pytorch"
-OURS = "locks/gpu.txt: versions that were tested together"
+OURS = "locks: versions that were tested together"
 CUDA_EXTRA = "pip install 'dgx-sparkctl[cuda]'"
+CUDA_TORCH = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
+IMAGE = "docker pull nvcr.io/nvidia/pytorch:26.03-py3"  # the base of docker/Dockerfile.spark
 HOPPER, BLACKWELL = (9,), (10, 12)
 NGC = re.compile(r"\d+\.\d+\.\d+a0\+")  # how NVIDIA's images number their torch
 
@@ -55,18 +57,20 @@ def numbers(version: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Rule:
-    """judge: what is wrong, None where nothing is. mend: a command, or what makes one of the facts."""
+    """judge: what is wrong, None where nothing is. mend: a command, or what makes one of the facts; None where there
+    is none.
+    """
 
     subject: str
     weight: Weight
     source: str
     judge: Callable[[Facts], str | None]
-    mend: str | Callable[[Facts], str]
+    mend: str | Callable[[Facts], str] | None
 
     def finding(self, facts: Facts) -> Finding | None:
         """What it finds."""
         what = self.judge(facts)
-        mend = self.mend if isinstance(self.mend, str) else self.mend(facts)
+        mend = self.mend(facts) if callable(self.mend) else self.mend
         return Finding(self.subject, self.weight, what, mend, self.source) if what else None
 
 
@@ -141,7 +145,8 @@ def _architectures(facts: Facts) -> str | None:
 def _old_driver(facts: Facts) -> str | None:
     built = numbers(facts.torch.cuda or "") if facts.torch else ()
     if built and facts.driver and facts.driver[0] < built[0]:
-        return f"torch was built for CUDA {built[0]}, and the driver runs CUDA {facts.driver[0]}.{facts.driver[1]}"
+        runs = f"the driver runs CUDA {facts.driver[0]}.{facts.driver[1]}"
+        return f"torch was built for CUDA {built[0]}, and {runs}; from 580 on it runs CUDA 13"
     return None
 
 
@@ -172,7 +177,7 @@ def _hopper(facts: Facts) -> str | None:
     if facts.major in HOPPER and facts.version("flash-linear-attention") and (3, 4) <= triton < (3, 7, 1):
         return (
             f"flash-linear-attention's backward is wrong on Hopper with Triton {facts.versions['triton']} for key dims "
-            "up to 64 (Qwen3.5's 128 is right), and its public function refuses to run"
+            "up to 64 (Qwen3.5's 128 is right), and its public function refuses to run; Triton 3.7.1 has it right"
         )
     return None
 
@@ -200,14 +205,26 @@ def _old_image(facts: Facts) -> str | None:
     return None
 
 
-def _packing(facts: Facts) -> str | None:
+def _old_transformers(facts: Facts) -> str | None:
     version = facts.version("transformers")
     if version and version < (5, 17):
+        return f"transformers {facts.versions['transformers']} is older than what was tested here, 5.17"
+    return None
+
+
+def _dropped_ends(facts: Facts) -> str | None:
+    """Its plain torch takes cu_seqlens among **kwargs and never looks at them, in 5.12, 5.17 and 5.19; 5.23 refuses."""
+    version = facts.version("transformers")
+    if version and version < (5, 23) and not facts.version("flash-linear-attention"):
         return (
-            f"transformers {facts.versions['transformers']} loses the documents' ends of packs in GatedDeltaNet, and "
-            "is older than what was tested here"
+            f"transformers {facts.versions['transformers']} drops the ends of packed documents in GatedDeltaNet where "
+            "flash-linear-attention is not used (no engine here packs through it; a script of your own would)"
         )
     return None
+
+
+def _kernels_for_it(facts: Facts) -> str:
+    return CUDA_EXTRA if facts.capability else "sparkctl verify leaks"
 
 
 def _fla_without_gpu(facts: Facts) -> str | None:
@@ -225,9 +242,9 @@ def _interpreter(facts: Facts) -> str | None:
 INSTALLING = "https://pytorch.org/get-started/locally"
 CUDA_COMPATIBILITY = "https://docs.nvidia.com/deploy/cuda-compatibility"
 RULES = (
-    Rule("torch", Weight.NEEDED, INSTALLING, _cpu_torch, "reinstall torch from an index with CUDA builds"),
-    Rule("torch", Weight.NEEDED, INSTALLING, _architectures, "install a torch for CUDA 13: its sm_120 serves a GB10"),
-    Rule("driver", Weight.NEEDED, CUDA_COMPATIBILITY, _old_driver, "update NVIDIA's driver: 580 runs CUDA 13"),
+    Rule("torch", Weight.NEEDED, INSTALLING, _cpu_torch, CUDA_TORCH),
+    Rule("torch", Weight.NEEDED, INSTALLING, _architectures, CUDA_TORCH),
+    Rule("driver", Weight.NEEDED, CUDA_COMPATIBILITY, _old_driver, None),
     Rule(
         "torch", Weight.NEEDED, INSTALLING, _blind_torch, "`python -c 'import torch; torch.zeros(1).cuda()'` says why"
     ),
@@ -237,7 +254,7 @@ RULES = (
         Weight.NOTE,
         f"{FLA}/issues/640",
         _hopper,
-        "pip install 'triton>=3.7.1', where torch takes it",
+        None,
     ),
     Rule(
         "flash-linear-attention",
@@ -246,9 +263,10 @@ RULES = (
         _race,
         "pip install 'flash-linear-attention>=0.6'",
     ),
-    Rule("triton", Weight.NEEDED, f"{PYTORCH}/issues/127271", _old_image, "take NVIDIA's image 26.03 or newer"),
+    Rule("triton", Weight.NEEDED, f"{PYTORCH}/issues/127271", _old_image, IMAGE),
     Rule("unsloth", Weight.SLOW, "https://github.com/unslothai/unsloth", _unsloth, "pip install bitsandbytes"),
-    Rule("transformers", Weight.SLOW, f"{TRANSFORMERS}/issues/46851", _packing, "pip install 'transformers>=5.17'"),
-    Rule("flash-linear-attention", Weight.NOTE, FLA, _fla_without_gpu, "nothing to do for sparkctl"),
-    Rule("triton", Weight.NOTE, OURS, _interpreter, "pip install 'numpy<2.4' to debug kernels"),
+    Rule("transformers", Weight.SLOW, OURS, _old_transformers, "pip install 'transformers>=5.17'"),
+    Rule("transformers", Weight.NOTE, f"{TRANSFORMERS}/issues/46851", _dropped_ends, _kernels_for_it),
+    Rule("flash-linear-attention", Weight.NOTE, FLA, _fla_without_gpu, None),
+    Rule("triton", Weight.NOTE, OURS, _interpreter, "pip install 'numpy<2.4'"),
 )

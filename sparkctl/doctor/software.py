@@ -37,7 +37,7 @@ LIBRARIES = (
     Library("unsloth", "unsloth", "choice"),
     Library("bitsandbytes", "bitsandbytes", "choice"),
 )
-BESIDE = ("trl",)  # of which rules ask, without a row
+BESIDE = ("trl", "unsloth-zoo")  # whose versions and pins count, without a row
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ def versions(found: list[Installed]) -> dict[str, str]:
 def requirements() -> dict[str, list[str]]:
     """What each of them asks of others, as its metadata says it."""
     found: dict[str, list[str]] = {}
-    for library in LIBRARIES:
+    for name in (*(library.name for library in LIBRARIES), *BESIDE):
         with suppress(PackageNotFoundError):
-            found[library.name] = requires(library.name) or []
+            found[name] = requires(name) or []
     return found
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
+from sources import ROOT
 
 from sparkctl.doctor import rules, software
 from sparkctl.doctor.findings import Weight
@@ -36,34 +39,57 @@ def test_a_good_spark_and_a_good_hopper() -> None:
     assert rules.judge(facts(HOPPER_GPU, target=HOPPER, versions={"triton": "3.7.1", "torch": "2.13.0"})) == []
 
 
+CPU = facts(None, torch=None, target=None, versions={"flash-linear-attention": None})
 CASES = [
-    ("built for CPUs", "index with CUDA", Weight.NEEDED, facts(torch=None, cuda_build=False)),
-    ("none for compute capability 12.1", "CUDA 13", Weight.NEEDED, facts(torch=Torch("12.6", ("sm_90",), True))),
-    ("the driver runs CUDA 12.8", "580", Weight.NEEDED, facts(driver=(12, 8))),
+    ("built for CPUs", rules.CUDA_TORCH, Weight.NEEDED, facts(torch=None, cuda_build=False)),
+    ("none for compute capability 12.1", rules.CUDA_TORCH, Weight.NEEDED, facts(torch=Torch("12.6", ("sm_90",), True))),
+    ("the driver runs CUDA 12.8; from 580 on", None, Weight.NEEDED, facts(driver=(12, 8))),
     ("finds no GPU", "says why", Weight.NEEDED, facts(torch=Torch("13.1", BUILT.architectures, False))),
     ("stops at sm_120a", "pip install 'triton>=3.6'", Weight.NEEDED, facts(assembler=OLD, others=(OLD,))),
     (
         "compiles nothing for sm_121a", "`export TRITON_PTXAS_BLACKWELL_PATH=/usr/local/cuda/bin/ptxas`", Weight.NEEDED,
         facts(assembler=OLD, others=(OLD, SYSTEM)),
     ),
-    ("wrong on Hopper with Triton 3.6.0", "3.7.1", Weight.NOTE, facts(HOPPER_GPU, target=HOPPER)),
+    ("wrong on Hopper with Triton 3.6.0", None, Weight.NOTE, facts(HOPPER_GPU, target=HOPPER)),
     ("tl.dot races on Blackwell", ">=0.6", Weight.NEEDED, facts(versions={"flash-linear-attention": "0.5.2"})),
     ("tl.dot races", ">=0.6", Weight.NEEDED, facts(BLACKWELL, versions={"flash-linear-attention": "0.5.2"})),
-    ("older Triton than 3.6.0", "26.03", Weight.NEEDED, facts(versions={"torch": "2.10.0a0+b4e4ee8"})),
+    ("older Triton than 3.6.0", rules.IMAGE, Weight.NEEDED, facts(versions={"torch": "2.10.0a0+b4e4ee8"})),
     ("without bitsandbytes", "pip install bitsandbytes", Weight.SLOW, facts(versions={"unsloth": "2026.10.9"})),
-    ("loses the documents' ends", ">=5.17", Weight.SLOW, facts(versions={"transformers": "5.14.1"})),
-    ("transformers' own Qwen3.5 fails", "nothing to do", Weight.NOTE, facts(None, torch=None, target=None)),
+    ("older than what was tested", ">=5.17", Weight.SLOW, facts(versions={"transformers": "5.14.1"})),
+    ("drops the ends", rules.CUDA_EXTRA, Weight.NOTE, facts(versions={"flash-linear-attention": None})),
+    ("5.17.0 drops the ends", "sparkctl verify leaks", Weight.NOTE, CPU),
+    ("transformers' own Qwen3.5 fails", None, Weight.NOTE, facts(None, torch=None, target=None)),
     ("interpreter fails", "numpy<2.4", Weight.NOTE, facts(versions={"numpy": "2.4.6"})),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("what", "mend", "weight", "faked"), CASES)
-def test_a_rule(what: str, mend: str, weight: Weight, faked: Facts) -> None:
+def test_a_rule(what: str, mend: str | None, weight: Weight, faked: Facts) -> None:
     found = rules.judge(faked)
     assert [finding.weight for finding in found] == [weight]
     assert what in found[0].what
-    assert mend in found[0].mend
+    assert (mend in found[0].mend) if mend and found[0].mend else mend == found[0].mend
     assert found[0].source
+
+
+COMMAND = re.compile(r"(pip|docker|sparkctl) \S.*|`[^`]+`( says why)?")
+
+
+def test_every_mend_is_a_command() -> None:
+    mends = [finding.mend for *_, faked in CASES for finding in rules.judge(faked) if finding.mend]
+    assert [mend for mend in mends if not COMMAND.fullmatch(mend)] == []
+    assert len(mends) > len(rules.RULES) / 2
+    assert not COMMAND.fullmatch("take NVIDIA's image 26.03 or newer")
+    for mend in mends:
+        shlex.split(mend.strip("`").removesuffix("` says why"))
+        assert " to debug" not in mend
+        assert ", where" not in mend
+
+
+def test_the_image_is_the_one_that_ours_stands_on() -> None:
+    base = re.search(r"^ARG BASE=(\S+)$", (ROOT / "docker" / "Dockerfile.spark").read_text(), re.MULTILINE)
+    assert base
+    assert f"docker pull {base[1]}" == rules.IMAGE
 
 
 def test_every_rule_has_a_case() -> None:
@@ -74,7 +100,7 @@ def test_every_rule_has_a_case() -> None:
     "faked",
     [
         facts(HOPPER_GPU, target=HOPPER, versions={"triton": "3.3.1", "torch": "2.10.0"}),  # before the bug
-        facts(HOPPER_GPU, target=HOPPER, versions={"flash-linear-attention": None}),
+        facts(HOPPER_GPU, target=HOPPER, versions={"flash-linear-attention": None, "transformers": "5.23.0"}),
         facts(HOPPER_GPU, target=HOPPER, versions={"triton": "3.7.1", "flash-linear-attention": "0.5.2"}),
         facts(versions={"triton": "3.8.0", "flash-linear-attention": "0.5.2"}),  # it doesn't race there
         facts(versions={"torch": "2.10.0", "triton": "3.6.0"}),  # no build of NVIDIA's

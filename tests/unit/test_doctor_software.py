@@ -74,11 +74,13 @@ def test_a_torch_for_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_without_importing_versions_are_from_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_machine.package(tmp_path, "unsloth", "2026.10.9", "raise SystemExit(7)", requires=("datasets<5",))
+    fake_machine.package(tmp_path, "unsloth-zoo", "2026.10.5", requires=("trl<=1.0",))
     monkeypatch.syspath_prepend(tmp_path)
     here = software.look()
     found = {one.library.name: one for one in here}
     assert (found["unsloth"].version, found["unsloth"].imports) == ("2026.10.9", None)
     assert software.versions(here)["unsloth"] == "2026.10.9"
     assert software.requirements()["unsloth"] == ["datasets<5"]
-    assert "numpy" in software.versions(here)  # that has no row
+    assert software.requirements()["unsloth-zoo"] == ["trl<=1.0"]  # that has no row
+    assert software.versions(here)["unsloth-zoo"] == "2026.10.5"
     assert "bitsandbytes" not in software.versions(here)
