@@ -23,7 +23,7 @@ _over = threading.Event()  # a signal has ended the work of every pool: nothing 
 
 @dataclass(frozen=True)
 class Ended:
-    """What a process said. problem: why it has no answer, None where it ended well."""
+    """What a process said, as far as it came. problem: why it has no answer, None where it ended well."""
 
     out: str = ""
     err: str = ""
@@ -45,11 +45,24 @@ def answer(
     if ended.problem:
         return {}, ended.problem
     lines = ended.out.strip().splitlines()
+    said = _object(lines[-1]) if lines else None
+    return ({}, "ended without an answer") if said is None else (said, None)
+
+
+def answers(name: str, *arguments: str, seconds: float | None) -> tuple[dict[str, Any], str | None]:
+    """(the JSON objects of all lines in one, why there are no more): what was said before it failed counts."""
+    ended = module(name, *arguments, seconds=seconds)
+    said = [found for line in ended.out.splitlines() if (found := _object(line)) is not None]
+    problem = ended.problem or (None if said else "ended without an answer")
+    return {key: value for one in said for key, value in one.items()}, problem
+
+
+def _object(line: str) -> dict[str, Any] | None:
     try:
-        said = json.loads(lines[-1]) if lines else None
+        said = json.loads(line)
     except ValueError:
-        said = None
-    return (said, None) if isinstance(said, dict) else ({}, "ended without an answer")
+        return None
+    return said if isinstance(said, dict) else None
 
 
 def run(
@@ -65,8 +78,9 @@ def run(
     try:
         with _started(command, environment, stdin=pipe, stdout=pipe, stderr=pipe) as process:
             out, err = process.communicate(input, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return Ended(problem=f"did not end within {seconds:g} s")
+    except subprocess.TimeoutExpired as over:
+        said = over.stdout.decode(errors="replace") if isinstance(over.stdout, bytes) else over.stdout
+        return Ended(said or "", problem=f"did not end within {seconds:g} s")
     except OSError as error:
         return Ended(problem=f"`{command[0]}` does not start: {(error.strerror or str(error)).lower()}")
     return Ended(out, err, _problem(process.returncode, err))

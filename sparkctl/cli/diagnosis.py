@@ -90,5 +90,7 @@ def _state(one: Installed, found: Report) -> Text:
         return Text(f"{LABELS[finding.weight][0]} see below", style=LABELS[finding.weight][1])
     if one.version is None:
         return Text("not needed without a GPU", style="dim")
+    if one.problem:
+        return Text(one.problem, style="yellow")
     built = f", for CUDA {one.torch.cuda}: {' '.join(one.torch.architectures)}" if one.torch and one.torch.cuda else ""
     return Text(("right" if one.imports else "installed") + built, style="green")

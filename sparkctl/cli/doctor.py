@@ -89,13 +89,14 @@ def _fast_path(found: FastPath) -> dict[str, Any]:
 
 
 def _software(one: Installed, report: Report) -> dict[str, Any]:
-    """right: None where it is not installed."""
+    """right: None where it is not installed, or was not tried."""
     found = report.about(one.library.name)
+    untried = one.version is None or (one.imports is None and one.problem is not None and found is None)
     return {
         "name": one.library.name,
         "version": one.version,
         "imports": one.imports,
-        "right": found is None if one.version else None,
+        "right": None if untried else found is None,
         "why": found.what if found else one.problem,
         **({"torch": asdict(one.torch)} if one.torch else {}),
     }

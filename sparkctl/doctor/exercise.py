@@ -1,6 +1,7 @@
-"""The fast path exercised, each part in a process of its own: `python -m sparkctl.doctor.exercise kernels|proof|speed`.
+"""The fast path exercised, each part in a process of its own: `python -m sparkctl.doctor.exercise speed|proof`.
 
-Prints one JSON object. What a library prints on the way goes to stderr.
+Prints a JSON object a line, each when it is there: torch itself, then its rates; the operators, then their proof. What
+a library prints on the way goes to stderr.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+
+from sparkctl.doctor import importing
 
 if TYPE_CHECKING:
     import torch
@@ -172,16 +175,36 @@ def _seconds(work: Any, device: torch.device) -> float:
     return clock.in_a_row(work, device, max(3, int(SECONDS / first))).percentile(50)
 
 
-PARTS = {"kernels": kernels, "proof": proof, "speed": speed}
+def torch_and_rates() -> Iterator[dict[str, Any]]:
+    """torch as it is here, then `speed`: it is imported once for both."""
+    import torch
+
+    yield {"torch": importing.torch_facts(torch)}
+    yield {"speed": speed(_device())}
+
+
+def kernels_and_proof() -> Iterator[dict[str, Any]]:
+    """`kernels`, then `proof`: most of both is the same imports."""
+    device = _device()
+    yield kernels(device)
+    yield {"proof": proof(device)}
+
+
+def _device() -> torch.device:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+PARTS = {"speed": torch_and_rates, "proof": kernels_and_proof}
 
 
 def main(part: str) -> None:
     """Print what that part finds."""
+    out = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
-        import torch
-
-        found = PARTS[part](torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    print(json.dumps(found))
+        for found in PARTS[part]():
+            print(json.dumps(found), file=out, flush=True)
 
 
 if __name__ == "__main__":

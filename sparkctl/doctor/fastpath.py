@@ -1,7 +1,7 @@
-"""Whether the fast path is taken, right, repeatable and fast here: three questions, a process each.
+"""Whether the fast path is taken, right, repeatable and fast here: two processes, of one set of imports each.
 
-Rates are measured before anything else of `doctor` runs: whatever is beside them costs them something. Most of the two
-others' time goes into imports and into compiling kernels: they run side by side, and beside all else.
+Rates are measured before anything else of `doctor` runs: whatever is beside them costs them something. Most of the
+rest's time goes into imports and into compiling kernels: it runs beside all else.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from sparkctl.doctor.findings import Finding, Weight
 from sparkctl.hardware.ceiling import DEVICES, Ceiling
 from sparkctl.progress import Progress, silent
 
-SECONDS = {"kernels": 120.0, "proof": 400.0, "speed": 60.0}  # a cold start compiles kernels for a minute
-RATES = "speed"
+# torch's import over a slow disk takes a minute, and so does compiling the proof's kernels the first time
+SECONDS = {"speed": 90.0, "proof": 400.0}
+RATES, PROOF = "speed", "proof"
 RATIO = 2.0  # times the reference's distance from fp32, as in `verify lossless`
 SHARE = 0.7  # of what the device should reach, below which something holds it back
 RACE = "https://github.com/triton-lang/triton/issues/10590"
@@ -95,45 +96,35 @@ class FastPath:
 
 
 class Answer(NamedTuple):
-    """What a part said, or why it did not."""
+    """What a part said, and why it said no more."""
 
     said: dict[str, Any]
     problem: str | None
 
 
 def rates(progress: Progress = silent) -> Answer:
-    """Of products and copies. Nothing else should run meanwhile."""
-    with progress.task("measuring rates"):
+    """Of products and copies, and before them torch itself, as `software.of_answer` reads it. Nothing else should run
+    meanwhile.
+    """
+    with progress.task("importing torch, then measuring rates"):
         return _ask(RATES)
 
 
-def look(rates: Answer, progress: Progress = silent, usable: Callable[[], bool] = lambda: True) -> FastPath | None:
-    """What the rates said, and the two others. usable: whether torch can be imported, asked where there are no rates;
-    None where not.
-    """
-    if rates.problem and not usable():
-        return None
-    others = [part for part in SECONDS if part != RATES]
-    with progress.task("trying the fast path", len(others)) as task, child.at_once(len(others)) as pool:
-        task.note(" and ".join(others))
-
-        def ask(part: str) -> Answer:
-            answer = _ask(part)
-            task.advance()
-            return answer
-
-        answers = dict(zip(others, pool.map(ask, others), strict=True)) | {RATES: rates}
-    proof, speed = answers["proof"].said, rates.said
+def look(rates: Answer, progress: Progress = silent) -> FastPath:
+    """What the rates said, and the rest."""
+    with progress.task("loading a small model by the fast path and by transformers, comparing gradients"):
+        answer = _ask(PROOF)
+    proof, speed = answer.said.get("proof"), rates.said.get("speed")
     return FastPath(
-        [Operator(**one) for one in answers["kernels"].said.get("operators", [])],
+        [Operator(**one) for one in answer.said.get("operators", [])],
         Proof(**proof) if proof else None,
         Speed(**speed) if speed else None,
-        {part: answers[part].problem or "" for part in SECONDS if answers[part].problem},
+        {part: problem for part, problem in ((PROOF, answer.problem), (RATES, rates.problem)) if problem},
     )
 
 
 def _ask(part: str) -> Answer:
-    return Answer(*child.answer("sparkctl.doctor.exercise", part, seconds=SECONDS[part]))
+    return Answer(*child.answers("sparkctl.doctor.exercise", part, seconds=SECONDS[part]))
 
 
 def judge(found: FastPath) -> list[Finding]:

@@ -16,11 +16,11 @@ def main(name: str) -> None:
     """Import it and print what it says of itself."""
     with contextlib.redirect_stdout(sys.stderr):
         module = import_module(name)
-        facts = {"version": getattr(module, "__version__", None), **(_torch(module) if name == "torch" else {})}
+        facts = {"version": getattr(module, "__version__", None), **(torch_facts(module) if name == "torch" else {})}
     print(json.dumps(facts))
 
 
-def _torch(torch: Any) -> dict[str, Any]:
+def torch_facts(torch: Any) -> dict[str, Any]:
     """CUDA that it was built for, architectures of its kernels, whether it finds the GPU."""
     built = getattr(getattr(torch, "version", None), "cuda", None)
     if built is None:

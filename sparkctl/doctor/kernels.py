@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from sparkctl_kernels.limits import SHARED
 
 from sparkctl import child
+from sparkctl.doctor.rules import CUDA_EXTRA
 from sparkctl.doctor.targets import GB10
 from sparkctl.errors import SparkError, UsageError
 
 MODULE = "sparkctl_kernels.compiled"  # it puts a driver without a device in Triton's place: a process of its own
+EXTRAS = {"torch": "pip install dgx-sparkctl", "triton": CUDA_EXTRA}  # what installs them
 SECONDS = 580.0  # of a cold cache on two slow cores
 
 
@@ -67,9 +70,17 @@ def compile_all(target: str | None) -> Compiled:
     if said is None:
         raise SparkError(
             f"the kernels could not be compiled for {name}: {ended.problem or 'no answer'}",
-            f"`python -m {MODULE} {name}` shows all of it; triton has to be installed",
+            _mend(name, ended.problem or ""),
         )
     return Compiled(name, SHARED[name], [Kernel(**row) for row in said["kernels"]], said["faults"])
+
+
+def _mend(name: str, problem: str) -> str:
+    """What installs the library that is missing, or shows all of the problem."""
+    missing = re.search(r"No module named '(\w+)", problem)
+    if missing and missing[1] in EXTRAS:
+        return EXTRAS[missing[1]]
+    return f"`python -m {MODULE} {name}` shows all of it"
 
 
 def _answer(out: str) -> dict[str, Any] | None:

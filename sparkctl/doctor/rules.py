@@ -90,8 +90,14 @@ def missing(installed: Sequence[Installed], gpu: bool) -> Iterator[Finding]:
             )
         elif one.imports is False:
             what = f"{one.library.name} {one.version} cannot be imported: {one.problem}"
-            again = f"pip install --force-reinstall --no-deps '{one.library.name}=={one.version}'"
-            yield Finding(one.library.name, Weight.NEEDED if needed else Weight.NOTE, what, again)
+            yield Finding(one.library.name, Weight.NEEDED if needed else Weight.NOTE, what, _again(one))
+
+
+def _again(one: Installed) -> str:
+    """Where an import does not end, installing it again does not help: which module it is in does."""
+    if "did not end" in (one.problem or ""):
+        return f"`python -X importtime -c 'import {one.library.module}'`"
+    return f"pip install --force-reinstall --no-deps '{one.library.name}=={one.version}'"
 
 
 def _install(library: Library) -> str:

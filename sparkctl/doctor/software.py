@@ -3,39 +3,47 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
-from typing import Literal
+from typing import Any, Literal
 
 from sparkctl import child
+from sparkctl.hardware.machine import available_cores
 from sparkctl.progress import Progress, silent
 
 SECONDS = 90.0  # an import over a slow disk takes a minute; unsloth's takes 40 s on a GPU
-AT_ONCE = 2  # imports: each keeps a core and a disk busy
+LEAST, MOST, CORES = 2, 4, 4  # imports at once, and the cores for each: it keeps one and a disk busy
+SLOWEST = "unsloth"  # whose import compiles and patches: it begins first
+TORCH = "torch"
+NOT_TRIED = "not tried: torch"
 Need = Literal["always", "gpu", "choice"]
 
 
 @dataclass(frozen=True)
 class Library:
-    """A distribution and the module to import. need: of training, of training on a GPU, or of the user's choice."""
+    """A distribution and the module to import. need: of training, of training on a GPU, or of the user's choice.
+
+    on_torch: its import imports torch.
+    """
 
     name: str
     module: str
     need: Need
+    on_torch: bool = False
 
 
 LIBRARIES = (
     Library("torch", "torch", "always"),
     Library("triton", "triton", "gpu"),
-    Library("flash-linear-attention", "fla", "gpu"),
-    Library("causal-conv1d", "causal_conv1d", "choice"),
+    Library("flash-linear-attention", "fla", "gpu", on_torch=True),
+    Library("causal-conv1d", "causal_conv1d", "choice", on_torch=True),
     Library("transformers", "transformers", "always"),
-    Library("peft", "peft", "always"),
+    Library("peft", "peft", "always", on_torch=True),
     Library("datasets", "datasets", "always"),
     Library("safetensors", "safetensors", "always"),
     Library("numpy", "numpy", "always"),
-    Library("unsloth", "unsloth", "choice"),
-    Library("bitsandbytes", "bitsandbytes", "choice"),
+    Library("unsloth", "unsloth", "choice", on_torch=True),
+    Library("bitsandbytes", "bitsandbytes", "choice", on_torch=True),
 )
 BESIDE = ("trl", "unsloth-zoo")  # whose versions and pins count, without a row
 
@@ -51,7 +59,10 @@ class Torch:
 
 @dataclass(frozen=True)
 class Installed:
-    """A library here. version: None where it is not installed. imports: None where that was not tried."""
+    """A library here. version: None where it is not installed. imports: None where that was not tried.
+
+    problem: why it cannot be imported, or was not tried.
+    """
 
     library: Library
     version: str | None
@@ -65,16 +76,51 @@ def look() -> list[Installed]:
     return [Installed(library, _version(library.name)) for library in LIBRARIES]
 
 
-def imported(found: list[Installed], progress: Progress = silent) -> list[Installed]:
-    """The same, each tried."""
-    with progress.task("importing libraries", len(found)) as task, child.at_once(AT_ONCE) as pool:
+def imported(
+    found: list[Installed], progress: Progress = silent, torch: Installed | None = None
+) -> list[Installed]:  # fmt: skip
+    """The same, each tried; torch first, and what stands on it is not tried where it fails. torch: as tried before."""
+    first = torch or next((_imported(one) for one in found if one.library.name == TORCH), None)
+    why = _why_not(first) if first else None
+    with progress.task("importing libraries", len(found)) as task, child.at_once(at_once()) as pool:
+        names: list[str] = []
 
         def tried(one: Installed) -> Installed:
-            result = _imported(one) if one.version else one
+            if first and one.library.name == TORCH:
+                result = first
+            elif why and one.library.on_torch and one.version:
+                result = replace(one, problem=why)
+            else:
+                names.append(one.library.name)
+                task.note(", ".join(names))
+                result = _imported(one)
+                names.remove(one.library.name)
+                task.note(", ".join(names))
             task.advance()
             return result
 
-        return list(pool.map(tried, found))
+        order = sorted(found, key=lambda one: one.library.name != SLOWEST)
+        results = dict(zip((one.library.name for one in order), pool.map(tried, order), strict=True))
+    return [results[one.library.name] for one in found]
+
+
+def at_once() -> int:
+    """Imports that this machine does beside everything else."""
+    return min(max(available_cores() // CORES, LEAST), MOST)
+
+
+def _why_not(torch: Installed) -> str | None:
+    """Why nothing that stands on torch is tried."""
+    if torch.version is None:
+        return f"{NOT_TRIED} is not installed"
+    return None if torch.imports else f"{NOT_TRIED} cannot be imported"
+
+
+def of_answer(torch: Installed, facts: dict[str, Any] | None, problem: str | None) -> Installed:
+    """torch as a process that imported it said it, or the problem that kept it from saying so."""
+    if facts is None:
+        return replace(torch, imports=False, problem=problem or "ended without an answer")
+    return replace(torch, imports=True, torch=Torch(facts["cuda"], tuple(facts["architectures"]), facts["available"]))
 
 
 def versions(found: list[Installed]) -> dict[str, str]:
@@ -100,10 +146,9 @@ def _version(name: str) -> str | None:
 
 
 def _imported(one: Installed) -> Installed:
+    if one.version is None:
+        return one
     said, problem = child.answer("sparkctl.doctor.importing", one.library.module, seconds=SECONDS)
     if problem:
-        return Installed(one.library, one.version, False, problem)
-    torch = None
-    if "architectures" in said:
-        torch = Torch(said["cuda"], tuple(said["architectures"]), said["available"])
-    return Installed(one.library, one.version, True, torch=torch)
+        return replace(one, imports=False, problem=problem)
+    return of_answer(one, said, None) if one.library.name == TORCH else replace(one, imports=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field, replace
 
 from sparkctl import child
@@ -74,23 +75,26 @@ def doctor(target: str | None = None, *, quick: bool = False, progress: Progress
 
 
 def _side_by_side(report: Report, progress: Progress) -> tuple[Report, list[Finding]]:
-    """Rates by themselves, then imports, probes and the rest of the fast path, each in processes of its own; and what
-    is wrong with the probes.
+    """torch and its rates by themselves, then the other imports, probes and the rest of the fast path, each in
+    processes of its own; and what is wrong with the probes. Without torch nothing that stands on it is tried.
 
     One after the other they took 96 to 120 s on a busy H200 (2026-11-26).
     """
-    tried = bool(report.device and report.device.usable and _installed(report.software, "torch"))
-    rates = fastpath.rates(progress) if tried else None
-    with progress.task("looking at this machine", 2 + tried) as task, child.at_once(2) as pool:
-        imports = pool.submit(software.imported, report.software, progress)
+    torch = next((one for one in report.software if one.library.name == software.TORCH and one.version), None)
+    rates = fastpath.rates(progress) if torch and report.device and report.device.usable else None
+    if torch and rates:
+        torch = software.of_answer(torch, rates.said.get("torch"), rates.problem)
+    tried = rates is not None and torch is not None and bool(torch.imports)
+    with progress.task("looking at this machine", 2 + tried) as task, child.at_once(2 + tried) as pool:
+        path = pool.submit(fastpath.look, rates, progress) if rates and tried else None
+        imports = pool.submit(software.imported, report.software, progress, torch if rates else None)
         probes = pool.submit(_features, report, progress)
-        path = fastpath.look(rates, progress, lambda: _usable_torch(imports.result())) if rates else None
-        task.advance(tried)
+        for done in as_completed(part for part in (path, imports, probes) if part):
+            done.result()
+            task.advance()
         features, wrong = probes.result()
-        task.advance()
-        found = replace(report, software=imports.result(), features=features, fast_path=path)
-        task.advance()
-        return found, wrong
+        fast_path = path.result() if path else None
+        return replace(report, software=imports.result(), features=features, fast_path=fast_path), wrong
 
 
 def _of_target(target: Target, assemblers: list[Assembler], quick: bool, progress: Progress) -> Report:
@@ -142,16 +146,6 @@ def _carried(assemblers: list[Assembler], target: Target | None) -> Iterator[Ass
     """The one that Triton calls for the target."""
     name = ptx.TRITON["ptxas-blackwell" if target and target.number >= ptx.BLACKWELL else "ptxas"]
     return (one for one in assemblers if one.name == name)
-
-
-def _installed(installed: list[Installed], name: str) -> bool:
-    """Whether a library is there, by its metadata."""
-    return any(one.library.name == name and one.version for one in installed)
-
-
-def _usable_torch(installed: list[Installed]) -> bool:
-    """Whether torch is there and can be imported: the fast path is on it."""
-    return any(one.library.name == "torch" and one.imports for one in installed)
 
 
 def _toolkit(assemblers: list[Assembler]) -> str | None:

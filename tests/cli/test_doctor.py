@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import fake_machine
@@ -263,6 +262,9 @@ def test_kernels_that_cannot_be_compiled(
     assert status == 1
     assert "error: the kernels could not be compiled for sm_121a: " in err
     assert "No module named 'triton'" in err
+    assert "hint: pip install 'dgx-sparkctl[cuda]'" in err
+    fake_machine.hide(tmp_path, "torch")
+    assert "hint: pip install dgx-sparkctl\n" in run(capsys, "--kernels")[2]
 
 
 def test_the_help_names_what_it_does() -> None:
@@ -279,10 +281,11 @@ def test_the_whole_command_says_what_the_fast_path_came_to(
     operators = [Operator("attention", "triton", "fused kernel of this project, head dim 256")]
     proof = Proof(float("inf"), "layers.0.q_proj", 0.9, 30, [2], 3.0)
     speed = Speed("NVIDIA GB10", 45e12, 240e9, 850.0, 3003.0, 20.0, ["power brake"])
-    monkeypatch.setattr(fastpath, "rates", lambda progress: fastpath.Answer({}, None))
-    monkeypatch.setattr(fastpath, "look", lambda rates, progress, usable: FastPath(operators, proof, speed))
+    torch = {"cuda": None, "architectures": [], "available": False}
+    monkeypatch.setattr(fastpath, "rates", lambda progress: fastpath.Answer({"torch": torch}, None))
+    monkeypatch.setattr(fastpath, "look", lambda rates, progress: FastPath(operators, proof, speed))
     monkeypatch.setattr(software, "look", lambda: [Installed(LIBRARIES[0], "2.13.0")])
-    monkeypatch.setattr(software, "imported", lambda found, progress: [replace(one, imports=True) for one in found])
+    monkeypatch.setattr(software, "imported", lambda found, progress, torch: [torch])
     status, out, err = run(capsys)
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert status == 1

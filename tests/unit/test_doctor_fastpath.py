@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,17 +65,54 @@ def test_nothing_is_wrong_with_a_good_one() -> None:
     assert Speed("NVIDIA GeForce RTX 5090", 1.0, 1.0).bytes_share is None
 
 
+TORCH = {"cuda": None, "architectures": [], "available": False}
+RATES = {"gpu": None, "operations": 1e12, "bytes": 1e9}
+
+
 def test_answers_that_do_not_come_are_problems(monkeypatch: pytest.MonkeyPatch) -> None:
-    def answer(name: str, part: str, seconds: float) -> tuple[dict[str, Any], str | None]:
+    """What a process said before it failed counts."""
+
+    def answers(name: str, part: str, seconds: float) -> tuple[dict[str, Any], str | None]:
         assert seconds == fastpath.SECONDS[part]
         said = {"operators": [{"operator": "rms_norm", "kernel": "triton", "reason": "fused"}]}
-        return (said, None) if part == "kernels" else ({}, f"{part} died")
+        return (said if part == "proof" else {"torch": TORCH}), f"{part} died"
 
-    monkeypatch.setattr(child, "answer", answer)
+    monkeypatch.setattr(child, "answers", answers)
     found = fastpath.look(fastpath.rates())
     assert found == FastPath(
         [Operator("rms_norm", "triton", "fused")], problems={"proof": "proof died", "speed": "speed died"}
     )
+
+
+def test_a_process_that_does_not_end_has_said_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "import time\nprint('{\"torch\": 1}', flush=True)\nprint('a word')\nprint('{\"speed\": 2}', flush=True)\n"
+    (tmp_path / "talks.py").write_text(body)
+    (tmp_path / "hangs.py").write_text(body + "time.sleep(60)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    both = {"torch": 1, "speed": 2}
+    assert child.answers("talks", seconds=20) == (both, None)
+    assert child.answers("hangs", seconds=3) == (both, "did not end within 3 s")
+    assert child.answers("this", seconds=20) == ({}, "ended without an answer")
+
+
+def test_the_whole_of_a_part_as_it_is_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(exercise, "speed", lambda device: print("a word of torch's") or RATES)
+    exercise.main("speed")
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [list(one) for one in said] == [["torch"], ["speed"]]
+    assert said[0]["torch"]["cuda"] == torch.version.cuda
+    assert said[1]["speed"] == RATES
+
+
+def side_by_side(monkeypatch: pytest.MonkeyPatch, answers: Any, answer: Any = None) -> doctor.Report:
+    """Of a machine with torch and peft whose processes say that."""
+    here: Any = SimpleNamespace(usable=True)
+    installed = [Installed(one, "2.13.0") for one in software.LIBRARIES if one.name in ("torch", "peft", "numpy")]
+    monkeypatch.setattr(child, "answers", answers)
+    monkeypatch.setattr(child, "answer", answer or answers)
+    return doctor._side_by_side(doctor.Report(targets.parse("sm_121a"), here, [], installed), silent)[0]
 
 
 def test_rates_are_measured_while_nothing_else_runs_and_the_rest_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +122,7 @@ def test_rates_are_measured_while_nothing_else_runs_and_the_rest_side_by_side(mo
 
     def answer(name: str, part: str, seconds: float) -> tuple[dict[str, Any], str | None]:
         work(part, alone=part == fastpath.RATES)
-        return ({"gpu": None, "operations": 1e12, "bytes": 1e9}, None) if part == fastpath.RATES else ({}, "no answer")
+        return ({"torch": TORCH, "speed": RATES}, None) if part == fastpath.RATES else ({}, "no answer")
 
     def work(part: str, alone: bool = False) -> None:
         order.append(part)
@@ -95,15 +135,13 @@ def test_rates_are_measured_while_nothing_else_runs_and_the_rest_side_by_side(mo
         work("probes")
         return []
 
-    here: Any = SimpleNamespace(usable=True)
-    installed = [Installed(software.LIBRARIES[0], "2.13.0")]
-    monkeypatch.setattr(child, "answer", answer)
     monkeypatch.setattr(chip, "rows", rows)
-    found, _ = doctor._side_by_side(doctor.Report(targets.parse("sm_121a"), here, [], installed), silent)
+    found = side_by_side(monkeypatch, answer)
     assert order[:2] == [fastpath.RATES, f"{fastpath.RATES} ended"]
-    assert sorted(order[2:6]) == ["kernels", "probes", "proof", "torch"]
+    assert sorted(order[2:6]) == ["numpy", "peft", "probes", "proof"]  # torch is not imported again
     assert found.fast_path
-    assert list(found.fast_path.problems) == ["kernels", "proof"]
+    assert list(found.fast_path.problems) == ["proof"]
+    assert [one.imports for one in found.software if one.library.name == "torch"] == [True]
 
 
 def test_without_a_torch_that_can_be_imported_nothing_more_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,11 +149,15 @@ def test_without_a_torch_that_can_be_imported_nothing_more_is_tried(monkeypatch:
 
     def answer(name: str, part: str, seconds: float) -> tuple[dict[str, Any], str | None]:
         asked.append(part)
-        return {}, "ImportError: libcudart.so.13"
+        return {}, "did not end within 90 s" if part == fastpath.RATES else None
 
-    monkeypatch.setattr(child, "answer", answer)
-    assert fastpath.look(fastpath.rates(), usable=lambda: False) is None
-    assert asked == ["speed"]
+    monkeypatch.setattr(chip, "rows", lambda *given, **named: [])
+    found = side_by_side(monkeypatch, answer)
+    assert asked == ["speed", "numpy"]
+    assert found.fast_path is None
+    assert {one.library.name: one.problem for one in found.software} == {
+        "torch": "did not end within 90 s", "peft": "not tried: torch cannot be imported", "numpy": None,
+    }  # fmt: skip
 
 
 def test_every_operator_of_a_hybrid_is_told() -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import fake_machine
 import pytest
 
-from sparkctl.doctor import software
+from sparkctl import child
+from sparkctl.doctor import rules, software
 from sparkctl.doctor.software import Installed, Torch
 
 BODIES = {
-    "torch": "raise ImportError('libcudart.so.13: cannot open shared object file')",
+    "transformers": "raise ImportError('libcudart.so.13: cannot open shared object file')",
     "triton": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
     "peft": "import time; time.sleep(60)",
     "datasets": "print('a word of welcome')",
@@ -38,7 +40,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Installed]:
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("torch", "ImportError: libcudart.so.13: cannot open shared object file"),
+        ("transformers", "ImportError: libcudart.so.13: cannot open shared object file"),
         ("triton", "died of SIGSEGV"),
         ("peft", "did not end within 12 s"),
         ("safetensors", "ended without an answer"),
@@ -84,3 +86,70 @@ def test_without_importing_versions_are_from_metadata(tmp_path: Path, monkeypatc
     assert software.requirements()["unsloth-zoo"] == ["trl<=1.0"]  # that has no row
     assert software.versions(here)["unsloth-zoo"] == "2026.10.5"
     assert "bitsandbytes" not in software.versions(here)
+
+
+UNTRIED = "not tried: torch cannot be imported"
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [("import time; time.sleep(60)", "did not end within 4 s"), ("raise ImportError('libcudart')", "libcudart")],
+)
+def test_what_stands_on_a_torch_that_cannot_be_imported_is_not_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, problem: str
+) -> None:
+    """Neither is it wrong: the one finding is torch's."""
+    fake_machine.package(tmp_path, "torch", "2.11.0", body)
+    fake_machine.package(tmp_path, "peft", "0.21.2", "import torch")
+    fake_machine.package(tmp_path, "bitsandbytes", "0.50.2", "import torch")
+    fake_machine.package(tmp_path, "safetensors", "0.8.0")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(software, "SECONDS", 4.0)
+    here = ("torch", "peft", "bitsandbytes", "safetensors")
+    found = software.imported([one for one in software.look() if one.library.name in here])
+    said = {one.library.name: (one.imports, one.problem) for one in found}
+    assert (said["peft"], said["bitsandbytes"]) == ((None, UNTRIED), (None, UNTRIED))
+    assert said["safetensors"] == (True, None)
+    assert said["torch"][0] is False
+    assert problem in (said["torch"][1] or "")
+    (finding,) = rules.missing(found, gpu=True)
+    assert finding.subject == "torch"
+    again = "`python -X importtime -c 'import torch'`"
+    assert finding.mend == (
+        again if "did not end" in problem else "pip install --force-reinstall --no-deps 'torch==2.11.0'"
+    )
+
+
+def test_without_torch_what_stands_on_it_is_not_tried() -> None:
+    peft, torch = (one for name in ("peft", "torch") for one in software.look() if one.library.name == name)
+    found = software.imported([replace(torch, version=None), peft])
+    assert (found[1].imports, found[1].problem) == (None, "not tried: torch is not installed")
+    assert [finding.subject for finding in rules.missing(found, gpu=False)] == ["torch"]
+
+
+def test_torch_that_was_imported_before_is_not_imported_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    torch, triton = (one for name in ("torch", "triton") for one in software.look() if one.library.name == name)
+    before = software.of_answer(torch, {"cuda": "13.0", "architectures": ["sm_120"], "available": True}, "rates died")
+    monkeypatch.setattr(child, "answer", lambda name, module, seconds: ({}, asked.append(module)))
+    found = software.imported([torch, triton], torch=before)
+    assert (found[0].imports, found[0].torch, asked) == (True, Torch("13.0", ("sm_120",), True), ["triton"])
+
+
+def test_the_slowest_import_begins_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(software, "LEAST", 1)
+    monkeypatch.setattr(software, "MOST", 1)
+    monkeypatch.setattr(child, "answer", lambda name, module, seconds: ({}, asked.append(module)))
+    torch = Installed(software.LIBRARIES[0], "2.11.0", True)
+    every = [Installed(library, "1.0") for library in software.LIBRARIES]
+    found = software.imported(every, torch=torch)
+    assert asked[0] == "unsloth"
+    assert [one.library for one in found] == list(software.LIBRARIES)
+
+
+@pytest.mark.parametrize(("cores", "imports"), [(1, 2), (2, 2), (12, 3), (20, 4)])
+def test_imports_at_once(monkeypatch: pytest.MonkeyPatch, cores: int, imports: int) -> None:
+    monkeypatch.setattr(software, "available_cores", lambda: cores)
+    assert software.at_once() == imports
