@@ -6,6 +6,7 @@ import fnmatch
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,81 @@ def test_dockerfiles_state_no_version(text: str) -> None:
     assert versions(text) == []
     assert versions("RUN pip install transformers==5.17.0") == ["==5.17.0"]
     assert versions("ENV VERSION 5.17.0") == ["5.17.0"]
+
+
+LOCKED = {f"/opt/sparkctl/image/{name}.txt" for name in ("requirements", "constraints")}  # of docker/constraints.py
+TAKEN = {"--requirement": "-r", "--constraint": "-c", "--find-links": "-f", "--no-binary": "", "--wheel-dir": "-w"}
+
+
+def installs(text: str) -> list[list[str]]:
+    """The arguments of each `pip install`, `pip wheel` and `pip download` that a Dockerfile runs."""
+    found: list[list[str]] = []
+    for line in re.findall(r"^RUN (.+)$", re.sub(r"\\\n", " ", text), re.MULTILINE):
+        for command in re.split(r"&&|\|\||[;|]", line):
+            words = shlex.split(command)
+            where = [i for i, word in enumerate(words[:-1]) if re.fullmatch(r"(.*/)?pip[\d.]*", word)]
+            found += [words[i + 2 :] for i in where[:1] if words[i + 1] in ("install", "wheel", "download")]
+    return found
+
+
+def unpinned(arguments: list[str]) -> list[str]:
+    """What such a command takes that the lock does not decide: no name without its constraint, no version, no URL."""
+    options = {short: name for name, short in TAKEN.items() if short} | {name: name for name in TAKEN}
+    given: dict[str, str] = {}
+    named: list[str] = []
+    words = iter(
+        word for argument in arguments for word in (argument.split("=", 1) if argument[:2] == "--" else [argument])
+    )
+    for word in words:
+        if word in options:
+            given[options[word]] = next(words, "")
+        elif not word.startswith("-"):
+            named.append(word)
+    wrong = [file for name, file in given.items() if name in ("--requirement", "--constraint") and file not in LOCKED]
+    bound = given.get("--constraint") in LOCKED
+    wrong += ["no constraint"] if "--requirement" in given and not bound else []
+    for name in named:
+        locked = re.fullmatch(r"[\w.-]+", name) and canonicalize_name(name) in LOCK and bound
+        if not locked and not (name == "." and (bound or "--no-deps" in arguments)):
+            wrong.append(name)
+    return wrong
+
+
+def test_dockerfiles_install_what_the_lock_has() -> None:
+    commands = installs(SPARK)
+    assert len(commands) == 3
+    assert [unpinned(command) for command in commands] == [[], [], []]
+    assert installs(BASELINE) == []
+
+
+CONSTRAINED = "--constraint /opt/sparkctl/image/constraints.txt"
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("pip install transformers~=5.16", ["transformers~=5.16"]),
+        (f"python -m pip install {CONSTRAINED} transformers~=5.16", ["transformers~=5.16"]),
+        (f"pip install {CONSTRAINED} 'transformers>=5.16,<5.17'", ["transformers>=5.16,<5.17"]),
+        (f"pip3 install {CONSTRAINED} git+https://github.com/huggingface/transformers@v5.16.0",
+         ["git+https://github.com/huggingface/transformers@v5.16.0"]),
+        (f"pip install {CONSTRAINED} 'transformers @ https://example.org/t.whl'",
+         ["transformers @ https://example.org/t.whl"]),
+        ("pip install torch", ["torch"]),
+        ("true && /opt/sparkctl/bin/pip install \\\n    --no-deps torch", ["torch"]),
+        ("pip install --constraint=/tmp/mine.txt torch", ["/tmp/mine.txt", "torch"]),
+        ("pip install -r /tmp/mine.txt -c /opt/sparkctl/image/constraints.txt", ["/tmp/mine.txt"]),
+        ("pip install --requirement /opt/sparkctl/image/requirements.txt", ["no constraint"]),
+        (f"pip wheel {CONSTRAINED} not-in-the-lock", ["not-in-the-lock"]),
+        ("pip install .", ["."]),
+        (f"pip install {CONSTRAINED} torch Flash_Linear_Attention", []),
+        ("pip install --no-deps .", []),
+    ],
+)  # fmt: skip
+def test_an_install_that_the_lock_does_not_decide_is_seen(line: str, wrong: list[str]) -> None:
+    (command,) = installs(f"FROM x\nRUN {line}\n")
+    assert unpinned(command) == wrong
+    assert [unpinned(one) for one in installs(f"{SPARK}\nRUN {line}\n") if unpinned(one)] == ([wrong] if wrong else [])
 
 
 def test_the_base_image_is_stated_once() -> None:
