@@ -103,7 +103,7 @@ class Answer(NamedTuple):
 
 
 def rates(progress: Progress = silent) -> Answer:
-    """Of products and copies, and before them torch itself, as `software.of_answer` reads it. Nothing else should run
+    """Of products and copies, and before them torch itself, as `software.answered` reads it. Nothing else should run
     meanwhile.
     """
     with progress.task("importing torch, then measuring rates"):

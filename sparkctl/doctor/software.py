@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -15,7 +16,7 @@ SECONDS = 90.0  # an import over a slow disk takes a minute; unsloth's takes 40 
 LEAST, MOST, CORES = 2, 4, 4  # imports at once, and the cores for each: it keeps one and a disk busy
 SLOWEST = "unsloth"  # whose import compiles and patches: it begins first
 TORCH = "torch"
-NOT_TRIED = "not tried: torch"
+ROOTS = ("numpy", TORCH)  # that others stand on: tried first, in this order
 Need = Literal["always", "gpu", "choice"]
 
 
@@ -23,27 +24,27 @@ Need = Literal["always", "gpu", "choice"]
 class Library:
     """A distribution and the module to import. need: of training, of training on a GPU, or of the user's choice.
 
-    on_torch: its import imports torch.
+    on: the one whose import its own begins with.
     """
 
     name: str
     module: str
     need: Need
-    on_torch: bool = False
+    on: str | None = None
 
 
 LIBRARIES = (
-    Library("torch", "torch", "always"),
+    Library("torch", "torch", "always", on="numpy"),
     Library("triton", "triton", "gpu"),
-    Library("flash-linear-attention", "fla", "gpu", on_torch=True),
-    Library("causal-conv1d", "causal_conv1d", "choice", on_torch=True),
-    Library("transformers", "transformers", "always"),
-    Library("peft", "peft", "always", on_torch=True),
-    Library("datasets", "datasets", "always"),
+    Library("flash-linear-attention", "fla", "gpu", on="torch"),
+    Library("causal-conv1d", "causal_conv1d", "choice", on="torch"),
+    Library("transformers", "transformers", "always", on="numpy"),
+    Library("peft", "peft", "always", on="torch"),
+    Library("datasets", "datasets", "always", on="numpy"),
     Library("safetensors", "safetensors", "always"),
     Library("numpy", "numpy", "always"),
-    Library("unsloth", "unsloth", "choice", on_torch=True),
-    Library("bitsandbytes", "bitsandbytes", "choice", on_torch=True),
+    Library("unsloth", "unsloth", "choice", on="torch"),
+    Library("bitsandbytes", "bitsandbytes", "choice", on="torch"),
 )
 BESIDE = ("trl", "unsloth-zoo")  # whose versions and pins count, without a row
 
@@ -76,26 +77,24 @@ def look() -> list[Installed]:
     return [Installed(library, _version(library.name)) for library in LIBRARIES]
 
 
-def imported(
-    found: list[Installed], progress: Progress = silent, torch: Installed | None = None
-) -> list[Installed]:  # fmt: skip
-    """The same, each tried; torch first, and what stands on it is not tried where it fails. torch: as tried before."""
-    first = torch or next((_imported(one) for one in found if one.library.name == TORCH), None)
-    why = _why_not(first) if first else None
+def rooted(found: list[Installed], progress: Progress = silent) -> list[Installed]:
+    """The same, with numpy tried: all but a few stand on it, and torch."""
+    with progress.task(f"importing {ROOTS[0]}"):
+        return [_imported(one) if one.library.name == ROOTS[0] else one for one in found]
+
+
+def imported(found: list[Installed], progress: Progress = silent) -> list[Installed]:
+    """The same, each tried that was not yet, ROOTS first; what stands on one that fails is not tried."""
+    known = _roots(found)
     with progress.task("importing libraries", len(found)) as task, child.at_once(at_once()) as pool:
         names: list[str] = []
 
         def tried(one: Installed) -> Installed:
-            if first and one.library.name == TORCH:
-                result = first
-            elif why and one.library.on_torch and one.version:
-                result = replace(one, problem=why)
-            else:
-                names.append(one.library.name)
-                task.note(", ".join(names))
-                result = _imported(one)
-                names.remove(one.library.name)
-                task.note(", ".join(names))
+            names.append(one.library.name)
+            task.note(", ".join(names))
+            result = _tried(one, known)
+            names.remove(one.library.name)
+            task.note(", ".join(names))
             task.advance()
             return result
 
@@ -104,23 +103,55 @@ def imported(
     return [results[one.library.name] for one in found]
 
 
+def _roots(found: list[Installed]) -> dict[str, Installed]:
+    known: dict[str, Installed] = {}
+    there = (one for one in found if one.library.name in ROOTS)
+    for one in sorted(there, key=lambda one: ROOTS.index(one.library.name)):
+        known[one.library.name] = _tried(one, known)
+    return known
+
+
+def _tried(one: Installed, roots: Mapping[str, Installed]) -> Installed:
+    """The library, imported unless it was before or stands on a root that fails."""
+    one = roots.get(one.library.name, one)
+    if one.version is None or one.imports is not None or one.problem:
+        return one
+    root = roots.get(one.library.on or "")
+    why = why_not(root) if root else None
+    return replace(one, problem=why) if why else _imported(one)
+
+
+def why_not(root: Installed) -> str | None:
+    """Why nothing that stands on it is tried; None where it can be imported."""
+    if root.imports:
+        return None
+    if root.version is None:
+        return f"not tried: {root.library.name} is not installed"
+    return root.problem if root.imports is None else f"not tried: {root.library.name} cannot be imported"
+
+
 def at_once() -> int:
     """Imports that this machine does beside everything else."""
     return min(max(available_cores() // CORES, LEAST), MOST)
 
 
-def _why_not(torch: Installed) -> str | None:
-    """Why nothing that stands on torch is tried."""
-    if torch.version is None:
-        return f"{NOT_TRIED} is not installed"
-    return None if torch.imports else f"{NOT_TRIED} cannot be imported"
+def ready(found: list[Installed], name: str) -> bool:
+    """Whether a library is installed and what it stands on can be imported."""
+    roots = {one.library.name: one for one in found}
+    one = roots.get(name)
+    root = roots.get((one.library.on if one else None) or "")
+    return one is not None and one.version is not None and (root is None or why_not(root) is None)
 
 
-def of_answer(torch: Installed, facts: dict[str, Any] | None, problem: str | None) -> Installed:
-    """torch as a process that imported it said it, or the problem that kept it from saying so."""
+def answered(found: list[Installed], facts: dict[str, Any] | None, problem: str | None) -> list[Installed]:
+    """The same, with torch as a process that imported it said it, or the problem that kept it from saying so."""
+    return [_torch(one, facts, problem) if one.library.name == TORCH else one for one in found]
+
+
+def _torch(one: Installed, facts: dict[str, Any] | None, problem: str | None) -> Installed:
     if facts is None:
-        return replace(torch, imports=False, problem=problem or "ended without an answer")
-    return replace(torch, imports=True, torch=Torch(facts["cuda"], tuple(facts["architectures"]), facts["available"]))
+        return replace(one, imports=False, problem=problem or "ended without an answer")
+    return replace(one, imports=True, torch=Torch(facts["cuda"], tuple(facts["architectures"]), facts["available"]))
 
 
 def versions(found: list[Installed]) -> dict[str, str]:
@@ -151,4 +182,4 @@ def _imported(one: Installed) -> Installed:
     said, problem = child.answer("sparkctl.doctor.importing", one.library.module, seconds=SECONDS)
     if problem:
         return replace(one, imports=False, problem=problem)
-    return of_answer(one, said, None) if one.library.name == TORCH else replace(one, imports=True)
+    return _torch(one, said, None) if one.library.name == TORCH else replace(one, imports=True)

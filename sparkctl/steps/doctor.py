@@ -80,14 +80,14 @@ def _side_by_side(report: Report, progress: Progress) -> tuple[Report, list[Find
 
     One after the other they took 96 to 120 s on a busy H200 (2026-11-26).
     """
-    torch = next((one for one in report.software if one.library.name == software.TORCH and one.version), None)
-    rates = fastpath.rates(progress) if torch and report.device and report.device.usable else None
-    if torch and rates:
-        torch = software.of_answer(torch, rates.said.get("torch"), rates.problem)
-    tried = rates is not None and torch is not None and bool(torch.imports)
-    with progress.task("looking at this machine", 2 + tried) as task, child.at_once(2 + tried) as pool:
-        path = pool.submit(fastpath.look, rates, progress) if rates and tried else None
-        imports = pool.submit(software.imported, report.software, progress, torch if rates else None)
+    installed, rates = software.rooted(report.software, progress), None
+    if report.device and report.device.usable and software.ready(installed, software.TORCH):
+        rates = fastpath.rates(progress)
+        installed = software.answered(installed, rates.said.get("torch"), rates.problem)
+        rates = rates if "torch" in rates.said else None
+    with progress.task("looking at this machine", 3 if rates else 2) as task, child.at_once(3) as pool:
+        path = pool.submit(fastpath.look, rates, progress) if rates else None
+        imports = pool.submit(software.imported, installed, progress)
         probes = pool.submit(_features, report, progress)
         for done in as_completed(part for part in (path, imports, probes) if part):
             done.result()

@@ -285,7 +285,7 @@ def test_the_whole_command_says_what_the_fast_path_came_to(
     monkeypatch.setattr(fastpath, "rates", lambda progress: fastpath.Answer({"torch": torch}, None))
     monkeypatch.setattr(fastpath, "look", lambda rates, progress: FastPath(operators, proof, speed))
     monkeypatch.setattr(software, "look", lambda: [Installed(LIBRARIES[0], "2.13.0")])
-    monkeypatch.setattr(software, "imported", lambda found, progress, torch: [torch])
+    monkeypatch.setattr(software, "imported", lambda found, progress: found)
     status, out, err = run(capsys)
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert status == 1

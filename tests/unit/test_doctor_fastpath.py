@@ -109,7 +109,9 @@ def test_the_whole_of_a_part_as_it_is_asked(
 def side_by_side(monkeypatch: pytest.MonkeyPatch, answers: Any, answer: Any = None) -> doctor.Report:
     """Of a machine with torch and peft whose processes say that."""
     here: Any = SimpleNamespace(usable=True)
-    installed = [Installed(one, "2.13.0") for one in software.LIBRARIES if one.name in ("torch", "peft", "numpy")]
+    installed = [
+        Installed(one, "2.13.0") for one in software.LIBRARIES if one.name in ("torch", "peft", "numpy", "triton")
+    ]
     monkeypatch.setattr(child, "answers", answers)
     monkeypatch.setattr(child, "answer", answer or answers)
     return doctor._side_by_side(doctor.Report(targets.parse("sm_121a"), here, [], installed), silent)[0]
@@ -124,6 +126,11 @@ def test_rates_are_measured_while_nothing_else_runs_and_the_rest_side_by_side(mo
         work(part, alone=part == fastpath.RATES)
         return ({"torch": TORCH, "speed": RATES}, None) if part == fastpath.RATES else ({}, "no answer")
 
+    def imported(name: str, module: str, seconds: float) -> tuple[dict[str, Any], str | None]:
+        if module != "numpy":
+            work(module)
+        return {}, None
+
     def work(part: str, alone: bool = False) -> None:
         order.append(part)
         time.sleep(0.05)  # for whatever else has begun
@@ -136,9 +143,9 @@ def test_rates_are_measured_while_nothing_else_runs_and_the_rest_side_by_side(mo
         return []
 
     monkeypatch.setattr(chip, "rows", rows)
-    found = side_by_side(monkeypatch, answer)
+    found = side_by_side(monkeypatch, answer, imported)
     assert order[:2] == [fastpath.RATES, f"{fastpath.RATES} ended"]
-    assert sorted(order[2:6]) == ["numpy", "peft", "probes", "proof"]  # torch is not imported again
+    assert sorted(order[2:6]) == ["peft", "probes", "proof", "triton"]  # torch is not imported again
     assert found.fast_path
     assert list(found.fast_path.problems) == ["proof"]
     assert [one.imports for one in found.software if one.library.name == "torch"] == [True]
@@ -153,10 +160,11 @@ def test_without_a_torch_that_can_be_imported_nothing_more_is_tried(monkeypatch:
 
     monkeypatch.setattr(chip, "rows", lambda *given, **named: [])
     found = side_by_side(monkeypatch, answer)
-    assert asked == ["speed", "numpy"]
+    assert asked == ["numpy", "speed", "triton"]
     assert found.fast_path is None
     assert {one.library.name: one.problem for one in found.software} == {
         "torch": "did not end within 90 s", "peft": "not tried: torch cannot be imported", "numpy": None,
+        "triton": None,
     }  # fmt: skip
 
 

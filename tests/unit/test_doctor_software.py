@@ -128,12 +128,32 @@ def test_without_torch_what_stands_on_it_is_not_tried() -> None:
     assert [finding.subject for finding in rules.missing(found, gpu=False)] == ["torch"]
 
 
+def test_what_stands_on_a_numpy_that_cannot_be_imported_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def answer(name: str, module: str, seconds: float) -> tuple[dict[str, object], str | None]:
+        asked.append(module)
+        return {}, "did not end within 90 s" if module == "numpy" else None
+
+    monkeypatch.setattr(child, "answer", answer)
+    every = software.rooted([Installed(library, "1.0") for library in software.LIBRARIES])
+    assert (asked, software.ready(every, "torch")) == (["numpy"], False)
+    found = {one.library.name: one.problem for one in software.imported(every)}
+    assert sorted(asked) == ["numpy", "safetensors", "triton"]
+    assert {name for name, problem in found.items() if problem == "not tried: numpy cannot be imported"} == (
+        set(found) - {"numpy", "safetensors", "triton"}
+    )
+    (finding,) = rules.missing(software.imported(every), gpu=True)
+    assert (finding.subject, finding.mend) == ("numpy", "`python -X importtime -c 'import numpy'`")
+
+
 def test_torch_that_was_imported_before_is_not_imported_again(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     torch, triton = (one for name in ("torch", "triton") for one in software.look() if one.library.name == name)
-    before = software.of_answer(torch, {"cuda": "13.0", "architectures": ["sm_120"], "available": True}, "rates died")
+    facts = {"cuda": "13.0", "architectures": ["sm_120"], "available": True}
+    before = software.answered([torch, triton], facts, "rates died")
     monkeypatch.setattr(child, "answer", lambda name, module, seconds: ({}, asked.append(module)))
-    found = software.imported([torch, triton], torch=before)
+    found = software.imported(before)
     assert (found[0].imports, found[0].torch, asked) == (True, Torch("13.0", ("sm_120",), True), ["triton"])
 
 
@@ -142,9 +162,8 @@ def test_the_slowest_import_begins_first(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(software, "LEAST", 1)
     monkeypatch.setattr(software, "MOST", 1)
     monkeypatch.setattr(child, "answer", lambda name, module, seconds: ({}, asked.append(module)))
-    torch = Installed(software.LIBRARIES[0], "2.11.0", True)
-    every = [Installed(library, "1.0") for library in software.LIBRARIES]
-    found = software.imported(every, torch=torch)
+    every = [Installed(library, "1.0", library.name in software.ROOTS or None) for library in software.LIBRARIES]
+    found = software.imported(every)
     assert asked[0] == "unsloth"
     assert [one.library for one in found] == list(software.LIBRARIES)
 
