@@ -16,6 +16,7 @@ from sparkctl.hardware.machine import available_cores, available_memory, disk_fr
 from sparkctl.hardware.nvml import Gpu
 
 SECONDS = launch.SECONDS
+LEAST = 0.3  # seconds for CUDA, however long NVML took
 NVIDIA, DISPLAYS = "0x10de", "0x03"  # of PCI: a vendor, the first digits of a class
 
 
@@ -70,7 +71,7 @@ def look(*, seconds: float = SECONDS, toolkit: str | None = None, root: Path = P
         available=available_memory(root), swap=swap,
         swap_used=swap - swap_free if swap is not None and swap_free is not None else None, disks=_disks(), gpu=gpu,
         problem=reading.problem, fitted=_fitted(root), toolkit=toolkit,
-        claims=launch.claims(seconds + began - time.monotonic()) if gpu else None,
+        claims=launch.claims(max(round(seconds + began - time.monotonic(), 1), LEAST)) if gpu else None,
     )  # fmt: skip
 
 

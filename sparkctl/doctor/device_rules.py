@@ -39,7 +39,11 @@ def _driver(device: Device) -> Iterator[Finding]:
         mend = "install NVIDIA's driver 580 or newer; in a container, start it with `--gpus all`"
         if "mismatch" in problem:
             mend = "restart the machine: its driver was updated while it was loaded"
-        elif "did not end" in problem or "died" in problem:
+        elif "did not end" in problem:
+            mend = (
+                "`sparkctl doctor` without `--quick` gives it longer; where `nvidia-smi` hangs too, restart the machine"
+            )
+        elif "died" in problem:
             mend = "restart the machine; `sudo dmesg | grep -i nvrm` tells what its driver ran into"
         elif "too old" in problem:
             mend = "update NVIDIA's driver: 580 or newer"

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from sparkctl.errors import SparkError
 from sparkctl.hardware import nvml
 from sparkctl.hardware.nvml import Gpu
 from sparkctl.manifest.schema import Machine
@@ -60,11 +61,15 @@ def has_fla() -> bool:
 
 
 def find_gpu() -> Gpu | None:
-    """The first visible GPU by NVML, the driver's own library; None where there is no driver that answers, or no GPU.
+    """The first visible GPU by NVML, the driver's own library; None where there is no driver or no GPU.
 
-    Its `memory` is None where it has none of its own.
+    Its `memory` is None where it has none of its own. Raises SparkError where the driver hangs or aborts: a plan for
+    the CPU would be none for this machine.
     """
-    return nvml.read().gpu
+    reading = nvml.read()
+    if not reading.answered:
+        raise SparkError(f"the GPU cannot be asked: {reading.problem}", "sparkctl doctor")
+    return reading.gpu
 
 
 def processor_name(root: Path = Path("/")) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from sparkctl import child, env
 
 LIBRARY = "libnvidia-ml.so.1"
-SECONDS = 5.0  # a driver that was asleep takes two
+SECONDS = 30.0  # a driver that was asleep takes two for each of its GPUs
 NOT_THERE = "cannot open shared object file: No such file"  # how the loader says it of the library itself
 SM, MEMORY = 1, 2  # clocks
 TOO_SMALL = 7  # there are more processes than room was given for
@@ -62,10 +62,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Reading:
-    """The GPU, or the problem: why none is seen."""
+    """The GPU, or the problem: why none is seen. answered: the library said so itself."""
 
     gpu: Gpu | None = None
     problem: str | None = None
+    answered: bool = True
 
     @classmethod
     def of(cls, said: dict[str, Any]) -> Reading:
@@ -89,7 +90,7 @@ class _Process(ctypes.Structure):
 def read(seconds: float = SECONDS) -> Reading:
     """What NVML says of the first GPU that CUDA may use, or what became of a library that was asked so long."""
     said, problem = child.answer("sparkctl.hardware.nvml", seconds=seconds)
-    return Reading(problem=f"NVML {problem}") if problem else Reading.of(said)
+    return Reading(problem=f"NVML {problem}", answered=False) if problem else Reading.of(said)
 
 
 def not_loaded(library: str, error: OSError) -> str:

@@ -99,7 +99,7 @@ def _side_by_side(report: Report, progress: Progress) -> tuple[Report, list[Find
 
 def _of_target(target: Target, assemblers: list[Assembler], quick: bool, progress: Progress) -> Report:
     """What assembling alone says; launched too where its GPU is here."""
-    gpu, beside = (None, ()) if quick else (nvml.read().gpu, targets.BESIDE)
+    gpu, beside = (None, ()) if quick else (nvml.read(device.SECONDS).gpu, targets.BESIDE)
     here = targets.of_capability(gpu.capability) if gpu else None
     launching = here is not None and here.number == target.number
     rows = chip.rows(target, assemblers, launching=launching, beside=beside, progress=progress)

@@ -12,6 +12,7 @@ from sparkctl.doctor import device, device_rules
 from sparkctl.doctor.device import Device, Disk
 from sparkctl.doctor.findings import Finding, Weight, by_weight
 from sparkctl.doctor.launch import Claims
+from sparkctl.errors import SparkError
 from sparkctl.hardware import machine, nvml
 from sparkctl.hardware.nvml import Gpu, Process, Reading
 
@@ -161,10 +162,12 @@ def test_gpus_that_are_not_visible(management: pytest.MonkeyPatch) -> None:
 def test_a_driver_that_hangs_or_aborts_is_an_answer(management: pytest.MonkeyPatch, status: int, problem: str) -> None:
     management.setenv("FAKE_NVML", str(status))
     management.setattr(nvml, "SECONDS", 1.0)
-    assert nvml.read(1.0) == Reading(problem=problem)
+    assert nvml.read(1.0) == Reading(problem=problem, answered=False)
     assert device.look().problem == problem
     management.setattr(nvml.read, "__defaults__", (1.0,))
-    assert machine.find_gpu() is None
+    with pytest.raises(SparkError, match=problem) as error:
+        machine.find_gpu()
+    assert error.value.hint == "sparkctl doctor"
 
 
 def test_a_library_that_lacks_a_function_is_too_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

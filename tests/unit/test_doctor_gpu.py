@@ -39,7 +39,7 @@ def test_a_kernel_that_traps_costs_one_answer() -> None:
 
 
 def test_the_fast_path() -> None:
-    found = fastpath.look()
+    found = fastpath.look(fastpath.rates())
     assert found
     assert found.problems == {}
     assert fastpath.judge(found) == []
