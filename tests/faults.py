@@ -13,6 +13,9 @@ import pytest
 import torch
 
 TIMES = 1.01
+LINEAR = "lora_linear"
+FUNCTIONS = ("forward", "backward", "backward_")
+METHODS = ("forward", "input_gradient", "adapter_gradient", "add_weight_gradients")
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Fault:
     """`function` of an operator's module ("layer" for the linear layers' class) times 1.01.
 
     of: which of the results, 0 where there is one. into: the argument that is written to; what it held before stays
-    out of it where `added`.
+    out of it where `added`. master: which of every projection's masters is given a gradient ("lora_a", "bias" …).
     """
 
     operator: str
@@ -28,16 +31,25 @@ class Fault:
     of: int | None = None
     into: str | None = None
     added: bool = False
+    master: str | None = None
+
+    @property
+    def result(self) -> str:
+        """What of the function is wrong."""
+        return self.into or self.master or str(self.of)
 
     @contextmanager
     def planted(self) -> Iterator[None]:
         """Wrong for the length of the block."""
-        owner: Any = import_module(f"sparkctl_kernels.{self.operator}.{'layer' if self._linear else 'op'}")
-        owner = owner.SharedInputLinear if self._linear else owner
+        owner = owner_of(self.operator)
         real = getattr(owner, self.function)
         signature = inspect.signature(real)
 
         def wrong(*arguments: Any, **named: Any) -> Any:
+            if self.master is not None:
+                real(*arguments, **named)
+                scale_gradients(arguments[0].projections, self.master)
+                return None
             if self.into is None:
                 return self._scaled(real(*arguments, **named))
             buffer = signature.bind(*arguments, **named).arguments.get(self.into)
@@ -51,11 +63,56 @@ class Fault:
             patch.setattr(owner, self.function, wrong)
             yield
 
-    @property
-    def _linear(self) -> bool:
-        return self.operator == "lora_linear"
-
     def _scaled(self, result: Any) -> Any:
         if not isinstance(result, tuple):
             return None if result is None else result * TIMES
         return tuple(x * TIMES if i == self.of and isinstance(x, torch.Tensor) else x for i, x in enumerate(result))
+
+
+def owner_of(operator: str) -> Any:
+    """What has an operator's functions: its module, or the linear layers' class."""
+    module: Any = import_module(f"sparkctl_kernels.{operator}.{'layer' if operator == LINEAR else 'op'}")
+    return module.SharedInputLinear if operator == LINEAR else module
+
+
+@contextmanager
+def watched(operators: set[str]) -> Iterator[set[tuple[str, str, str]]]:
+    """(operator, function, result) of all that their functions return, write to and add to masters in the block.
+
+    Results are called as in `Fault.result`.
+    """
+    found: set[tuple[str, str, str]] = set()
+    with pytest.MonkeyPatch.context() as patch:
+        for operator in operators:
+            owner = owner_of(operator)
+            for function in METHODS if operator == LINEAR else FUNCTIONS:
+                if hasattr(owner, function):
+                    patch.setattr(owner, function, _watching(operator, getattr(owner, function), found))
+        yield found
+
+
+def _watching(operator: str, real: Any, found: set[tuple[str, str, str]]) -> Any:
+    signature = inspect.signature(real)
+
+    def watching(*arguments: Any, **named: Any) -> Any:
+        given = {n: x for n, x in signature.bind(*arguments, **named).arguments.items() if isinstance(x, torch.Tensor)}
+        masters = [vars(p) for p in getattr(arguments[0], "projections", ())]
+        before = {name: x._version for name, x in given.items()}
+        result = real(*arguments, **named)
+        results = result if isinstance(result, tuple) else (result,)
+        names = {str(i) for i, x in enumerate(results) if isinstance(x, torch.Tensor)}
+        names |= {name for name, x in given.items() if x._version > before[name]}
+        if result is None:
+            names |= {n for m in masters for n, x in m.items() if getattr(x, "grad", None) is not None}
+        found.update((operator, real.__name__, name) for name in names)
+        return result
+
+    return watching
+
+
+def scale_gradients(projections: tuple[Any, ...], master: str) -> None:
+    """After the first micro-step: of those that are trained."""
+    for projection in projections:
+        gradient = getattr(getattr(projection, master), "grad", None)
+        if gradient is not None:
+            gradient.mul_(TIMES)
