@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from fla.ops.common import chunk_delta_h, chunk_o
 from fla.ops.gated_delta_rule import chunk_fwd, wy_fast
 from fla.utils import check_shared_mem
@@ -26,8 +27,21 @@ VERSIONS = ("0.6.0",)  # of fla-core whose kernels have these arguments
 Grid = Callable[[dict[str, int]], tuple[int, ...]]
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
-# What the library's autotuners, which take two minutes, found for key and value dims of 128, by compute capability:
-# on an H200 with torch 2.11 and Triton 3.6.0, Qwen3.5-2B, 5,376 tokens, 2026-11-25.
+# Tiles for key and value dims of 128, by compute capability. (9, 0): what the library's autotuners, which take two
+# minutes, found on an H200 with torch 2.11 and Triton 3.6.0, Qwen3.5-2B, 5,376 tokens, 2026-11-25. COMPILED: not
+# measured, but the widest that fit 101,376 bytes of shared memory and spill nothing there with Triton 3.7.1 and 3.6.0,
+# for 16 key heads and 16, 32 or 48 value heads. At most 4 warps, and 2 for the states, as the library has them on
+# Blackwell (triton#10590). The states' backward spills with BV = 32, but for 1 stage, which loads nothing ahead.
+COMPILED: dict[str, dict[str, int]] = {
+    "chunk_gated_delta_rule_fwd_kkt_solve_kernel": dict(BK=64, num_stages=3, num_warps=4),
+    "recompute_w_u_fwd_kernel": dict(num_stages=3, num_warps=4),
+    "chunk_gated_delta_rule_fwd_kernel_h_blockdim64": dict(BV=32, num_stages=2, num_warps=2),
+    "chunk_fwd_kernel_o": dict(BK=64, BV=64, num_stages=3, num_warps=4),
+    "chunk_bwd_kernel_dv_local": dict(num_stages=3, num_warps=4),
+    "chunk_gated_delta_rule_bwd_kernel_dhu_blockdim64": dict(BV=16, num_stages=2, num_warps=4),
+    "chunk_bwd_kernel_dqkwg": dict(num_stages=3, num_warps=4),
+    "prepare_wy_repr_bwd_kernel": dict(num_stages=3, num_warps=4),
+}
 KNOWN: dict[tuple[int, int], dict[str, dict[str, int]]] = {
     (9, 0): {
         "chunk_gated_delta_rule_fwd_kkt_solve_kernel": dict(BK=64, num_stages=3, num_warps=1),
@@ -38,8 +52,20 @@ KNOWN: dict[tuple[int, int], dict[str, dict[str, int]]] = {
         "chunk_gated_delta_rule_bwd_kernel_dhu_blockdim64": dict(BV=32, num_stages=2, num_warps=2),
         "chunk_bwd_kernel_dqkwg": dict(num_stages=2, num_warps=4),
         "prepare_wy_repr_bwd_kernel": dict(num_stages=3, num_warps=4),
-    }
+    },
+    (12, 0): COMPILED,
+    (12, 1): COMPILED,
 }
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of `device`, or of what is compiled for; (0, 0) of a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)
+    if device.type == "meta":
+        arch: int = triton.runtime.driver.active.get_current_target().arch
+        return divmod(arch, 10)
+    return 0, 0
 
 
 class Tuned:
@@ -61,7 +87,7 @@ class Tuned:
         return [config.all_kwargs() for config in self._tuner.configs]
 
     def __call__(self, grid: Grid, shape: str, **arguments: Any) -> None:
-        tile = self.tiles.get(shape) or self._known(shape)
+        tile = self.tiles.get(shape) or self._known(shape, arguments["k"].device)
         if tile is None:
             self._whole[grid](**arguments)
             best = self._tuner.best_config.all_kwargs()
@@ -69,9 +95,9 @@ class Tuned:
             return
         self._jit[grid(tile)](**arguments, **self._constants, **tile)
 
-    def _known(self, shape: str) -> dict[str, int] | None:
+    def _known(self, shape: str, device: torch.device) -> dict[str, int] | None:
         """What is known of this device; remembered, since a run is pinned to it."""
-        known = KNOWN.get(torch.cuda.get_device_capability(), {}) if torch.cuda.is_available() else {}
+        known = KNOWN.get(capability(device), {})
         if self.name in known and shape.count("x128") == 2:
             self.tiles[shape] = known[self.name]
         return self.tiles.get(shape)
@@ -192,7 +218,7 @@ def backward(
     a, h, v_new = kept
     w, _ = rule.wy(k_TKD, v_TNE, g_TN, beta_TN, a)
     sizes, shape, values = rule.sizes, rule.shape, dict(V=rule.value_dim)
-    chunk_tile = _tile(k_TKD, rule)
+    chunk_tile, wy_tile = (_tile(rule, widest) for widest in _widest(k_TKD))
 
     dv_local = torch.empty_like(do_TNE)
     VALUES_BACKWARD(
@@ -219,19 +245,27 @@ def backward(
         torch.empty_like(beta_TN),
         torch.empty_like(g_TN),
     )
-    tile = 64 if check_shared_mem() else 32
     WY_BACKWARD(
         rule.each_chunk, shape, k=k_TKD, v=v_TNE, beta=beta_TN, g=g_TN, A=a, dw=dw, du=dv_new, dk=dk2, dv=dv,
-        db=dbeta, dg=dg2, BK=min(rule.key_dim, tile), BV=min(rule.value_dim, tile), **values, **rule.pack, **sizes,
+        db=dbeta, dg=dg2, **wy_tile, **values, **rule.pack, **sizes,
     )  # fmt: skip
     return dq, dk, dk2, dv, dbeta, dg[0] if parts == 1 else dg.sum(0), dg2
 
 
-def _tile(k: torch.Tensor, rule: Rule) -> dict[str, int]:
-    """What the library gives chunk_bwd_dv_local and chunk_bwd_dqkwg by the device's shared memory, for bf16."""
-    index = k.device.index or 0
-    if check_shared_mem("hopper", index) or (check_shared_mem("ampere", index) and k.element_size() == 2):
-        size = 128
-    else:
-        size = 64 if check_shared_mem("ada", index) or check_shared_mem("ampere", index) else 32
-    return dict(BK=min(max(rule.key_dim, 16), size), BV=min(max(rule.value_dim, 16), size))
+def _tile(rule: Rule, widest: int) -> dict[str, int]:
+    return dict(BK=min(max(rule.key_dim, 16), widest), BV=min(max(rule.value_dim, 16), widest))
+
+
+def _widest(k: torch.Tensor) -> tuple[int, int]:
+    """The widest tiles for chunk_bwd_dv_local with chunk_bwd_dqkwg, and for prepare_wy_repr_bwd, in bf16.
+
+    By the device's shared memory, as the library has them; on compute capability 12.x, where that would be 64 for the
+    first two, half of it: chunk_bwd_dqkwg spills 112 bytes with 4 warps there and 1,056 with 2.
+    """
+    major, index = capability(k.device)[0], k.device.index or 0
+    if major == 12:
+        return 32, 32
+    ampere = check_shared_mem("ampere", index)
+    if major == 9 or check_shared_mem("hopper", index) or (ampere and k.element_size() == 2):
+        return 128, 64
+    return (64 if ampere or check_shared_mem("ada", index) else 32), (64 if check_shared_mem() else 32)

@@ -46,6 +46,11 @@ def _installed() -> str | None:
         return None
 
 
+def launched() -> bool:
+    """Whether the library is there in a version whose kernels fla_rule.py launches."""
+    return _installed() in LAUNCHED
+
+
 @cache
 def _wrong_tiles(capability: tuple[int, int], key_dim: int) -> bool:
     """Whether the library's backward is wrong: Hopper, Triton from 3.4.0 to 3.7.0, tiles of 64 (fla#640).
@@ -119,7 +124,7 @@ def backward(
 
 def tiles() -> dict[str, str]:
     """The tiles that the library's autotuners found or were given: "kernel shape" → "BV=64 num_warps=4 …"."""
-    if _installed() not in LAUNCHED or not torch.cuda.is_available():
+    if not launched() or not torch.cuda.is_available():
         return {}
     from sparkctl_kernels.gated_delta import fla_rule
 
@@ -132,7 +137,7 @@ def tiles() -> dict[str, str]:
 
 def pin(wanted: dict[str, str]) -> None:
     """Take these tiles without tuning; what is not about a kernel here is passed over."""
-    if _installed() not in LAUNCHED or not torch.cuda.is_available():
+    if not launched() or not torch.cuda.is_available():
         return
     from sparkctl_kernels.gated_delta import fla_rule
 
