@@ -67,16 +67,22 @@ SMALL: dict[int, Tiles] = {
     128: (Tile(64, 32, 2), Tile(32, 32, 2), Tile(64, 32, 2)),
     64: (Tile(64, 64, 2), Tile(64, 32, 2), Tile(64, 64, 2)),
 }
+# where a window's mask wants registers too: as many kv heads as query heads, or one, took 56 and 16 bytes in SMALL
+WINDOWED: dict[int, Tiles] = {
+    256: (Tile(32, 32, 2), Tile(32, 32, 1), Tile(32, 32, 2)),
+    128: SMALL[128],
+    64: (Tile(64, 64, 2), Tile(64, 32, 2), Tile(64, 32, 2)),
+}
 # for wgmma and 232,448 bytes of shared memory
 HOPPER: dict[int, Tiles] = {256: (Tile(128, 64, 2, 8), Tile(32, 64, 2, 8, apart=True), Tile(128, 32, 2, 8))}
 
 
-def tiles(q_TNH: torch.Tensor) -> Tiles:
+def tiles(q_TNH: torch.Tensor, window: int | None) -> Tiles:
     """Those of the head dim, small ones (of tests) as 64, on this device or on what is compiled for."""
     head_dim = q_TNH.shape[2]
     if q_TNH.dtype != torch.float32 and in_wide_tiles(q_TNH.device, head_dim):
         return HOPPER[head_dim]
-    return SMALL[max(64, head_dim)]
+    return (SMALL if window is None else WINDOWED)[max(64, head_dim)]
 
 
 def in_wide_tiles(device: torch.device, head_dim: int) -> bool:
@@ -249,7 +255,7 @@ def forward(
     kv_heads = k_TKH.shape[1]
     o = torch.empty_like(q_TNH)
     log_sum = torch.empty(heads, tokens, dtype=torch.float32, device=q_TNH.device)
-    tile = tiles(q_TNH)[0]
+    tile = tiles(q_TNH, window)[0]
     table = documents.query_blocks[tile.rows]
     _forward[(heads, len(table))](
         q_TNH, k_TKH, v_TKH, o, log_sum, table, tokens, head_dim**-0.5, window or 0, v_TKH.stride(0),
@@ -276,7 +282,7 @@ def backward(
     )
     inputs = (q, k, v, do_TNH, log_sum, delta)
     numbers, strides = (tokens, head_dim**-0.5, window or 0), (v.stride(0), do_TNH.stride(0))
-    _, tile, tile_q = tiles(q)
+    _, tile, tile_q = tiles(q, window)
     parts = heads if tile.apart else kv_heads
     dk = q.new_empty(tokens, parts, head_dim)
     dv = dv_TKH if parts == kv_heads else torch.empty_like(dk)

@@ -13,6 +13,9 @@ Tiles are for sm_121a, which has mma.sync, 101,376 bytes of shared memory a bloc
 64 of K 13 instructions of the loop go to the stack. What is added to must be read into registers too, and half of WIDE
 is then the most without spills: TALL. SMALL for products of fewer than FEW tiles, twice a GB10's 48 multiprocessors.
 Six, four and four stages are 80, 72 and 48 KB there; on Hopper, where the same tiles run on wgmma, 96, 96 and 64.
+Loads of 16 bytes need lines of whole eights. Triton sees sixteens by itself and has to be shown eights
+(rank 8 on three projections: K + 24), else it loads them value by value through registers, and WIDE spills 512 bytes.
+Lines that are neither, of toy models and ranks like 4, have SMALL, and eights that are added to: TALL spills 32 there.
 """
 
 from __future__ import annotations
@@ -41,10 +44,26 @@ WIDE, TALL, SMALL = Tile(128, 128, 32, 6), Tile(128, 64, 64, 4), Tile(64, 64, 64
 
 
 @triton.jit
+def _eights(n):
+    """n, which is a multiple of 8, in a form that shows it: a hint on an argument itself goes unheard."""
+    return n // 8 * 8
+
+
+@triton.jit
 def _matmul(
     a_ptr, b_ptr, c_ptr, M, N, K, am, ak, bk, bn, cm, scale,
     ADD: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    EIGHTS: tl.constexpr, ALONG_A: tl.constexpr, ALONG_B: tl.constexpr,
 ):  # fmt: skip
+    if EIGHTS:
+        if ALONG_A:
+            am, K = _eights(am), _eights(K)
+        else:
+            ak, M = _eights(ak), _eights(M)
+        if ALONG_B:
+            bk, N = _eights(bk), _eights(N)
+        else:
+            bn, K = _eights(bn), _eights(K)
     program, across = tl.program_id(0), tl.cdiv(N, BN)
     first = program // (GROUP * across) * GROUP
     high = min(tl.cdiv(M, BM) - first, GROUP)
@@ -73,10 +92,10 @@ def _matmul(
     tl.store(c_ptrs, total.to(c_ptr.dtype.element_ty), mask=row_there & col_there)
 
 
-def tile_for(rows: int, columns: int, add: bool) -> Tile:
-    """The tile of a product of this size."""
+def tile_for(rows: int, columns: int, add: bool, line: int = 16) -> Tile:
+    """The tile of a product of this size; lines of a and b are whole sixteens, eights or ones."""
     tile = TALL if add else WIDE
-    return tile if _tiles(tile, rows, columns) >= FEW else SMALL
+    return tile if line >= (16 if add else 8) and _tiles(tile, rows, columns) >= FEW else SMALL
 
 
 def _tiles(tile: Tile, rows: int, columns: int) -> int:
@@ -88,9 +107,17 @@ def matmul(a_MK: torch.Tensor, b_KN: torch.Tensor, c_MN: torch.Tensor, scale: fl
     (rows, depth), columns = a_MK.shape, b_KN.shape[1]
     if not rows or not columns:
         return
-    tile = tile_for(rows, columns, add)
+    line = next(unit for unit in (16, 8, 1) if unit == 1 or _lines_in(a_MK, b_KN, unit))
+    tile = tile_for(rows, columns, add, line)
     _matmul[(_tiles(tile, rows, columns),)](
         a_MK, b_KN, c_MN, rows, columns, depth, *a_MK.stride(), *b_KN.stride(), c_MN.stride(0), scale,
         add, depth % tile.depth == 0, tile.rows, tile.columns, tile.depth, GROUP,
+        line == 8, a_MK.stride(1) == 1, b_KN.stride(1) == 1,
         num_warps=WARPS, num_stages=tile.stages,
     )  # fmt: skip
+
+
+def _lines_in(a_MK: torch.Tensor, b_KN: torch.Tensor, unit: int) -> bool:
+    """Whether rows or columns of both follow each other in memory, and begin and end at multiples of `unit` values."""
+    lines = [x if x.stride(1) == 1 else x.T for x in (a_MK, b_KN)]
+    return all(x.stride(1) == 1 and x.shape[1] % unit == 0 and x.stride(0) % unit == 0 for x in lines)
