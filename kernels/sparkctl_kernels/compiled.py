@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,15 +24,20 @@ from typing import Any
 
 import torch
 
-from sparkctl_kernels.documents import documents
+from sparkctl_kernels.documents import CHUNK, documents
 from sparkctl_kernels.instructions import counted, on_tensor_cores
 from sparkctl_kernels.limits import DOT_WARPS, SHARED
 from sparkctl_kernels.shapes import DENSE, QWEN35, VOCABULARY, Shape
 
 TOKENS = 1283  # odd: row counts are never a multiple of anything
 RANK = 128
+RANKS = (RANK, 24, 48)  # of all adapters on one input: also r = 8 and r = 16 on three projections
 OUTSIDE = 8  # bytes of stack that may be what a kernel keeps across its loop: attention.forward at H = 256 does
 NOWHERE = torch.device("meta")
+LAYOUTS = (  # heads of no shape above that attention serves too: a kv head each, and one kv head for all
+    Shape("32/32 heads of 64", 2048, 8192, 32, 32, 64, 64, False, False),
+    Shape("8/1 heads of 256", 2048, 8192, 8, 1, 256, 256, False, False),
+)
 
 
 @dataclass(frozen=True)
@@ -116,12 +122,16 @@ def check(target: str, calls: dict[str, list[Callable[[], Any]]] | None = None) 
             for launch in launches:
                 launch()
         for function, kernel in compiled:
-            operator = function.__module__.removesuffix(".kernel").rpartition(".")[2]
-            name = f"{operator}.{function.__name__.strip('_')}"
+            name = f"{_operator(function.__module__)}.{function.__name__.strip('_')}"
             key = name, kernel.hash
             if key not in reports:
                 reports[key] = _report(name, shape, function, kernel)
     return list(reports.values())
+
+
+def _operator(module: str) -> str:
+    """The operator of ours, or the library that a kernel is from."""
+    return "fla" if module.startswith("fla.") else module.removesuffix(".kernel").rpartition(".")[2]
 
 
 def _report(name: str, shape: str, function: Any, kernel: Any) -> Report:
@@ -169,7 +179,8 @@ def spills_in_loops(sass: str) -> int:
 
 def all_calls() -> dict[str, list[Callable[[], Any]]]:
     """The launches of a training step for every shape, LoRA and full."""
-    return {shape.name: list(_calls(shape)) for shape in (*QWEN35, *DENSE)}
+    calls = {shape.name: list(_calls(shape)) for shape in (*QWEN35, *DENSE)}
+    return calls | {shape.name: list(_attention(shape, torch.bfloat16, False)) for shape in LAYOUTS}
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -184,6 +195,8 @@ def _calls(shape: Shape) -> Iterator[Callable[[], Any]]:
         yield from _attention(shape, weight, full)
         if shape.key_heads:
             yield from _delta(shape, weight, full)
+    if shape.key_heads:
+        yield from _rule(shape)
     yield from _feed_forward(shape)
     yield from _copies()
     yield from _products(shape)
@@ -229,17 +242,24 @@ def _copies() -> Iterator[Callable[[], Any]]:
 
 
 def _products(shape: Shape) -> Iterator[Callable[[], Any]]:
-    """A layer's products: of all tokens and of few, of wide layers and of adapters, with tokens whole tiles or not."""
+    """A layer's products, of wide layers and of adapters, with tokens whole tiles or not, and those of a toy."""
+    for tokens in (TOKENS, 5376):
+        for rank in RANKS:
+            yield from _product(tokens, shape.hidden + rank, _empty(tokens, 2 * shape.ffn))
+            yield from _product(tokens, shape.hidden, _empty(tokens, shape.hidden + rank)[:, shape.hidden :])
+    yield from _product(TOKENS, 33, _empty(TOKENS, 1001))
+
+
+def _product(tokens: int, width: int, y: torch.Tensor) -> Iterator[Callable[[], Any]]:
+    """y [T, N] from x of this width, and every gradient, begun anew and added to."""
     from sparkctl_kernels.matmul import kernel
 
-    for tokens in (TOKENS, 5376):
-        for width, out in ((shape.hidden + RANK, 2 * shape.ffn), (shape.hidden, RANK)):
-            x, w, y = _empty(tokens, width), _empty(out, width), _empty(tokens, out)
-            yield partial(kernel.matmul, x, w.T, y)
-            yield partial(kernel.matmul, y, w, x)
-            yield partial(kernel.matmul, y, w, x, 1.0, True)
-            yield partial(kernel.matmul, y.T, x, _empty(out, width, dtype=torch.float32), 1.0, True)
-            yield partial(kernel.matmul, y.T, x, _empty(out, width, dtype=torch.float32))
+    x, w = _empty(tokens, width), _empty(y.shape[1], width)
+    yield partial(kernel.matmul, x, w.T, y)
+    yield partial(kernel.matmul, y, w, x)
+    yield partial(kernel.matmul, y, w, x, 1.0, True)
+    for add in (True, False):
+        yield partial(kernel.matmul, y.T, x, _empty(*w.shape, dtype=torch.float32), 1.0, add)
 
 
 def _attention(shape: Shape, dtype: torch.dtype, full: bool) -> Iterator[Callable[[], Any]]:
@@ -267,7 +287,7 @@ def _attention(shape: Shape, dtype: torch.dtype, full: bool) -> Iterator[Callabl
     else:
         do = wide.unflatten(1, q.shape[1:])
     saved = (heads, kv_heads, v, heads, _empty(shape.heads, TOKENS, dtype=torch.float32))
-    for window in {None, shape.window}:
+    for window in (None, 100):
         yield partial(attention.forward, heads, kv_heads, v, packed, window)
         yield partial(attention.backward, do, saved, packed, window, v)
     if shape.gated:
@@ -296,6 +316,23 @@ def _delta(shape: Shape, dtype: torch.dtype, full: bool) -> Iterator[Callable[[]
     o, y, w = _empty(TOKENS, n, dim), _empty(TOKENS, n * dim + RANK)[:, : n * dim], _empty(dim, dtype=dtype)
     yield partial(norm.forward, o, z, w, 1e-6, y)
     yield partial(norm.backward_, y, o, z, w, 1e-6, o, z, full)
+
+
+def _rule(shape: Shape) -> Iterator[Callable[[], Any]]:
+    """The library's kernels as we launch them, where it is installed."""
+    from sparkctl_kernels.gated_delta import op
+
+    if not op.launched():
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that there is no GPU
+        from sparkctl_kernels.gated_delta import fla_rule
+
+    packed, dim, n = documents([TOKENS - 100, 100], NOWHERE), shape.delta_dim, shape.value_heads
+    q, v, g = _empty(TOKENS, shape.key_heads, dim), _empty(TOKENS, n, dim), _empty(TOKENS, n, dtype=torch.float32)
+    kept = fla_rule.Kept(_empty(TOKENS, n, CHUNK), _empty(len(packed.chunks), n, dim, dim), v)
+    yield partial(fla_rule.forward, q, q, v, g, g, packed)
+    yield partial(fla_rule.backward, v, q, q, v, g, g, kept, packed)
 
 
 def main(arguments: list[str]) -> int:

@@ -9,12 +9,15 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sparkctl_kernels import compiled
+from sparkctl_kernels.gated_delta import fla_rule
 from sparkctl_kernels.instructions import counted, on_tensor_cores
+from sparkctl_kernels.shapes import QWEN35
 
 TARGETS = ("sm_121a", "sm_90a")
 
@@ -49,12 +52,33 @@ def test_all_of_them_fit_a_gb10(reports: dict[str, dict[str, Any]]) -> None:
 def test_every_operator_is_among_them(reports: dict[str, dict[str, Any]], target: str) -> None:
     found = {kernel["kernel"].partition(".")[0] for kernel in reports[target]["kernels"]}
     assert found == {
-        "attention", "causal_conv", "distillation", "gated_delta", "gated_norm", "linear_cross_entropy", "lora_linear",
-        "matmul", "qk_norm_rope", "rms_norm", "sigmoid_gate", "silu_mul",
+        "attention", "causal_conv", "distillation", "fla", "gated_delta", "gated_norm", "linear_cross_entropy",
+        "lora_linear", "matmul", "qk_norm_rope", "rms_norm", "sigmoid_gate", "silu_mul",
     }  # fmt: skip
     shapes = {(k["kernel"], k["constants"]) for k in reports[target]["kernels"]}
-    for head_dim in (64, 128, 256):
-        assert any(f"H={head_dim} " in constants for name, constants in shapes if name == "attention.forward")
+    for head_dim, window in product((64, 128, 256), (False, True)):
+        wanted = {f"H={head_dim}", f"WINDOW={window}"}
+        assert any(wanted <= set(constants.split()) for name, constants in shapes if name == "attention.forward")
+    for whole, eights in product((False, True), repeat=2):  # ranks of 8 and of 16 on three projections, and of 128
+        wanted = {f"WHOLE={whole}", f"EIGHTS={eights}"}
+        assert any(wanted <= set(constants.split()) for name, constants in shapes if name == "matmul.matmul")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_library_s_kernels_are_among_them_in_the_tiles_they_are_launched_in(
+    reports: dict[str, dict[str, Any]], target: str
+) -> None:
+    tiles = {"sm_121a": fla_rule.KNOWN[12, 1], "sm_90a": fla_rule.KNOWN[9, 0]}[target]
+    assert set(tiles) == {kernel.name for kernel in fla_rule.KERNELS}
+    for (name, tile), shape in product(tiles.items(), QWEN35):
+        heads = {"H=16", f"HV={shape.value_heads}", *(f"{key}={tile[key]}" for key in ("BK", "BV") if key in tile)}
+        found = [
+            kernel
+            for kernel in reports[target]["kernels"]
+            if kernel["kernel"] == f"fla.{name}" and heads <= set(kernel["constants"].split())
+        ]
+        assert found, (name, shape.name)
+        assert {(kernel["warps"], kernel["stages"]) for kernel in found} == {(tile["num_warps"], tile["num_stages"])}
 
 
 def test_hopper_has_room_for_all(reports: dict[str, dict[str, Any]]) -> None:
