@@ -26,7 +26,7 @@ class Plant:
 
     module: str
     function: str
-    at: int | None = None
+    at: int | str | None = None
     of: int | None = None
 
     @contextmanager
@@ -37,7 +37,9 @@ class Plant:
 
         def wrong(*arguments: Any, **named: Any) -> Any:
             result = real(*arguments, **named)
-            found = arguments[self.at] if self.at is not None else result if self.of is None else result[self.of]
+            found = result if self.of is None else result[self.of]
+            if self.at is not None:
+                found = named[self.at] if isinstance(self.at, str) else arguments[self.at]
             if found is not None:  # a gradient that was not asked for
                 found.mul_(times)
             return result

@@ -58,7 +58,7 @@ def rms_norm_case(tokens: int, width: int, offset: float, eps: float = 1e-5) -> 
         dict(
             y=Plant(kernel, "forward", at=5), s=Plant(kernel, "forward", at=6), ds=Plant(kernel, "backward", at=5),
             dw=Plant(kernel, "backward"), remade=Plant(kernel, "backward", at=0), alone=Plant(kernel, "forward", at=5),
-            dx=Plant(kernel, "backward", at=5),
+            dx=Plant(kernel, "backward", at=5), low=Plant(kernel, "backward", at="low_TD"),
         ),
     )  # fmt: skip
 

@@ -24,6 +24,7 @@ from sparkctl_kernels.attention import op as attention
 from sparkctl_kernels.causal_conv import op as causal_conv
 from sparkctl_kernels.dispatch import interpreted
 from sparkctl_kernels.documents import documents
+from sparkctl_kernels.lora_linear.kernel import BLOCK
 from sparkctl_kernels.lora_linear.layer import Copies
 from sparkctl_kernels.matmul import op as matmul
 
@@ -44,8 +45,17 @@ def _through_kernels() -> Iterator[None]:
         yield
         return
     pin_tiles()
+    few_programs()
     with interpreted():
         yield
+
+
+def few_programs() -> None:
+    """What adds up a weight's gradient takes several turns here, as it does over the rows of a real pack."""
+    for operator in ("rms_norm", "gated_norm", "qk_norm_rope", "causal_conv"):
+        kernel = import_module(f"sparkctl_kernels.{operator}.kernel")
+        assert kernel.PROGRAMS >= 2
+        kernel.PROGRAMS = 2
 
 
 class Number(int):
@@ -129,7 +139,7 @@ def test_attention_in_hopper_s_tiles(window: int | None, monkeypatch: pytest.Mon
     """Heads' parts of their keys' gradients made apart and added up; 64 dims in the tiles of 256."""
     from sparkctl_kernels.attention import kernel
 
-    monkeypatch.setattr(kernel, "tiles", lambda _: kernel.HOPPER[256])
+    monkeypatch.setattr(kernel, "tiles", lambda *_: kernel.HOPPER[256])
     errors = compare(attention_case([5, 150, 63, 1], 4, 2, 64, window))
     assert max(errors.values()) < LIMIT, errors
 
@@ -152,8 +162,9 @@ def test_a_gradient_of_columns_of_wider_buffers_over_a_pack_s_length(first: int)
 @pytest.mark.parametrize("width", [8, 5])
 def test_all_compute_copies_in_one_launch(width: int) -> None:
     torch.manual_seed(0)
-    weights, adapters = torch.full((40, 64 + 2 * width), float("nan")), torch.full((16, 64), float("nan"))
-    masters = [torch.randn(40, width), torch.randn(40, width), torch.randn(16, 64)]
+    weights, adapters = torch.full((900, 64 + 2 * width), float("nan")), torch.full((80, 64), float("nan"))
+    masters = [torch.randn(900, width), torch.randn(900, width), torch.randn(80, 64)]
+    assert all(master.numel() > BLOCK for master in masters)  # several programs each
     copies = [weights[:, 64 : 64 + width], weights[:, 64 + width :], adapters]
     factors = [2.0, 0.5, 1.0]
     Copies(list(zip(copies, masters, factors, strict=True))).round()
