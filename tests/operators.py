@@ -19,6 +19,8 @@ from sparkctl_kernels.gated_norm import gated_norm
 from sparkctl_kernels.gated_norm.reference import gated_norm as gated_norm_reference
 from sparkctl_kernels.linear_cross_entropy import linear_cross_entropy
 from sparkctl_kernels.linear_cross_entropy.reference import linear_cross_entropy as linear_cross_entropy_reference
+from sparkctl_kernels.lora_linear import lora_linear
+from sparkctl_kernels.lora_linear.reference import lora_linear as lora_linear_reference
 from sparkctl_kernels.matmul import matmul
 from sparkctl_kernels.matmul.reference import matmul as matmul_reference
 from sparkctl_kernels.qk_norm_rope import qk_norm_rope
@@ -81,6 +83,11 @@ OPERATORS: dict[str, tuple[Callable[[], list[torch.Tensor]], Callable[..., Any],
         lambda *tensors: gated_delta_reference(*tensors, LENGTHS),
     ),
     "matmul": (lambda: [randn(T, 33), randn(33, 21)], matmul, matmul_reference),
+    "lora_linear": (
+        lambda: [randn(T, 33), randn(21, 33), randn(21), randn(4, 33), randn(21, 4)],
+        lambda *tensors: lora_linear(*tensors, 0.5),
+        lambda *tensors: lora_linear_reference(*tensors, 0.5),
+    ),
     "linear_cross_entropy": (
         lambda: [randn(T, 32), randn(50, 32)],
         lambda h, w: linear_cross_entropy(h, w, LABELS, 1 / T, 20),
@@ -121,5 +128,7 @@ def schemas() -> list[tuple[str, tuple[Any, ...]]]:
         ("causal_conv", (leaf(T, 96), leaf(96, 4), PACKED.positions, 2, 16)),
         ("gated_delta", (leaf(T, 1, 64), leaf(T, 1, 64), leaf(T, 1, 64), *gates_of, LENGTHS)),
         ("matmul", (leaf(T, 33), leaf(21, 33).T)),
+        ("lora_linear", (leaf(T, 33), torch.randn(21, 33), None, leaf(4, 33), leaf(21, 4), 0.5)),
+        ("lora_linear", (leaf(T, 33), leaf(21, 33), leaf(21), leaf(4, 33), leaf(21, 4), 0.5)),
         ("linear_cross_entropy", (leaf(T, 32), leaf(50, 32), LABELS, 0.1, 20, True)),
     ]  # fmt: skip

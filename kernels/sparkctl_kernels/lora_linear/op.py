@@ -1,0 +1,93 @@
+"""One projection with an adapter as an operator with gradients; `layer` has the engine's, of several projections.
+
+The same GEMMs as there: x and u = x·Aᵀ stand side by side, and one product over [W, scale·B] adds the adapter in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sparkctl_kernels.dispatch import fused
+from sparkctl_kernels.gemm import add_product, add_to, product
+from sparkctl_kernels.lora_linear import reference
+
+# T tokens · K input width · N output width · r rank
+
+
+def _joined(weight: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """[W, scale·B], in W's dtype."""
+    return torch.cat([weight, (scale * b).to(weight.dtype)], dim=1)
+
+
+@torch.library.custom_op("sparkctl::lora_linear", mutates_args=())
+def _operator(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = x.new_empty(len(x), x.shape[1] + len(a))
+    wide[:, : x.shape[1]] = x
+    u = wide[:, x.shape[1] :]
+    product(x, a.to(x.dtype).T, u)
+    joined = _joined(weight, b, scale)
+    y = product(wide, joined.T) if bias is None else torch.addmm(bias.to(x.dtype), wide, joined.T)
+    return y, u.contiguous()
+
+
+@_operator.register_fake
+def _(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], a.shape[0])
+
+
+@torch.library.custom_op("sparkctl::lora_linear_backward", mutates_args=())
+def _gradients(
+    dy: torch.Tensor, x: torch.Tensor, u: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    wide = product(dy, _joined(weight, b, scale))
+    dx, du = wide[:, : x.shape[1]].contiguous(), wide[:, x.shape[1] :]
+    add_to(dx, du, a.to(x.dtype))
+    da, db = torch.empty_like(a, dtype=torch.float32), torch.empty_like(b, dtype=torch.float32)
+    add_product(da, du.T, x, add=False)
+    add_product(db, dy.T, u, scale, add=False)
+    return dx, da, db
+
+
+@_gradients.register_fake
+def _(
+    dy: torch.Tensor, x: torch.Tensor, u: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    return x.new_empty(x.shape), torch.empty_like(a, dtype=torch.float32), torch.empty_like(b, dtype=torch.float32)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, weight, bias, a, b, ctx.scale = inputs
+    ctx.bias = None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, output[1], weight, a, b)
+
+
+def _backward(ctx: Any, dy: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    x, u, weight, a, b = ctx.saved_tensors
+    dy = dy.contiguous()
+    dx, da, db = _gradients(dy, x, u, weight, a, b, ctx.scale)
+    dw = torch.mm(dy.T, x).to(weight.dtype) if ctx.needs_input_grad[1] else None
+    dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias) if ctx.needs_input_grad[2] else None
+    return dx, dw, dbias, da.to(a.dtype), db.to(b.dtype), None
+
+
+_operator.register_autograd(_backward, setup_context=_setup)
+
+
+def lora_linear(
+    x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, a_rK: torch.Tensor, b_Nr: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """See `reference.lora_linear`: [T, K] → [T, N], with an adapter; gradients for everything."""
+    if not fused(x_TK):
+        return reference.lora_linear(x_TK, weight_NK, bias_N, a_rK, b_Nr, scale)
+    y, _ = _operator(x_TK.contiguous(), weight_NK, bias_N, a_rK, b_Nr, scale)
+    return y
