@@ -21,6 +21,8 @@ from sparkctl_kernels.shapes import QWEN35
 
 TARGETS = ("sm_121a", "sm_90a")
 
+pytestmark = pytest.mark.timeout(900)  # with a cold cache 80 s of a processor a target, beside other tests
+
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
