@@ -143,7 +143,9 @@ class Run:
         return None
 
     def resolve(self, path: str) -> Path:
-        """A manifest's path as one that can be opened: relative to the run, or to where the run was before a move."""
+        """A manifest's path as one that can be opened: relative to the run. One that leads out of it is counted from
+        where the run was before a move, if it leads nowhere from here.
+        """
         return _find(path, self.root.absolute(), Path(self.manifest.run.folder))
 
     def relative(self, path: Path) -> str:
@@ -236,9 +238,15 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def _find(path: str, root: Path, before: Path) -> Path:
-    """Where a path of a run in `root` leads; from `before`, where the run was, if it leads nowhere from here."""
+    """Where a path of a run in `root` leads; from `before`, where the run was, if it leads out of the run and nowhere
+    from here. What lies within came along, or is gone: the run that was copied may be another one by now.
+    """
     here, there = (Path(os.path.normpath(folder / path)) for folder in (root, before))
-    return there if there.exists() and not here.exists() else here
+    return there if _leads_out(path) and there.exists() and not here.exists() else here
+
+
+def _leads_out(path: str) -> bool:
+    return Path(path).parts[:1] == ("..",)
 
 
 def _follow_move(manifest: Manifest, root: Path) -> None:
@@ -248,8 +256,7 @@ def _follow_move(manifest: Manifest, root: Path) -> None:
         return
 
     def moved(path: str | None) -> str | None:
-        outside = path is not None and Path(path).parts[:1] == ("..",)
-        return os.path.relpath(_find(path, root, before), root) if path and outside else path
+        return os.path.relpath(_find(path, root, before), root) if path and _leads_out(path) else path
 
     manifest.run.parent = moved(manifest.run.parent)
     if manifest.model:

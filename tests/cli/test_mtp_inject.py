@@ -222,6 +222,19 @@ def test_the_record_follows_a_run_that_moves(run: Run, tmp_path: Path) -> None:
     assert (moved.model, moved.folder, moved.source) == ("../../other", "../../out", "../../base")
 
 
+def test_a_copied_run_has_no_merged_model_but_its_own(run: Run, said: Said, tmp_path: Path) -> None:
+    """The run that it was copied from is still there."""
+    shutil.copytree("r1", "r2")
+    shutil.rmtree("r2/merged")
+    for command in (["inject", "r2", "--mode", "default"], ["eval", "r2"]):
+        said.readouterr()
+        assert sparkctl(["mtp", *command]) == 2
+        text = said.readouterr().err
+        assert "error: `r2/merged` is gone" in text
+        assert "hint: sparkctl merge r2 --force" in text
+    assert not Path("r2/served").exists()
+
+
 def test_a_base_of_another_family_is_skipped(
     llama_folder: Path, tmp_path: Path, said: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,6 +144,20 @@ def test_paths_hold_after_a_move(run: Run, tmp_path: Path, llama_folder: Path) -
     assert moved.manifest.run.folder == str(moved.root)
 
 
+def test_what_lies_within_a_copied_run_is_its_own(run: Run, tmp_path: Path) -> None:
+    """The original is still there, and may hold another result by now: what the copy lacks is not taken from it."""
+    (run.root / "merged").mkdir()
+    (run.root / "out..").mkdir()
+    copy = Run.open(Path(shutil.copytree(run.root, tmp_path / "deep" / "copy")))
+    assert copy.resolve("merged") == copy.root / "merged"
+    (copy.root / "merged").rmdir()
+    (copy.root / "out..").rmdir()
+    assert copy.resolve("merged") == copy.root / "merged"
+    assert copy.resolve("out..") == copy.root / "out.."
+    (tmp_path / "beside").mkdir()
+    assert copy.resolve("../beside") == tmp_path / "beside"
+
+
 def test_an_edit_after_a_move_writes_paths_as_they_are_now(run: Run, tmp_path: Path, llama_folder: Path) -> None:
     """Twice: the second edit has nothing left to go by but what the first wrote."""
     recipe, data = tmp_path / "mine.toml", tmp_path / "chats.jsonl"
