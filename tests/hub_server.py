@@ -67,15 +67,17 @@ class Fault:
 class HubServer:
     """`url` is what HF_ENDPOINT has to say; `token`, where set, what a client has to show; `requests` were made.
 
-    weights_at: the host that a request for weights is sent on to.
+    weights_at, small_at: the host that a request for weights, or for any other file, is sent on to.
     """
 
     url: str = ""
     token: str | None = None
     weights_at: str | None = None
+    small_at: str | None = None
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     sent: int = 0  # bytes of bodies
+    parts: list[tuple[str, int, int]] = field(default_factory=list)  # (file, start, stop) sent of those asked by Range
     tokens: set[str | None] = field(default_factory=set)  # what clients showed
     commits: dict[str, dict[str, Path]] = field(default_factory=dict)  # model: commit: folder, the newest last
 
@@ -184,8 +186,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(404, "EntryNotFound", {"X-Repo-Commit": commit})
         body, status = (folder / name).read_bytes(), 200
         headers = {"ETag": f'"{_etag(folder / name)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        if self.hub.weights_at and name.endswith(".safetensors"):
-            linked = {"Location": self.hub.weights_at + self.path, "X-Linked-ETag": headers["ETag"]}
+        if elsewhere := self.hub.weights_at if name.endswith(".safetensors") else self.hub.small_at:
+            linked = {"Location": elsewhere + self.path, "X-Linked-ETag": headers["ETag"]}
+            linked["X-Linked-Size"] = str(len(body))
             return self._send(302, b"", linked | {"X-Repo-Commit": commit})
         wanted = self.headers.get("Range")
         if wanted and not fault.whole:
@@ -195,6 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._refuse(416, "")
             headers["Content-Range"] = f"bytes {fault.said or f'{start}-{stop - 1}/{len(body)}'}"
             body, status = body[start:stop], 206
+            self.hub.parts.append((name, start, start + min(len(body), len(body) if fault.cut is None else fault.cut)))
         body = body[: fault.surplus] if fault.surplus < 0 else body + bytes(fault.surplus)
         self._send(status, body, headers, fault.cut)
 

@@ -1,7 +1,7 @@
 """Files of a hub model through huggingface_hub: its cache, its locks, its continuation of a broken connection.
 
 What goes wrong is said in this program's words; huggingface_hub's own bars and warnings stay silent, and no message
-holds a token.
+holds a token. The token is shown to the hub alone: see `model.token`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sparkctl.errors import SparkError, UsageError
+from sparkctl.model.token import keep_token
 from sparkctl.progress import Progress, Task
 
 SMALL = ["*.json", "*.jinja", "*.txt", "*.model"]  # config, tokenizer, templates, the index of the weights
@@ -82,7 +83,8 @@ class Hub:
 
     @contextmanager
     def explained(self, revision: str | None, file: str | None = None) -> Iterator[None]:
-        """Quiet in this block; an error that a user can mend becomes a SparkError."""
+        """Quiet in this block, the token for the hub alone; an error that a user can mend becomes a SparkError."""
+        keep_token(self.endpoint)
         with _quiet():
             try:
                 yield
@@ -112,7 +114,7 @@ class Hub:
             return UsageError(f"HF_ENDPOINT is no address: `{self.shown}`", "it begins with https://")
         if isinstance(error, httpx.ConnectError | httpx.TimeoutException | httpx.ProxyError):
             return SparkError(
-                f"`{self.id}` is no folder here, and cannot reach `{self.shown}`: {_sentence(error)}",
+                f"`{self.id}` is no folder here, and cannot reach `{self.shown}`: {sentence(error)}",
                 "check the path, the network, HF_ENDPOINT; with HF_HUB_OFFLINE=1 what was downloaded before is used",
             )
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -125,7 +127,7 @@ class Hub:
         if isinstance(error, OSError) and error.filename is not None:
             return None  # the command line names the place
         if isinstance(error, httpx.HTTPError | OSError | RuntimeError | errors.XetDownloadError):
-            return SparkError(f"the download of `{self.id}` broke off: {_sentence(error)}", AGAIN)
+            return SparkError(f"the download of `{self.id}` broke off: {sentence(error)}", AGAIN)
         return None
 
     def _refused(self, error: Any, revision: str | None, file: str | None) -> SparkError:
@@ -162,7 +164,7 @@ class Hub:
         return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
-def _sentence(error: BaseException) -> str:
+def sentence(error: BaseException) -> str:
     """The first line of an error's text."""
     text = str(error).strip().splitlines()
     line = re.sub(r"^\[Errno -?\d+\] ", "", text[0]).rstrip(".") if text else type(error).__name__

@@ -10,14 +10,14 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from sparkctl.errors import SparkError
-from sparkctl.model.download import Hub
+from sparkctl.model.download import Hub, sentence
+from sparkctl.progress import Progress, silent
 
 if TYPE_CHECKING:
     import httpx
 
-PIECE = 1 << 20  # bytes handed on at a time
 TRIES = 5  # in a row without a byte, then it is given up
-CONNECT, READ = 10.0, 60.0  # seconds without an answer
+CONNECT, READ = 10.0, 20.0  # seconds without an answer
 BUSY = {408, 429, 500, 502, 503, 504}
 CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
@@ -30,11 +30,11 @@ class RemoteFile:
     """One file of a commit. `size` (bytes) and `etag` are known once something was read; from then on they must not
     change.
 
-    The token goes to the hub alone: a redirect to another host, where files lie, loses it (httpx sees to that).
+    progress: hears of each time that a request is made again.
     """
 
-    def __init__(self, hub: Hub, commit: str, name: str) -> None:
-        self._hub, self._commit, self.name = hub, commit, name
+    def __init__(self, hub: Hub, commit: str, name: str, progress: Progress = silent) -> None:
+        self._hub, self._commit, self.name, self._progress = hub, commit, name, progress
         self.etag = ""
         self.size = hub.sizes(commit).get(name)  # the list of a commit's files says it, where the hub has one
 
@@ -48,7 +48,7 @@ class RemoteFile:
         return b"".join(self.pieces(start, stop))
 
     def pieces(self, start: int, stop: int) -> Iterator[bytes]:
-        """Bytes [start, stop), a piece at a time; where the connection breaks, the rest is asked for again.
+        """Bytes [start, stop) as they arrive; where the connection breaks, the rest is asked for again.
 
         Raises RangesIgnored; SparkError where the hub refuses, breaks off for good, or sends other bytes.
         """
@@ -75,8 +75,10 @@ class RemoteFile:
                 broken = error
             if start < stop:
                 failures += 1
+                cause = broken.cause if isinstance(broken, _Busy) else broken
                 if failures == TRIES:
-                    raise broken.cause if isinstance(broken, _Busy) else broken
+                    raise cause
+                self._progress.say(f"`{self.shown}`: {sentence(cause)}; asking again")
                 time.sleep(2.0 ** (failures - 1))
 
     def _request(self, start: int, stop: int) -> Iterator[bytes]:
@@ -90,7 +92,7 @@ class RemoteFile:
         with get_session().stream("GET", url, headers=build_hf_headers(headers=wanted), timeout=timeout) as answer:
             self._check(answer, start, stop)
             left = stop - start
-            for piece in answer.iter_raw(PIECE):
+            for piece in answer.iter_raw():  # as it comes: what waited in a buffer would be lost with the connection
                 left -= len(piece)
                 if left < 0:
                     raise self._strange(f"more bytes than the {stop - start:,} asked for")

@@ -69,7 +69,7 @@ def _of_commit(model: ModelSource, wanted: mtp.Shapes, progress: Progress) -> He
             "unset HF_HUB_OFFLINE, and run the same command again",
         )
     try:
-        _fetch([RemoteFile(hub, model.revision, shard) for shard in shards], wanted, model, kept, progress)
+        _fetch([RemoteFile(hub, model.revision, shard, progress) for shard in shards], wanted, model, kept, progress)
     except RangesIgnored:
         progress.say(f"`{hub.shown}` sends whole files only: downloading {', '.join(shards)}")
         hub.weights(model.revision, shards, progress)
