@@ -49,7 +49,8 @@ class Fault:
 
     status: the answer, with the hub's `code` (X-Error-Code). cut: bytes of the body after which the connection breaks.
     page: a web page in place of the answer. whole: the file, whatever Range was asked for. said: a Content-Range of
-    other numbers. surplus: bytes of the body beyond what it should be (fewer where negative), and a length to match.
+    other numbers. damaged: the last byte is another. surplus: bytes of the body beyond what it should be (fewer where
+    negative), and a length to match.
     """
 
     where: str
@@ -60,6 +61,7 @@ class Fault:
     whole: bool = False
     said: str = ""
     surplus: int = 0
+    damaged: bool = False
     times: int = 10**9
 
 
@@ -74,6 +76,7 @@ class HubServer:
     token: str | None = None
     weights_at: str | None = None
     small_at: str | None = None
+    lists_digests: bool = False  # of the weights, as the hub does of large files
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     sent: int = 0  # bytes of bodies
@@ -167,11 +170,15 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None:
             return
         commit, folder = found
-        files = [
+        files: list[dict[str, Any]] = [
             {"type": "file", "path": str(p.relative_to(folder)), "size": p.stat().st_size, "oid": _etag(p)}
             for p in sorted(folder.rglob("*"))
             if p.is_file()
         ]
+        for file in files if self.hub.lists_digests else ():
+            if file["path"].endswith(".safetensors"):
+                digest = hashlib.sha256((folder / file["path"]).read_bytes()).hexdigest()
+                file["lfs"] = {"oid": digest, "size": file["size"], "pointerSize": 134}
         siblings = [{"rfilename": file["path"]} for file in files]
         answer = files if rest[:1] == ["tree"] else {"id": model, "sha": commit, "siblings": siblings}
         self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
@@ -190,6 +197,8 @@ class _Handler(BaseHTTPRequestHandler):
             linked = {"Location": elsewhere + self.path, "X-Linked-ETag": headers["ETag"]}
             linked["X-Linked-Size"] = str(len(body))
             return self._send(302, b"", linked | {"X-Repo-Commit": commit})
+        if fault.damaged:
+            body = body[:-1] + bytes([body[-1] ^ 1])
         wanted = self.headers.get("Range")
         if wanted and not fault.whole:
             first, _, last = wanted.removeprefix("bytes=").partition("-")

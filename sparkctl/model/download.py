@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sparkctl.errors import SparkError, UsageError
+from sparkctl.files import sha256_file
 from sparkctl.model.token import keep_token
 from sparkctl.progress import Progress, Task
 
@@ -48,19 +49,23 @@ class Hub:
         return Path(folder)
 
     def weights(self, commit: str, names: list[str], progress: Progress) -> None:
-        """Download these files, one after the other so that Ctrl-C stops at once."""
+        """Download these files, one after the other so that Ctrl-C stops at once. Raises SparkError where one has not
+        the sha256 that the hub lists for it; it is not kept.
+        """
         from huggingface_hub import hf_hub_download
 
         if not names:
             return
         sizes = self.sizes(commit)
+        digests = {} if self.offline else self._digests(commit)
         total = sum(sizes[name] for name in names) if sizes.keys() >= set(names) else None
         if total and not self.offline:
             self._require_space(total)
         with progress.task(f"downloading {self.id}", total, "B") as task:
             for name in names:
                 with self.explained(commit, name):
-                    hf_hub_download(self.id, name, revision=commit, tqdm_class=_bar(task), **self._common)
+                    path = hf_hub_download(self.id, name, revision=commit, tqdm_class=_bar(task), **self._common)
+                self._check(Path(path), name, digests.get(name))
 
     def sizes(self, commit: str) -> dict[str, int]:
         """Bytes of each file of a commit, where the cache has the list."""
@@ -72,6 +77,21 @@ class Hub:
         except CachedRepoTreeNotFoundError:
             return {}
         return {file.path: file.lfs.size if file.lfs else file.size for file in files}
+
+    def _digests(self, commit: str) -> dict[str, str]:
+        """The sha256 of each large file of a commit, asked of the hub: the list in the cache is read without it."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.hf_api import RepoFile
+
+        with self.explained(commit):
+            files = list(HfApi(endpoint=self.endpoint).list_repo_tree(self.id, revision=commit))
+        return {file.path: file.lfs.sha256 for file in files if isinstance(file, RepoFile) and file.lfs}
+
+    def _check(self, path: Path, name: str, digest: str | None) -> None:
+        if digest and sha256_file(path) != digest:
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+            raise SparkError(f"`{self.id}/{name}` came with other bytes than the hub lists: its sha256 differs", AGAIN)
 
     def _require_space(self, size: int) -> None:
         free = shutil.disk_usage(self.cache).free

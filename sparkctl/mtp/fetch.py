@@ -1,12 +1,13 @@
 """The head of a model named by a folder or a hub id. Of a hub model no more is fetched than config.json, the index
 and the head's own bytes: 0.1 GB of the 2B's 4.5.
 
-What is fetched lies in the user's cache as one safetensors file a commit. It grows under another name, in the order in
-which its bytes come, so that its length says how far a broken fetch got.
+What is fetched lies in the user's cache as one safetensors file a commit, with its sha256 beside it. It grows
+under another name, in the order in which its bytes come, so that its length says how far a broken fetch got.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from filelock import FileLock
 
 from sparkctl import env
 from sparkctl.errors import SparkError
-from sparkctl.files import naming, sync_folder
+from sparkctl.files import naming, sha256_file, sync_folder, write_atomic
 from sparkctl.model import mtp
 from sparkctl.model.download import Hub
 from sparkctl.model.format import BITS, Entry, header_bytes, read_entries, read_header
@@ -26,7 +27,7 @@ from sparkctl.model.weights import read_weight_map
 from sparkctl.mtp.source import HeadSource, NoHead, from_file, from_folder, require_fit, require_promise
 from sparkctl.progress import Progress, silent
 
-HEAD, PARTIAL = "head.safetensors", "head.safetensors.partial"
+HEAD, PARTIAL, DIGEST = "head.safetensors", "head.safetensors.partial", "head.sha256"
 
 
 def find_head(
@@ -35,46 +36,60 @@ def find_head(
     *,
     revision: str | None = None,
     base: Path | None = None,
+    look: bool = False,
     progress: Progress = silent,
 ) -> HeadSource:
     """The MTP head of `source`, a folder or ORG/NAME on the hub.
 
-    wanted: shapes by name, of the model that is to have it. revision, base: as in `model.hub.locate`. Raises NoHead,
-    UsageError where there is no such folder or model, SparkError where the head cannot be had or does not fit.
+    wanted: shapes by name, of the model that is to have it. revision, base: as in `model.hub.locate`. look: of a head
+    that would have to be fetched, no more than that it fits. Raises NoHead, UsageError where there is no such folder or
+    model, SparkError where the head cannot be had or does not fit.
     """
     found = locate(source, revision=revision, base=base, small=["config.json", INDEX])
     if found.revision is None:
         return from_folder(found.folder, wanted, str(found.folder))
-    return from_hub(found, wanted, progress)
+    return replace(_of_commit(found, wanted, look, progress), origin=found.source, revision=found.revision)
 
 
-def from_hub(model: ModelSource, wanted: mtp.Shapes, progress: Progress = silent) -> HeadSource:
+def _of_commit(model: ModelSource, wanted: mtp.Shapes, look: bool, progress: Progress) -> HeadSource:
     """The head of a commit of the hub: out of the cache, of shards that are there, or fetched."""
-    return replace(_of_commit(model, wanted, progress), origin=model.source, revision=model.revision)
-
-
-def _of_commit(model: ModelSource, wanted: mtp.Shapes, progress: Progress) -> HeadSource:
     require_promise(model.folder, model.source)
     assert model.revision
     kept = env.user_cache_folder() / "mtp" / model.source.replace("/", "--") / model.revision / HEAD
-    if kept.is_file():
+    if _intact(kept):
         return from_file(kept, wanted)
     shards = _shards(model, wanted)
     if all((model.folder / shard).is_file() for shard in shards):
         return from_folder(model.folder, wanted, model.source)
+    state = "is damaged in the cache" if kept.is_file() else "was never fetched"
     hub = Hub(model.source, env.hub_endpoint(), env.hub_cache(), offline=env.hub_offline())
     if hub.offline:
         raise SparkError(
-            f"the MTP head of `{model.source}` was never fetched, and HF_HUB_OFFLINE forbids it",
+            f"the MTP head of `{model.source}` {state}, and HF_HUB_OFFLINE forbids to fetch it",
             "unset HF_HUB_OFFLINE, and run the same command again",
         )
+    if kept.is_file():
+        progress.say(f"the MTP head of `{model.source}` {state}: fetching it anew")
+    files = [RemoteFile(hub, model.revision, shard, progress) for shard in shards]
     try:
-        _fetch([RemoteFile(hub, model.revision, shard, progress) for shard in shards], wanted, model, kept, progress)
+        parts = _fitting(files, wanted, model)
+        if not look:
+            _fetch(parts, _metadata(model, files), wanted, model, kept, progress)
     except RangesIgnored:
-        progress.say(f"`{hub.shown}` sends whole files only: downloading {', '.join(shards)}")
+        progress.say(f"`{hub.shown}` sends whole files only: {', '.join(shards)}, body and all")
+        if look:
+            return HeadSource(model.source, {}, unread=sum(2 * math.prod(shape) for shape in wanted.values()))
         hub.weights(model.revision, shards, progress)
         return from_folder(model.folder, wanted, model.source)
+    if look:
+        return HeadSource(model.source, {}, unread=sum(part.stop - part.start for part in parts))
     return from_file(kept, wanted)
+
+
+def _intact(kept: Path) -> bool:
+    """Whether it is there, with the bytes that were fetched."""
+    noted = kept.with_name(DIGEST)
+    return kept.is_file() and noted.is_file() and noted.read_bytes() == sha256_file(kept).encode()
 
 
 def _shards(model: ModelSource, wanted: mtp.Shapes) -> list[str]:
@@ -99,16 +114,23 @@ class _Part:
     stop: int
 
 
-def _fetch(files: list[RemoteFile], wanted: mtp.Shapes, model: ModelSource, kept: Path, progress: Progress) -> None:
-    """Write `kept`. What is there of it from an earlier try stays, where it is of the same files."""
+def _fitting(files: list[RemoteFile], wanted: mtp.Shapes, model: ModelSource) -> list[_Part]:
+    """The head's tensors by the files' headers, in the order in which they are kept. Raises SparkError where
+    they do not fit."""
     parts = [part for file in files for part in _parts(file)]
     require_fit(model.source, {part.name: (part.entry.dtype, part.entry.shape) for part in parts}, wanted)
-    parts.sort(key=lambda part: (-BITS[part.entry.dtype], part.file.name, part.start))  # the widest first: aligned
-    header = header_bytes(_layout(parts), _metadata(model, files))
+    return sorted(parts, key=lambda p: (-BITS[p.entry.dtype], p.file.name, p.start))  # the widest first: aligned
+
+
+def _fetch(
+    parts: list[_Part], metadata: dict[str, str], wanted: mtp.Shapes, model: ModelSource, kept: Path, progress: Progress
+) -> None:
+    """Write `kept`. What is there of it from an earlier try stays, where it is of the same files."""
+    header = header_bytes(_layout(parts), metadata)
     kept.parent.mkdir(parents=True, exist_ok=True)
     partial, total = kept.with_name(PARTIAL), sum(part.stop - part.start for part in parts)
     with FileLock(kept.with_name(".lock")):
-        if kept.is_file():  # another process was quicker
+        if _intact(kept):  # another process was quicker
             return
         done = _begun(partial, header, total)
         with naming(partial), progress.task(f"fetching the MTP head of {model.source}", total, "B") as task:
@@ -120,6 +142,7 @@ def _fetch(files: list[RemoteFile], wanted: mtp.Shapes, model: ModelSource, kept
                 out.flush()
                 os.fsync(out.fileno())
         from_file(partial, wanted)
+        write_atomic(kept.with_name(DIGEST), sha256_file(partial).encode())
         os.replace(partial, kept)
         sync_folder(kept.parent)
 

@@ -26,20 +26,23 @@ class NoHead(SparkError):
 @dataclass(frozen=True)
 class HeadSource:
     """A head's tensors and the file that each is in. `origin`: the folder, the file or the hub id they come from, of
-    which `revision` is the commit.
+    which `revision` is the commit. unread: bytes of a head that was only looked at on the hub; it has no tensors here.
     """
 
     origin: str
     tensors: Mapping[str, TensorFile]
     revision: str | None = None
+    unread: int = 0
 
     @property
     def bytes(self) -> int:
         """Of the tensors."""
-        return sum(file.nbytes(name) for name, file in self.tensors.items())
+        return self.unread or sum(file.nbytes(name) for name, file in self.tensors.items())
 
     def digest(self) -> str:
-        """Of names, dtypes, shapes and bytes: the same wherever the head lies."""
+        """Of names, dtypes, shapes and bytes: the same wherever the head lies. Empty where it was not read."""
+        if self.unread:
+            return ""
         digest = hashlib.sha256()
         for name, file in sorted(self.tensors.items()):
             digest.update(f"{name} {file.dtype(name)} {list(file.shape(name))}\n".encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,13 +15,13 @@ from sparkctl.manifest.fingerprint import fingerprint
 from sparkctl.manifest.schema import Checkpoint
 from sparkctl.manifest.store import Run
 from sparkctl.merge.companions import companions
-from sparkctl.merge.seal import SealedFile
+from sparkctl.merge.seal import SealedFile, read_seal
 from sparkctl.merge.serve import model_length
 from sparkctl.model import mtp
 from sparkctl.model.inspect import inspect
 from sparkctl.mtp.draft_length import DraftLength, choose, cost, serve_drafting
 from sparkctl.mtp.fetch import find_head
-from sparkctl.mtp.inject import Target, read_target
+from sparkctl.mtp.inject import ServedSeal, Target, read_target
 from sparkctl.mtp.source import HeadSource, NoHead, from_file
 from sparkctl.progress import Progress
 from sparkctl.steps.inputs import analysed
@@ -108,8 +108,11 @@ class Job:
         return serve_drafting(folder, self.run.manifest.run.name, length, self.drafts.tokens)
 
 
-def decide(run: Run, request: Request, progress: Progress) -> Job:
-    """Raises Skip, UsageError where an earlier step is missing, SparkError where model and head do not fit."""
+def decide(run: Run, request: Request, look: bool, progress: Progress) -> Job:
+    """Raises Skip, UsageError where an earlier step is missing, SparkError where model and head do not fit.
+
+    look: no head is fetched, see `find_head`.
+    """
     table, recorded = analysed(run)[0], run.manifest.mtp
     if request.into is None and table.model_type not in mtp.TYPES:
         raise Skip(f"the base is of type `{table.model_type}`, and only Qwen3.5 has an MTP head")
@@ -118,14 +121,21 @@ def decide(run: Run, request: Request, progress: Progress) -> Job:
     model = _foreign(request.into) if request.into else _merged(run, request)
     target = read_target(model.folder)
     try:
-        head = _head(run, request, model, target.head, progress)
+        head = _head(run, request, model, target.head, look, progress)
     except NoHead as error:
         if request.source:
             raise
         raise Skip(error.message) from None
     info, measure = inspect(model.folder), shlex.join(["sparkctl", "mtp", "eval", str(request.run)])
     drafts = choose(cost(info), _accepted(run, request), measure)
-    return Job(run, request, model, target, head, head.digest(), drafts)
+    job = Job(run, request, model, target, head, head.digest(), drafts)
+    return replace(job, head_digest=_digest_there(job)) if head.unread else job
+
+
+def _digest_there(job: Job) -> str:
+    """Of a head that was not fetched: what the folder says that has the head of that commit already, or nothing."""
+    sealed = read_seal(job.out, ServedSeal)
+    return sealed.head_digest if sealed and sealed.source == job.source else ""
 
 
 def _merged(run: Run, request: Request) -> Model:
@@ -146,14 +156,14 @@ def _foreign(folder: Path) -> Model:
     return Model(folder, {}, identity, None)
 
 
-def _head(run: Run, request: Request, model: Model, wanted: mtp.Shapes, progress: Progress) -> HeadSource:
+def _head(run: Run, request: Request, model: Model, wanted: mtp.Shapes, look: bool, progress: Progress) -> HeadSource:
     """The head that the mode means."""
     base = analysed(run)[0]
     if request.mode == "trained":
         return from_file(_trained(run, request, model, progress), wanted)
     if request.source:
-        return find_head(request.source, wanted, progress=progress)
-    return find_head(base.source, wanted, revision=base.revision, base=run.root, progress=progress)
+        return find_head(request.source, wanted, look=look, progress=progress)
+    return find_head(base.source, wanted, revision=base.revision, base=run.root, look=look, progress=progress)
 
 
 def _trained(run: Run, request: Request, model: Model, progress: Progress) -> Path:

@@ -59,7 +59,7 @@ def inject(request: Request, *, force: bool = False, dry_run: bool = False, prog
     run = Run.open(request.run)
     with run.step("mtp inject"):
         try:
-            job = decide(run, request, progress)
+            job = decide(run, request, dry_run, progress)
         except Skip as skip:
             return _skip(run, request, skip.why, dry_run, progress)
         sealed = read_seal(job.out, ServedSeal)

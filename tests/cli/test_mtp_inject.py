@@ -200,7 +200,10 @@ def test_a_folder_of_another_tool(run: Run, said: Said, tmp_path: Path) -> None:
 def test_the_head_of_a_hub_model(hub: HubServer, run: Run, said: Said, tmp_path: Path) -> None:
     upstream = heads.rebuilt(tiny.qwen35(tmp_path / "made", seed=9), tmp_path / "upstream", 1)
     commit = hub.publish("org/up", upstream)
+    planned = answer(said, *DEFAULT, "--from", "org/up", "--dry-run")
+    assert not list((tmp_path / "cache").rglob("head.*"))
     result = answer(said, *DEFAULT, "--from", "org/up")
+    assert all(planned[key] == result[key] for key in ("tensors", "bytes", "source", "serve"))
     assert result["source"] == "org/up"
     assert heads.equal(heads.own(Path("r1/served")), heads.own(upstream))
     served = Run.open(run.root).manifest.served
@@ -209,6 +212,9 @@ def test_the_head_of_a_hub_model(hub: HubServer, run: Run, said: Said, tmp_path:
     hub.requests.clear()
     assert answer(said, *DEFAULT, "--from", "org/up")["up_to_date"]
     assert len(hub.requests) == 1
+    shutil.rmtree(tmp_path / "cache")
+    again = answer(said, *DEFAULT, "--from", "org/up", "--dry-run")
+    assert (again["up_to_date"], again["head_digest"]) == (True, result["head_digest"])
     hub.fail("GET /api/", status=404, code="RepoNotFound")
     assert "no model `org/none`" in refused(said, 2, *DEFAULT, "--from", "org/none")
 

@@ -18,6 +18,7 @@ import pytest
 from heads import WANTED
 from hub_server import HubServer
 
+from sparkctl.errors import SparkError
 from sparkctl.model.hub import SINGLE, locate
 from sparkctl.model.token import same_address
 from sparkctl.mtp import fetch
@@ -25,6 +26,7 @@ from sparkctl.mtp.fetch import find_head
 from sparkctl.mtp.source import HeadSource
 
 ID, SECRET = "org/tiny", "hf_secret"
+KEPT = ["head.safetensors", "head.sha256"]
 HEAD_BYTES = sum(2 * tensor.numel() for tensor in heads.tiny.mtp_tensors(**heads.SIZES, seed=0).values())
 
 
@@ -105,7 +107,7 @@ def test_only_config_index_and_the_heads_bytes_are_fetched(
     small = sum((folder / name).stat().st_size for name in asked if name == "config.json" or "index" in name)
     listings = 8 * 1024
     assert HEAD_BYTES + headers < hub.sent < HEAD_BYTES + headers + small + listings < shards
-    assert cached(tmp_path) == ["head.safetensors"]
+    assert cached(tmp_path) == KEPT
 
 
 def test_the_digest_is_of_the_head_wherever_it_lies(hub: HubServer, commit: str, folder: Path, tmp_path: Path) -> None:
@@ -125,6 +127,61 @@ def test_a_second_call_asks_for_the_commit_alone(hub: HubServer, commit: str, mo
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert heads.equal(heads.values(fetched()), before)
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("damage", ["bytes", "cut", "no digest", "other digest"])
+def test_what_is_damaged_in_the_cache_is_fetched_anew(
+    damage: str, hub: HubServer, commit: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched()
+    kept = next((tmp_path / "cache").rglob(fetch.HEAD))
+    data = kept.read_bytes()
+    if "digest" in damage:
+        kept.with_name(fetch.DIGEST).unlink()
+        if damage == "other digest":
+            kept.with_name(fetch.DIGEST).write_bytes(b"\xff")
+    else:
+        kept.write_bytes(data[:-100] + (bytes(100) if damage == "bytes" else b""))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SparkError, match="is damaged in the cache, and HF_HUB_OFFLINE forbids"):
+        fetched()
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    bar = Bar()
+    assert heads.equal(heads.values(fetched(bar)), heads.own(folder))
+    assert bar.said == [f"the MTP head of `{ID}` is damaged in the cache: fetching it anew"]
+    assert kept.read_bytes() == data
+    hub.parts.clear()
+    fetched()
+    assert hub.parts == []
+
+
+def test_a_look_fetches_headers_alone(hub: HubServer, commit: str, folder: Path, tmp_path: Path) -> None:
+    looked = find_head(ID, WANTED, look=True)
+    assert (looked.bytes, looked.tensors, looked.digest(), looked.revision) == (HEAD_BYTES, {}, "", commit)
+    assert sum(stop - start for _, start, stop in hub.parts) == sum(
+        len(heads.merging.raw(path).header) for path in folder.glob("*.safetensors")
+    )
+    assert cached(tmp_path) == []
+    hub.fail("GET /org/", whole=True)
+    assert find_head(ID, WANTED, look=True).bytes == HEAD_BYTES
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+    hub.faults.clear()
+    fetched()
+    assert find_head(ID, WANTED, look=True).digest() == fetched().digest()
+
+
+def test_a_whole_shard_has_the_digest_that_the_hub_lists(
+    hub: HubServer, commit: str, folder: Path, tmp_path: Path
+) -> None:
+    hub.lists_digests = True
+    hub.fail(weights(commit, folder), whole=True, damaged=True)
+    with pytest.raises(SparkError, match=r"safetensors` came with other bytes than the hub lists") as raised:
+        fetched()
+    assert "same command again" in str(raised.value.hint)
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+    hub.faults.clear()
+    hub.fail("GET /org/", whole=True)
+    assert heads.equal(heads.values(fetched()), heads.own(folder))
 
 
 def test_a_newer_commit_is_fetched(hub: HubServer, commit: str, tmp_path: Path) -> None:
@@ -195,7 +252,7 @@ def test_a_fetch_that_was_killed_goes_on_in_another_process(
     assert heads.equal(heads.values(fetched(bar)), heads.own(folder))
     assert 10_000 < bar.steps[0] < HEAD_BYTES
     assert sum(bar.steps) == HEAD_BYTES
-    assert cached(tmp_path) == ["head.safetensors"]
+    assert cached(tmp_path) == KEPT
 
 
 def test_a_part_of_other_files_is_not_gone_on_with(hub: HubServer, commit: str, folder: Path, tmp_path: Path) -> None:

@@ -122,7 +122,10 @@ def test_offline_and_never_fetched(
     hub.fail(f"{BYTES}{commit}/{SINGLE}", status=500)
     refused(tmp_path)  # config.json is there by now
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "the MTP head of `org/tiny` was never fetched, and HF_HUB_OFFLINE forbids it" in refused(tmp_path).message
+    assert (
+        "the MTP head of `org/tiny` was never fetched, and HF_HUB_OFFLINE forbids to fetch it"
+        in refused(tmp_path).message
+    )
 
 
 def test_a_disk_that_is_full(
