@@ -41,7 +41,9 @@ def train(
     force: ForceOpt = False,
 ) -> None:
     """Train the head for the merged model, whose weights stay as they are; again, it goes on where it stopped."""
-    from sparkctl.steps.mtp_train import HeadWishes, Request, mtp_train
+    from sparkctl.plan.heads import HeadWishes
+    from sparkctl.steps.mtp_train import mtp_train
+    from sparkctl.steps.mtp_training import Request
 
     wishes = HeadWishes(steps, loss, fresh, pack_length, epochs, max_steps, learning_rate)
     progress = console.progress()

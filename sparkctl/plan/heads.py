@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparkctl.data.batches import Schedule
 from sparkctl.hardware import heads
@@ -40,9 +40,7 @@ class HeadWishes:
 def plan_head(plan: PlanTable, shape: Shape, store: TokenStore, wishes: HeadWishes, model_key: str) -> HeadPlan:
     """The plan for the head of the model that `plan` trained. model_key: [model] config_sha256."""
     documents = Documents.of(store)
-    length = wishes.pack_length or max(
-        rules.round_up(documents.longest), min(PACK, rules.round_up(plan.tokens_per_step))
-    )
+    length = wishes.pack_length or usual_pack(documents.longest, plan.tokens_per_step)
     accumulation = rules.accumulation(plan.tokens_per_step, length)
     epochs = wishes.epochs or EPOCHS
     steps = Schedule(
@@ -77,6 +75,23 @@ def plan_head(plan: PlanTable, shape: Shape, store: TokenStore, wishes: HeadWish
             shape, length, documents.longest, labels, wishes.steps, plan.machine.device,
             fla=fla, multiprocessors=splitting(plan.machine.capability, shape.head_dim),
         ),
+    )  # fmt: skip
+
+
+def usual_pack(longest: int, tokens_per_step: int) -> int:
+    """Tokens of a pack where nobody asks for others."""
+    return max(rules.round_up(longest), min(PACK, rules.round_up(tokens_per_step)))
+
+
+def wishes_of(plan: HeadPlan, longest: int) -> HeadWishes:
+    """What was asked for where this plan was made. longest: tokens of the longest example."""
+
+    def unless(usual: float, value: float) -> Any:
+        return None if value == usual else value
+
+    return HeadWishes(
+        plan.draft_steps, plan.loss, plan.fresh, unless(usual_pack(longest, plan.tokens_per_step), plan.pack_length),
+        unless(EPOCHS, plan.epochs), plan.max_steps, unless(LEARNING_RATE, plan.learning_rate),
     )  # fmt: skip
 
 

@@ -108,8 +108,9 @@ def demo(folder: Path, *, progress: Progress = silent) -> Demo:
     from sparkctl.steps.merge import Request as MergeRequest
     from sparkctl.steps.merge import merge
     from sparkctl.steps.mtp_inject import inject
-    from sparkctl.steps.mtp_train import HeadWishes, mtp_train
-    from sparkctl.steps.mtp_train import Request as HeadRequest
+    from sparkctl.steps.mtp_train import mtp_train
+    from sparkctl.steps.mtp_training import HeadWishes
+    from sparkctl.steps.mtp_training import Request as HeadRequest
     from sparkctl.steps.recommend import Request as PlanRequest
     from sparkctl.steps.recommend import recommend
     from sparkctl.steps.resume import resume

@@ -12,12 +12,13 @@ from typing import Literal
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.files import sha256_file
 from sparkctl.manifest.fingerprint import fingerprint
-from sparkctl.manifest.schema import Checkpoint
+from sparkctl.manifest.schema import Checkpoint, ServedTable
 from sparkctl.manifest.store import Run
 from sparkctl.merge.companions import companions
 from sparkctl.merge.seal import SealedFile, read_seal
 from sparkctl.merge.serve import model_length
 from sparkctl.model import mtp
+from sparkctl.model.hub import is_hub_id
 from sparkctl.model.inspect import inspect
 from sparkctl.mtp.draft_length import DraftLength, choose, cost, serve_drafting
 from sparkctl.mtp.fetch import find_head
@@ -49,15 +50,27 @@ class Request:
         words = ["sparkctl", "mtp", "inject", str(self.run), "--mode", self.mode]
         words += ["--into", str(self.into)] if self.into else []
         words += ["--from", self.source] if self.source else []
+        words += ["--out", str(self.out)] if self.out and "--out" not in options else []
         return shlex.join([*words, *["--link"] * self.link, *options])
 
 
-class Skip(Exception):
-    """There is no head for this model."""
+def recorded(run: Run, shown: Path, table: ServedTable) -> Request:
+    """The command line that [served] was written by. shown: the run as the user named it."""
+    merged, base = run.manifest.merge, run.manifest.model
+    into = None if merged and table.model == merged.folder else Path(here(run.resolve(table.model)))
+    name, _, commit = table.source.partition("@")
+    head = name if is_hub_id(name) and commit else here(run.resolve(table.source))
+    own = base and base.source in (name, table.source)
+    out = None if table.folder == FOLDER else Path(here(run.resolve(table.folder)))
+    return Request(shown, table.mode, into, None if own or table.mode == "trained" else head, out)
 
-    def __init__(self, why: str) -> None:
+
+class Skip(Exception):
+    """There is no head for this model. hint: the way to one, where there is any."""
+
+    def __init__(self, why: str, hint: str | None = None) -> None:
         super().__init__(why)
-        self.why = why
+        self.why, self.hint = why, hint
 
 
 @dataclass(frozen=True)
@@ -125,7 +138,7 @@ def decide(run: Run, request: Request, look: bool, progress: Progress) -> Job:
     except NoHead as error:
         if request.source:
             raise
-        raise Skip(error.message) from None
+        raise Skip(error.message, request.again("--from", "HUB_ID")) from None
     info, measure = inspect(model.folder), shlex.join(["sparkctl", "mtp", "eval", str(request.run)])
     drafts = choose(cost(info), _accepted(run, request), measure)
     job = Job(run, request, model, target, head, head.digest(), drafts)

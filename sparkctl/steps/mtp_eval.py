@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparkctl.errors import UsageError
+from sparkctl.files import sha256_file
 from sparkctl.manifest.evidence import Acceptance
 from sparkctl.manifest.fingerprint import fingerprint
 from sparkctl.manifest.store import Run, now
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.inputs import TOKENS, analysed, hold_out_command
 from sparkctl.steps.merged import merged_model
-from sparkctl.steps.mtp_training import HEAD
+from sparkctl.steps.mtp_training import HEAD, note_skip
+from sparkctl.steps.mtp_training import Request as HeadRequest
 from sparkctl.steps.training import model_folder
-from sparkctl.words import quoted
+from sparkctl.words import here, quoted
 
 if TYPE_CHECKING:
     from sparkctl.mtp.accept import Subject
@@ -66,6 +68,8 @@ def mtp_eval(request: Request, *, force: bool = False, dry_run: bool = False, pr
         try:
             job = gather(run, request, progress=progress)
         except NoHead as missing:
+            if not (dry_run or run.read_only):
+                note_skip(run, missing.message)
             return Result(skipped=missing.message)
         if not job.prompts:
             raise UsageError(
@@ -107,8 +111,8 @@ class Job:
         return [known[subject.made_from] for subject in self.subjects if subject.made_from in known]
 
 
-def gather(run: Run, request: Request, *, progress: Progress = silent) -> Job:
-    """What can be measured in a run that is merged.
+def gather(run: Run, request: Request, own: Path | None = None, *, progress: Progress = silent) -> Job:
+    """What can be measured in a run that is merged. own: the file of the trained head; None: the one of [mtp].
 
     Raises NoHead where neither the base has a head nor one was trained, UsageError where the merged model is missing.
     """
@@ -123,7 +127,8 @@ def gather(run: Run, request: Request, *, progress: Progress = silent) -> Job:
     base = model_folder(run, model, progress)
     require_promise(base, model.source)
     tuned, seal = merged_model(run, request.run)
-    wanted, own = mtp.shapes(text_part(read_config(base))), run.root / HEAD
+    wanted = mtp.shapes(text_part(read_config(base)))
+    own, lacking = (own, "") if own else _recorded_head(run, request)
     store = TokenStore.open(run.root / TOKENS)
     notes, made = [], _fingerprints(_weights(run, base), seal.made_from, store.digest, request)
     subjects: list[Subject] = []
@@ -132,17 +137,30 @@ def gather(run: Run, request: Request, *, progress: Progress = silent) -> Job:
         pairs = ((BASE, base), (SHIPPED, tuned))
         subjects = [Subject(name, folder, base, made(name, shipped.digest())) for name, folder in pairs]
     except NoHead as missing:
-        if not own.is_file():
+        if own is None:
             raise
         notes.append(f"no row for the base's head: {missing.message}")
-    trained = made(TRAINED, from_file(own, wanted).digest()) if own.is_file() else None
-    if trained and not (subjects and trained == made(TRAINED, shipped.digest())):
+    trained = made(TRAINED, from_file(own, wanted).digest()) if own else None
+    if own and trained and not (subjects and trained == made(TRAINED, shipped.digest())):
         subjects.append(Subject(TRAINED, tuned, own, trained))
     elif trained:  # the file holds the base's head
         notes.append(NOT_HELPED)
     else:
-        notes.append(f"no row for a trained head: `sparkctl mtp train {quoted(request.run)}` makes one")
+        notes.append(f"no row for a trained head: {lacking}")
     return Job(run, request, subjects, held_out_prompts(store, request.prompts), notes)
+
+
+def _recorded_head(run: Run, request: Request) -> tuple[Path | None, str]:
+    """The file of the head that `mtp train` ended with; or None, and why there is none."""
+    table, own = run.manifest.mtp, run.root / HEAD
+    asked = HeadRequest.recorded(run, request.run)
+    if table is None or table.mode == "skipped" or not (own.is_file() or table.head):
+        return None, f"`{asked.again()}` makes one"
+    if table.mode == "training":
+        return None, f"its training has not ended, `{asked.again()}` goes on with it"
+    if not own.is_file() or sha256_file(own) != table.digest:
+        return None, f"`{here(own)}` is not what `mtp train` wrote there, `{asked.again('--force')}` trains one anew"
+    return own, ""
 
 
 def _weights(run: Run, base: Path) -> list[tuple[str, str | int]]:

@@ -61,7 +61,7 @@ def inject(request: Request, *, force: bool = False, dry_run: bool = False, prog
         try:
             job = decide(run, request, dry_run, progress)
         except Skip as skip:
-            return _skip(run, request, skip.why, dry_run, progress)
+            return _skip(run, request, skip, dry_run, progress)
         sealed = read_seal(job.out, ServedSeal)
         if sealed and not force and sealed.made_from == job.made_from and intact(job.out, sealed):
             if not (dry_run or run.read_only):
@@ -104,10 +104,9 @@ def _check_target(job: Job, sealed: ServedSeal | None, force: bool) -> None:
         return
     if sealed is None:
         raise UsageError(f"`{job.shown}` exists, and no `mtp inject` wrote it", elsewhere)
-    own = ["--out", str(job.request.out)] if job.request.out else []
     if not force:
         what = "exists already" if sealed.made_from == job.made_from else "was made from another model or another head"
-        again = job.request.again(*own, "--force")
+        again = job.request.again("--force")
         raise UsageError(f"`{job.shown}` {what}", f"`{again}` replaces it; or `--out FOLDER`")
     read = [job.run.root, job.target.folder, *(file.path for file in job.head.tensors.values())]
     if any(path.resolve().is_relative_to(out.resolve()) for path in read):
@@ -183,11 +182,14 @@ def _record(job: Job, sealed: ServedSeal) -> None:
         manifest.checkpoints = [*others, entry]
 
 
-def _skip(run: Run, request: Request, why: str, dry_run: bool, progress: Progress) -> Result:
+def _skip(run: Run, request: Request, skip: Skip, dry_run: bool, progress: Progress) -> Result:
     """Say that there is no head, and write it down where [mtp] says nothing else."""
-    if not dry_run:
+    why = skip.why
+    if not (dry_run or run.read_only):
         note_skip(run, why)
     progress.say(f"skipped: {why}; the merged model is served as it is")
+    if skip.hint:
+        progress.say(f"hint: {skip.hint}")
     merge = run.manifest.merge
     if merge is None:
         return Result(request.mode, "", "", skipped=why)

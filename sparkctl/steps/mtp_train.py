@@ -5,23 +5,23 @@ There is no other command to go on with it: the same one does, from the newest c
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from sparkctl.errors import UsageError
+from sparkctl.errors import Interrupted, Terminated, UsageError
 from sparkctl.files import sha256_file, staged_file
 from sparkctl.manifest.evidence import Acceptance
 from sparkctl.manifest.schema import HeadPlan, Manifest, MtpTable
 from sparkctl.manifest.store import Run
-from sparkctl.plan.heads import HeadWishes, plan_head
+from sparkctl.plan.heads import plan_head
 from sparkctl.progress import Progress, silent
 from sparkctl.steps import mtp_eval
 from sparkctl.steps.inputs import TOKENS, analysed, analyze_command
 from sparkctl.steps.merged import merged_model
-from sparkctl.steps.mtp_training import HEAD, HeadJob, head_fingerprint, note_skip
+from sparkctl.steps.mtp_training import HEAD, HeadJob, Request, head_fingerprint, note_skip
 from sparkctl.steps.record import carry_out, newest_whole, resumed
 from sparkctl.steps.training import claimed, model_folder
 from sparkctl.train import state
@@ -31,26 +31,6 @@ if TYPE_CHECKING:
     from sparkctl.model.weights import TensorFile
     from sparkctl.mtp.source import HeadSource
     from sparkctl.train.ranks import Ranks
-
-
-@dataclass(frozen=True)
-class Request:
-    """The command line of `sparkctl mtp train`."""
-
-    run: Path
-    wishes: HeadWishes = field(default_factory=HeadWishes)
-    prompts: int = 64
-    allow_slow: bool = False
-
-    def again(self, *options: str) -> str:
-        """The command line once more, with more options; one that is given twice counts as the last says."""
-        words, usual = ["sparkctl", "mtp", "train", str(self.run)], HeadWishes()
-        for name, value in vars(self.wishes).items():
-            if value != getattr(usual, name):
-                flag = f"--{name.replace('_', '-')}"
-                words += [flag] if value is True else [flag, f"{value}"]
-        words += ["--prompts", f"{self.prompts}"] if self.prompts != Request.prompts else []
-        return shlex.join([*words, *["--allow-slow"] * self.allow_slow, *options])
 
 
 @dataclass(frozen=True)
@@ -89,7 +69,8 @@ def mtp_train(request: Request, *, force: bool = False, dry_run: bool = False, p
             return Result(job.plan, run.manifest.mtp, up_to_date=done, made=made, rank=ranks.rank)
         run.require_writable()
         _train(job, ranks, force, progress)
-        notes = _settle(job, request, progress) if ranks.writes else ()
+        with _trained(request):
+            notes = _settle(job, request, progress) if ranks.writes else ()
         return Result(job.plan, run.manifest.mtp, notes, rank=ranks.rank)
 
 
@@ -173,6 +154,17 @@ def _train(job: HeadJob, ranks: Ranks, force: bool, progress: Progress) -> None:
     carry_out(job, start, ranks, progress, record)
 
 
+@contextmanager
+def _trained(request: Request) -> Iterator[None]:
+    """Ctrl-C or SIGTERM in here: the command that goes on is without `--force`, which would train anew."""
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated) as stop:
+        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        message = "interrupted: the head is trained, and not measured yet"
+        raise Interrupted(message, request.again(), number) from stop
+
+
 def _settle(job: HeadJob, request: Request, progress: Progress) -> tuple[str, ...]:
     """Write the best head, measure it beside the shipped one, and put the shipped one there where it is better."""
     from sparkctl.model.weights import TensorFile
@@ -216,7 +208,7 @@ def _write(job: HeadJob, tensors: Mapping[str, TensorFile]) -> None:
 def _measured(job: HeadJob, request: Request, progress: Progress) -> tuple[list[Acceptance], list[str]]:
     """Rows of `mtp eval`, and what is to be said where there are none."""
     asked = mtp_eval.Request(request.run, prompts=request.prompts, allow_slow=request.allow_slow)
-    asked_job = mtp_eval.gather(job.run, asked, progress=progress)
+    asked_job = mtp_eval.gather(job.run, asked, job.head, progress=progress)
     if not asked_job.prompts:
         return [], ["nothing is held out, so nothing tells whether training helped: the trained head is kept"]
     return mtp_eval.measure(asked_job, progress=progress), list(asked_job.notes)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,6 +12,7 @@ from sparkctl.manifest.fingerprint import fingerprint
 from sparkctl.manifest.schema import BaseTable, HeadPlan, Manifest, MtpTable, TrainTable
 from sparkctl.manifest.store import Run
 from sparkctl.manifest.table import CheckpointKind, EngineName
+from sparkctl.plan.heads import HeadWishes, wishes_of
 from sparkctl.progress import Progress
 from sparkctl.steps.inputs import TOKENS
 from sparkctl.steps.training import CHECKPOINTS, METRICS
@@ -29,6 +31,32 @@ FREE = {
     "tokens_per_step", "steps", "save_every", "keep", "machine", "estimated_seconds", "estimated_start_seconds",
     "estimated_peak_memory",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line of `sparkctl mtp train`."""
+
+    run: Path
+    wishes: HeadWishes = field(default_factory=HeadWishes)
+    prompts: int = 64
+    allow_slow: bool = False
+
+    def again(self, *options: str) -> str:
+        """The command line once more, with more options; one that is given twice counts as the last says."""
+        words, usual = ["sparkctl", "mtp", "train", str(self.run)], HeadWishes()
+        for name, value in vars(self.wishes).items():
+            if value != getattr(usual, name):
+                flag = f"--{name.replace('_', '-')}"
+                words += [flag] if value is True else [flag, f"{value}"]
+        words += ["--prompts", f"{self.prompts}"] if self.prompts != Request.prompts else []
+        return shlex.join([*words, *["--allow-slow"] * self.allow_slow, *options])
+
+    @classmethod
+    def recorded(cls, run: Run, shown: Path) -> Request:
+        """What was asked for where [mtp] plan was made; the usual where there is none. shown: the run's folder."""
+        plan, analysis = run.manifest.mtp.plan if run.manifest.mtp else None, run.manifest.analysis
+        return cls(shown, wishes_of(plan, analysis.max if analysis else 0)) if plan else cls(shown)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +15,10 @@ from sparkctl.manifest.store import Run
 from sparkctl.merge.seal import sealed_as
 from sparkctl.model import mtp
 from sparkctl.mtp.inject import ServedSeal
-from sparkctl.steps.injection import FOLDER as SERVED
+from sparkctl.steps.injection import recorded
 from sparkctl.steps.inputs import TOKENS, analyze_command, recommend_command
 from sparkctl.steps.merge import FOLDERS, TABLES, Request
+from sparkctl.steps.mtp_training import Request as HeadRequest
 from sparkctl.steps.training import Job, check_fresh, complete, planned
 from sparkctl.words import counted, here, quoted
 
@@ -164,12 +166,9 @@ def _heads(run: Run, shown: Path, merged: Step) -> list[Step]:
     may = manifest.model and manifest.model.model_type in mtp.TYPES and manifest.merge
     if manifest.mtp is None and not may:
         return []
-    steps = [_head(run, manifest.mtp, merged, f"sparkctl mtp train {quoted(shown)}")]
+    steps = [_head(run, manifest.mtp, merged, HeadRequest.recorded(run, shown).again())]
     if manifest.served:
-        mend = f"sparkctl mtp inject {quoted(shown)} --mode {manifest.served.mode}"
-        if manifest.served.folder != SERVED:
-            mend += f" --out {quoted(here(run.resolve(manifest.served.folder)))}"
-        steps.append(_served(run, manifest.served, merged, steps[0], mend))
+        steps.append(_served(run, manifest.served, merged, steps[0], recorded(run, shown, manifest.served).again))
     return steps
 
 
@@ -202,16 +201,16 @@ def _another_model(run: Run, digest: str | None, merged: Step) -> str:
     return "; the merged model is another one by now" if seal and digest not in (None, seal.digest) else ""
 
 
-def _served(run: Run, table: ServedTable, merged: Step, head: Step, mend: str) -> Step:
-    folder = run.resolve(table.folder)
+def _served(run: Run, table: ServedTable, merged: Step, head: Step, again: Callable[..., str]) -> Step:
+    folder, mend = run.resolve(table.folder), again("--force")
     detail = f"{table.mode} head, {counted(table.draft_length, 'token')} to draft → {here(folder)}"
     if sealed_as(folder, table.made_from, ServedSeal) is None:
-        return Step("mtp inject", "stale", detail, f"{mend} --force", "; the folder is not what was written")
+        return Step("mtp inject", "stale", detail, mend, "; the folder is not what was written")
     own = run.manifest.merge is not None and table.model == run.manifest.merge.folder
     if own and (problem := _another_model(run, table.merged, merged)):
-        return Step("mtp inject", "stale", detail, f"{mend} --force", problem)
+        return Step("mtp inject", "stale", detail, mend, problem)
     if table.mode == "trained" and head.status == "stale":
-        return Step("mtp inject", "stale", detail, f"{mend} --force", "; the head is stale")
+        return Step("mtp inject", "stale", detail, mend, "; the head is stale")
     return Step("mtp inject", "done", detail)
 
 

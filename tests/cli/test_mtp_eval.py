@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from sparkctl.cli.app import run as sparkctl
 from sparkctl.demo.chats import held_out_questions
 from sparkctl.demo.model import write_model
+from sparkctl.files import sha256_file
 from sparkctl.manifest.schema import MtpTable
 from sparkctl.manifest.store import Run
 from sparkctl.mtp import accept
@@ -61,10 +62,20 @@ def names(rows: list[dict[str, Any]]) -> list[str]:
     return [row["name"] for row in rows]
 
 
-def with_table(run: Run) -> None:
-    """What `mtp train` writes first."""
+def with_head(run: Run, **of: int) -> Path:
+    """A head as `mtp train` leaves it; what was measured stays written down."""
+    path = heads.head_file(run.root / "mtp" / "head.safetensors", **of)
+    noted(run, path)
+    return path
+
+
+def noted(run: Run, path: Path) -> None:
+    before = Run.open(run.root).manifest.mtp
     with run.edit() as manifest:
-        manifest.mtp = MtpTable(mode="trained", made_from="test")
+        manifest.mtp = MtpTable(
+            mode="trained", head="mtp/head.safetensors", digest=sha256_file(path), made_from="test",
+            acceptance=before.acceptance if before else [],
+        )  # fmt: skip
 
 
 def test_rows_before_and_after_tuning(run: Run, said: Said) -> None:
@@ -109,8 +120,7 @@ def asked(tokenizer: Any, question: str, answer: str) -> tuple[np.ndarray, np.nd
 
 
 def test_three_rows_are_recorded_and_stay_true(run: Run, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_table(run)
-    heads.head_file(run.root / "mtp" / "head.safetensors")
+    with_head(run)
     first = answer(said)
     assert names(first["rows"]) == [BASE, SHIPPED, TRAINED]
     table = Run.open(run.root).manifest.mtp
@@ -127,8 +137,7 @@ def test_three_rows_are_recorded_and_stay_true(run: Run, said: Said, monkeypatch
 
 
 def test_another_head_is_measured_anew_and_only_it(run: Run, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_table(run)
-    file = heads.head_file(run.root / "mtp" / "head.safetensors")
+    with_head(run)
     first, asked, measure = answer(said), [], accept.measure
 
     def watched(subjects: Any, *rest: Any) -> Any:
@@ -136,7 +145,7 @@ def test_another_head_is_measured_anew_and_only_it(run: Run, said: Said, monkeyp
         return measure(subjects, *rest)
 
     monkeypatch.setattr(accept, "measure", watched)
-    heads.head_file(file, seed=6)
+    with_head(run, seed=6)
     second = answer(said)
     assert asked == [TRAINED]
     assert second["rows"][:2] == first["rows"][:2]
@@ -149,10 +158,10 @@ def test_another_head_is_measured_anew_and_only_it(run: Run, said: Said, monkeyp
 
 
 def test_the_bases_head_kept_by_training_is_no_trained_head(run: Run, said: Said, qwen35_folder: Path) -> None:
-    with_table(run)
     path = run.root / "mtp" / "head.safetensors"
     path.parent.mkdir()
     save_file(load_file(qwen35_folder / "model-mtp.safetensors"), path)
+    noted(run, path)
     found = answer(said)
     assert names(found["rows"]) == [BASE, SHIPPED]
     assert found["notes"] == [NOT_HELPED]
@@ -176,11 +185,11 @@ def test_a_row_a_person_reads(run: Run, said: Said) -> None:
 
 
 def test_dry_run_measures_nothing(run: Run, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_table(run)
+    with_head(run)
     monkeypatch.setattr(accept, "measure", None)
     before = (run.root / "run.toml").read_bytes()
     found = answer(said, "--dry-run")
-    assert (found["rows"], found["wanted"]) == ([], [BASE, SHIPPED])
+    assert (found["rows"], found["wanted"]) == ([], [BASE, SHIPPED, TRAINED])
     assert (run.root / "run.toml").read_bytes() == before
 
 
@@ -208,7 +217,7 @@ def test_without_held_out_examples(run: Run, said: Said) -> None:
 
 
 def test_a_trained_head_of_other_dimensions(run: Run, said: Said) -> None:
-    heads.head_file(run.root / "mtp" / "head.safetensors", ffn=32)
+    with_head(run, ffn=32)
     assert "other dimensions" in refused(said, 1)
 
 
@@ -218,4 +227,24 @@ def test_a_base_without_a_head_is_skipped(tmp_path: Path, said: Said, monkeypatc
     found = answer(said)
     assert found["rows"] == []
     assert "has no MTP head" in found["skipped"]
-    assert Run.open(made.root).manifest.mtp is None
+    table = Run.open(made.root).manifest.mtp
+    assert table
+    assert (table.mode, table.skipped) == ("skipped", found["skipped"])
+
+
+def test_a_head_that_no_ended_training_wrote_is_no_trained_one(run: Run, said: Said) -> None:
+    """The one before is still there while another is trained; or the file was changed."""
+    path = with_head(run)
+    with run.edit() as manifest:
+        assert manifest.mtp
+        manifest.mtp.mode, manifest.mtp.head, manifest.mtp.digest = "training", None, None
+    found = answer(said)
+    assert names(found["rows"]) == [BASE, SHIPPED]
+    assert found["notes"] == [
+        "no row for a trained head: its training has not ended, `sparkctl mtp train r1` goes on with it"
+    ]
+    noted(run, path)
+    assert names(answer(said)["rows"]) == [BASE, SHIPPED, TRAINED]
+    heads.head_file(path, seed=7)
+    note = answer(said)["notes"][0]
+    assert "`r1/mtp/head.safetensors` is not what `mtp train` wrote there, `sparkctl mtp train r1 --force`" in note

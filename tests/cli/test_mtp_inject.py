@@ -197,6 +197,28 @@ def test_a_folder_of_another_tool(run: Run, said: Said, tmp_path: Path) -> None:
     assert "another model" in refused(said, 2, "r1", "--mode", "default", "--into", "other", "--out", "default")
 
 
+def test_show_names_the_command_that_wrote_it(run: Run, said: Said, tmp_path: Path) -> None:
+    """Into which model, with whose head, where."""
+    from sparkctl.steps.show import show
+
+    tiny.hybrid(tmp_path / "other", seed=4)
+    written = ["r1", "--mode", "default", "--into", "other", "--from", "base", "--out", "made"]
+    for command in (written, [*written[:5], "--out", "made"], ["r1", "--mode", "default", "--from", "other2"]):
+        if "other2" in command:
+            tiny.qwen35(tmp_path / "other2", seed=9)
+        inject(*command, "--force")
+        served = Path(command[-1] if "--out" in command else "r1/served")
+        next(served.glob("model-mtp*")).unlink()
+        step = show(Path("r1")).steps[-1]
+        assert (step.name, step.problem) == ("mtp inject", "; the folder is not what was written")
+        assert step.mend
+        words = step.mend.split()
+        assert words[-1] == "--force"
+        assert set(words) >= set(command) - {"--from", "base"}
+        assert sparkctl(words[1:]) == 0
+        assert show(Path("r1")).steps[-1].problem != step.problem
+
+
 def test_the_head_of_a_hub_model(hub: HubServer, run: Run, said: Said, tmp_path: Path) -> None:
     upstream = heads.rebuilt(tiny.qwen35(tmp_path / "made", seed=9), tmp_path / "upstream", 1)
     commit = hub.publish("org/up", upstream)
@@ -277,6 +299,8 @@ def test_a_base_without_a_head_is_skipped_until_one_is_named(
         manifest.model.model_type = "qwen3_5_text"
     assert sparkctl(["merge", "r1"]) == 0
     assert "has no MTP head" in answer(said, *DEFAULT)["skipped"]
+    inject(*DEFAULT)
+    assert "hint: sparkctl mtp inject r1 --mode default --from HUB_ID\n" in said.readouterr().err
     assert "has no MTP head" in answer(said, *TRAINED)["skipped"]
     mtp = Run.open(run.root).manifest.mtp
     assert mtp

@@ -132,10 +132,44 @@ def test_killed_between_training_and_measuring_only_that_is_done(
 
     with monkeypatch.context() as patch:
         patch.setattr("sparkctl.steps.mtp_eval.measure", killed)
-        assert sparkctl(["mtp", "train", "r1", *FEW]) == 130
+        assert sparkctl(["mtp", "train", "r1", *FEW, "--force"]) == 130
+    hint = capsys.readouterr().err.rpartition("hint: ")[2].split()
+    assert hint == ["sparkctl", "mtp", "train", "r1", *hint[4:]]
+    assert "--force" not in hint
     assert Run.open(run.root).manifest.mtp.mode == "training"
     monkeypatch.setattr(HeadEngine, "micro_step", killed)
-    assert answer(capsys)["mtp"]["mode"] in ("trained", "shipped")
+    assert sparkctl(hint[1:]) == 0
+    assert Run.open(run.root).manifest.mtp.mode in ("trained", "shipped")
+
+
+def test_the_hint_of_an_interrupted_training_goes_on_with_it(
+    run: Run, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one of `show`, which knows the options by the plan alone; a bare `mtp train` is refused."""
+    micro_step, calls = HeadEngine.micro_step, 0
+
+    def stopped(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise Interrupted("stopped", "again", 15)
+        return micro_step(*arguments)
+
+    others = ("--steps", "2", "--loss", "ce", "--learning-rate", "0.0003", "--pack-length", "48", "--max-steps", "6")
+    with monkeypatch.context() as patch:
+        patch.setattr(HeadEngine, "micro_step", stopped)
+        assert sparkctl(["mtp", "train", "r1", *others]) == 143
+    capsys.readouterr()
+    assert sparkctl(["show", "r1"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    hint = "sparkctl mtp train r1" + shown.partition("sparkctl mtp train r1")[2].partition("0.0003")[0] + "0.0003"
+    for options in ("--steps 2", "--loss ce", "--pack-length 48", "--max-steps 6"):
+        assert options in hint
+    assert sparkctl(["mtp", "train", "r1"]) == 2
+    assert sparkctl([*hint.split()[1:], "--prompts", "4"]) == 0
+    table = Run.open(run.root).manifest.mtp
+    assert table
+    assert (table.mode in ("trained", "shipped"), len(table.resumes)) == (True, 1)
 
 
 def test_another_plan_or_another_model_begins_anew_only_when_forced(run: Run, capsys: Said) -> None:
