@@ -197,28 +197,6 @@ def test_a_folder_of_another_tool(run: Run, said: Said, tmp_path: Path) -> None:
     assert "another model" in refused(said, 2, "r1", "--mode", "default", "--into", "other", "--out", "default")
 
 
-def test_show_names_the_command_that_wrote_it(run: Run, said: Said, tmp_path: Path) -> None:
-    """Into which model, with whose head, where."""
-    from sparkctl.steps.show import show
-
-    tiny.hybrid(tmp_path / "other", seed=4)
-    written = ["r1", "--mode", "default", "--into", "other", "--from", "base", "--out", "made"]
-    for command in (written, [*written[:5], "--out", "made"], ["r1", "--mode", "default", "--from", "other2"]):
-        if "other2" in command:
-            tiny.qwen35(tmp_path / "other2", seed=9)
-        inject(*command, "--force")
-        served = Path(command[-1] if "--out" in command else "r1/served")
-        next(served.glob("model-mtp*")).unlink()
-        step = show(Path("r1")).steps[-1]
-        assert (step.name, step.problem) == ("mtp inject", "; the folder is not what was written")
-        assert step.mend
-        words = step.mend.split()
-        assert words[-1] == "--force"
-        assert set(words) >= set(command) - {"--from", "base"}
-        assert sparkctl(words[1:]) == 0
-        assert show(Path("r1")).steps[-1].problem != step.problem
-
-
 def test_the_head_of_a_hub_model(hub: HubServer, run: Run, said: Said, tmp_path: Path) -> None:
     upstream = heads.rebuilt(tiny.qwen35(tmp_path / "made", seed=9), tmp_path / "upstream", 1)
     commit = hub.publish("org/up", upstream)
@@ -248,19 +226,6 @@ def test_the_record_follows_a_run_that_moves(run: Run, tmp_path: Path) -> None:
     moved = Run.open(Path(shutil.move("r1", "deep/r1"))).manifest.served
     assert moved
     assert (moved.model, moved.folder, moved.source) == ("../../other", "../../out", "../../base")
-
-
-def test_a_copied_run_has_no_merged_model_but_its_own(run: Run, said: Said, tmp_path: Path) -> None:
-    """The run that it was copied from is still there."""
-    shutil.copytree("r1", "r2")
-    shutil.rmtree("r2/merged")
-    for command in (["inject", "r2", "--mode", "default"], ["eval", "r2"]):
-        said.readouterr()
-        assert sparkctl(["mtp", *command]) == 2
-        text = said.readouterr().err
-        assert "error: `r2/merged` is gone" in text
-        assert "hint: sparkctl merge r2 --force" in text
-    assert not Path("r2/served").exists()
 
 
 def test_a_base_of_another_family_is_skipped(
