@@ -188,9 +188,9 @@ def _write_shards(
             continue
         if link and _linked(shard.file.path, path):
             task.advance(shard.bytes)
-            yield shard.name, before or SealedFile(size=shard.bytes, sha256=sha256_file(path))
-            continue
-        after = _written(_content(shard.file.path), path, task)
+            after = SealedFile(size=path.stat().st_size, sha256=sha256_file(path))
+        else:
+            after = _written(_content(shard.file.path), path, task)
         if before and before != after:
             raise SparkError(
                 f"`{shard.file.path}` is not what was written there: its digest is another",

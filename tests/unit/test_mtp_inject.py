@@ -154,12 +154,15 @@ def test_a_link_leads_to_the_file_and_not_to_a_link(qwen35_folder: Path, head: P
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
-def test_a_body_that_is_not_what_its_seal_says(qwen35_folder: Path, head: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("link", [False, True])
+def test_a_body_that_is_not_what_its_seal_says(qwen35_folder: Path, head: Path, link: bool, tmp_path: Path) -> None:
     target = read_target(qwen35_folder)
     name = target.shards[0].file.path.name
     wrong = {name: SealedFile(size=target.shards[0].bytes, sha256="0" * 64)}
     with pytest.raises(SparkError, match="is not what was written there") as raised:
-        inject_head(target, from_file(head, target.head), tmp_path / "out", known=wrong, finish=lambda *_: None)
+        inject_head(
+            target, from_file(head, target.head), tmp_path / "out", known=wrong, link=link, finish=lambda *_: None
+        )
     assert raised.value.hint
     assert not (tmp_path / "out").exists()
 
