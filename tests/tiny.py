@@ -61,14 +61,16 @@ def hybrid(folder: Path, *, seed: int = 0, **changes: object) -> Path:
     return folder
 
 
-def qwen35(folder: Path, *, seed: int = 0, max_shard_size: str = "60KB", template: str | None = CHATML) -> Path:
-    """A multimodal Qwen3.5 of about 0.2 M parameters in at least three shards."""
+def qwen35(
+    folder: Path, *, seed: int = 0, max_shard_size: str = "60KB", template: str | None = CHATML, **changes: object
+) -> Path:
+    """A multimodal Qwen3.5 of about 0.2 M parameters in at least three shards; `changes` go into its text part."""
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
     torch.manual_seed(seed)
-    text = text_settings()
+    text = text_settings(**changes)
     vision = dict(
         depth=2, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=32, num_position_embeddings=16,
         patch_size=4, spatial_merge_size=2, temporal_patch_size=2,

@@ -51,6 +51,7 @@ class NativeModel:
         self.layers: list[Layer] = [halves(layer, self.projections, offset) for layer in text.layers]
         self.final = Norm(text.norm, offset)
         self.embedding: nn.Parameter = text.embed_tokens.weight
+        self.padding: int | None = text.embed_tokens.padding_idx
         self.master: nn.Parameter = model.lm_head.weight
         self.head = self.projections.copied(self.master) if self.master.dtype != dtype else self.master.detach()
         self.rotary = text.rotary_emb
@@ -169,7 +170,12 @@ class NativeModel:
         return loss, d_rows
 
     def _embedding_gradient(self, ids: torch.Tensor, d_TD: torch.Tensor) -> None:
-        """Add each token's row; where the head is tied its gradient is there already."""
+        """Add each token's row; where the head is tied its gradient is there already. Changes d.
+
+        Rows of the padding token add nothing, wherever it stands in a document: torch's embedding leaves them out.
+        """
+        if self.padding is not None:
+            d_TD.masked_fill_((ids == self.padding)[:, None], 0)
         if self.embedding.grad is None:
             add_gradient(self.embedding, torch.zeros_like(self.embedding))
         assert self.embedding.grad is not None
