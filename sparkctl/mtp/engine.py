@@ -24,6 +24,7 @@ from sparkctl.manifest.table import HeadLoss
 from sparkctl.mtp.drafter import Drafter, Tensor
 from sparkctl.train.engines.native.engine import describe_ways, has_labels, pinned
 from sparkctl.train.engines.native.model import label_rows
+from sparkctl.train.engines.native.projections import Left
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -56,6 +57,7 @@ class HeadEngine:
         self.weights = step_weights(steps, decay)
         self._trained = drafter.head.published()
         self._stale = True  # an optimiser may have written to the masters since they were rounded
+        self._left = Left()
 
     def parameters(self) -> dict[str, Parameter]:
         """The 15 masters by their published names."""
@@ -66,7 +68,8 @@ class HeadEngine:
         if not has_labels(pack):
             self._stale = True  # the other ranks' gradients move this one's masters too
             return self._nothing()
-        if next(iter(self._trained.values())).grad is None:  # else an optimiser is still waited for
+        one = next(iter(self._trained.values()))
+        if not self._left.untouched(one.grad):  # else an optimiser is still waited for
             self._refresh()
         self._stale = True
         hidden, at = self.drafter.hidden(pack), self._places(pack)
@@ -75,6 +78,7 @@ class HeadEngine:
         gradients = [torch.zeros_like(state) for state in states]
         loss = self._losses(at, hidden, [state.detach() for state in states], gradients, scale)
         torch.autograd.backward(states, gradients)
+        self._left.note(one.grad)
         return loss
 
     @torch.no_grad()

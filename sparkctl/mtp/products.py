@@ -8,10 +8,12 @@ backward runs once, since it writes over what was kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
-from sparkctl_kernels.gemm import add_product, product
+from sparkctl_kernels.gemm import product
+from sparkctl_kernels.lora_linear.layer import Together
 from sparkctl_kernels.silu_mul import op as silu_mul
 from torch import nn
 
@@ -27,7 +29,9 @@ class Product:
         self.weights, self.rows = list(weights), [len(weight) for weight in weights]
         first = self.weights[0]
         self.copy = torch.empty(sum(self.rows), first.shape[1], dtype=dtype, device=first.device)
-        self._total: Tensor | None = None  # fp32 like the copy: each `.grad` is a part
+        ends = list(accumulate(self.rows))
+        self._slices = [slice(end - count, end) for end, count in zip(ends, self.rows, strict=True)]
+        self._gradients = Together()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -37,13 +41,7 @@ class Product:
 
     def add_gradient(self, dy_TM: Tensor, x_TD: Tensor) -> None:
         """Add dyᵀ·x to the masters' `.grad`."""
-        add = self.weights[0].grad is not None
-        if self._total is None:
-            self._total = torch.empty(self.copy.shape, dtype=torch.float32, device=self.copy.device)
-        add_product(self._total, dy_TM.T, x_TD, add=add)
-        if not add:
-            for weight, part in zip(self.weights, self._total.split(self.rows), strict=True):
-                weight.grad = part
+        self._gradients.add(dy_TM, x_TD, self.weights, self._slices)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         out: Tensor = _Product.apply(x_TD, self)

@@ -141,6 +141,20 @@ def test_a_rank_without_work_reads_its_masters_again(qwen35_folder: Path) -> Non
     assert losses[0] == losses[1] != before[0]
 
 
+def test_whatever_gradients_are_there_are_added_to(qwen35_folder: Path) -> None:
+    trained, one = engine(qwen35_folder), pack()
+    trained.micro_step(one, 1.0)
+    kept = {name: parameter.grad for name, parameter in trained.parameters().items()}
+    once = {name: gradient.clone() for name, gradient in kept.items()}
+    for given in (torch.zeros_like, torch.ones_like):
+        for parameter in trained.parameters().values():
+            parameter.grad = given(parameter)
+        trained.micro_step(one, 1.0)
+        for name, parameter in trained.parameters().items():
+            assert torch.allclose(parameter.grad, once[name] + given(parameter), atol=1e-5), name
+    assert all(torch.equal(kept[name], once[name]) for name in kept)
+
+
 def test_a_pack_without_labels_counts_nothing(qwen35_folder: Path) -> None:
     trained = engine(qwen35_folder)
     nothing = Pack([Document(0, np.arange(5, dtype=np.int32), np.zeros(5, dtype=bool))], 5, 0)

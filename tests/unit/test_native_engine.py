@@ -216,6 +216,44 @@ def test_two_micro_steps_add_up(qwen35_folder: Path, mode: dict) -> None:
     assert all(torch.equal(again[n], once[n]) for n in once)
 
 
+@pytest.mark.parametrize("given", ["zeros", "ones", "copies", "some"])
+def test_whatever_gradients_are_there_are_added_to(qwen35_folder: Path, mode: dict, given: str) -> None:
+    """Zeros of an optimiser that keeps its tensors, sums that another hand put there, nothing for every other one."""
+    made, packs = engine(native.load, qwen35_folder, **mode), [pack(*ready.documents(3, seed=n)) for n in range(2)]
+    _, once = gradients(made, packs[:1])
+    parameters = made.parameters()
+    for number, (name, parameter) in enumerate(parameters.items()):
+        if given == "zeros":
+            parameter.grad = torch.zeros_like(parameter) if number % 2 else parameter.grad.zero_()
+        elif given == "some" and number % 2:
+            parameter.grad = None
+        else:
+            parameter.grad = once[name].clone() if given == "copies" else torch.ones_like(parameter)
+    before = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in parameters.items()}
+    for _ in range(2):
+        made.micro_step(packs[0], 1 / packs[0].labels)
+    found = {name: parameter.grad for name, parameter in parameters.items()}
+    assert distance(found, {name: before[name] + 2 * once[name] for name in once}) < EXACT
+
+
+def test_a_gradient_that_was_kept_stays_as_it_was(qwen35_folder: Path, mode: dict) -> None:
+    made, packs = engine(native.load, qwen35_folder, **mode), [pack(*ready.documents(3, seed=n)) for n in range(2)]
+    _, first = gradients(made, packs[:1])
+    kept = {name: parameter.grad for name, parameter in made.parameters().items()}
+    gradients(made, packs[1:])
+    assert all(torch.equal(kept[name], first[name]) for name in first)
+
+
+def test_masters_are_read_again_after_a_step_whose_gradients_are_set_to_zero(qwen35_folder: Path, mode: dict) -> None:
+    made, one = engine(native.load, qwen35_folder, **mode), pack(*ready.documents(3))
+    adamw = torch.optim.AdamW(made.parameters().values(), lr=1e-2, fused=True)  # leaves no trace in a version
+    for _ in range(2):
+        loss = float(made.micro_step(one, 1 / one.labels))
+        adamw.step()
+        adamw.zero_grad(set_to_none=False)
+    assert float(made.micro_step(one, 1 / one.labels)) == float(made.eval_sum(one)) < loss
+
+
 def test_checkpointing_gives_the_same_bits(qwen35_folder: Path, mode: dict) -> None:
     packs = [pack(*ready.documents(3))]
     plain = gradients(engine(native.load, qwen35_folder, dtype=torch.bfloat16, **mode), packs)

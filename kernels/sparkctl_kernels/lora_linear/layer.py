@@ -65,7 +65,7 @@ class SharedInputLinear:
         self.weight = torch.zeros(sum(self.outputs), self.width + self.ranks, dtype=dtype, device=device)
         biased = any(p.bias is not None for p in projections)
         self.bias = torch.zeros(sum(self.outputs), dtype=dtype, device=device) if biased else None
-        self._together: torch.Tensor | None = None  # gradients of the A's or of the weights: each `.grad` is a part
+        self._gradients = Together()  # of the A's or of the weights
         self._fill()
 
     def copies(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
@@ -112,7 +112,7 @@ class SharedInputLinear:
     ) -> None:
         """Add to every master's fp32 `.grad`: x [T, K] the input, u and du from forward and input_gradient."""
         if u is not None and du is not None:
-            self._add_together(du, x, [p.lora_a for p in self.projections], self.columns)
+            self._gradients.add(du, x, [p.lora_a for p in self.projections], self.columns)
             for p, rows, columns in zip(self.projections, self.rows, self.columns, strict=True):
                 if p.lora_b is not None:
                     add = p.lora_b.grad is not None
@@ -120,24 +120,10 @@ class SharedInputLinear:
                         p.lora_b.grad = torch.empty_like(p.lora_b)
                     add_product(p.lora_b.grad, dy[:, rows].T, u[:, columns], self.scale, add=add)
         if any(p.trained for p in self.projections):
-            self._add_together(dy, x, [p.weight if p.trained else None for p in self.projections], self.rows)
+            self._gradients.add(dy, x, [p.weight if p.trained else None for p in self.projections], self.rows)
             for p, rows in zip(self.projections, self.rows, strict=True):
                 if p.trained and p.bias is not None:
                     add_gradient(p.bias, dy[:, rows].sum(0, dtype=torch.float32))
-
-    def _add_together(
-        self, d: torch.Tensor, x: torch.Tensor, masters: list[torch.Tensor | None], parts: list[slice]
-    ) -> None:
-        """dᵀ·x for all masters in one GEMM; each has its rows of the result as `.grad`, which lives as long as they."""
-        present = [master for master in masters if master is not None]
-        add = present[0].grad is not None
-        if self._together is None:
-            self._together = torch.empty(d.shape[1], self.width, dtype=torch.float32, device=d.device)
-        add_product(self._together, d.T, x, add=add)
-        if not add:
-            for master, part in zip(masters, parts, strict=True):
-                if master is not None:
-                    master.grad = self._together[part]
 
     @torch.no_grad()
     def _fill(self) -> None:
@@ -148,6 +134,41 @@ class SharedInputLinear:
                 p.weight.data = place
             if p.bias is not None and self.bias is not None:
                 self.bias[rows] = p.bias.to(self.dtype)
+
+
+class Together:
+    """fp32 gradients of masters that share an input x [T, K]: parts of one tensor, which one GEMM adds to."""
+
+    def __init__(self) -> None:
+        self._whole: torch.Tensor | None = None
+        self._parts: list[torch.Tensor | None] = []  # a master's rows of it: its `.grad`, until somebody puts another
+
+    def add(
+        self, d_TN: torch.Tensor, x_TK: torch.Tensor, masters: Sequence[torch.Tensor | None], rows: Sequence[slice]
+    ) -> None:
+        """Add its rows of dᵀ·x to the `.grad` of each master that is one.
+
+        Where there is none the tensor is made anew, since somebody may have kept the last one. What was not made here
+        is added to afterwards.
+        """
+        present = [master for master in masters if master is not None]
+        if all(master.grad is None for master in present):
+            self._whole, self._parts = None, []  # the new one may take its place
+            self._whole = _weight_gradient(d_TN, x_TK)
+            self._parts = [self._whole[own] if m is not None else None for m, own in zip(masters, rows, strict=True)]
+            for master, part in zip(masters, self._parts, strict=True):
+                if master is not None:
+                    master.grad = part
+        elif self._whole is not None and self._made(masters):
+            add_product(self._whole, d_TN.T, x_TK)
+        else:
+            whole = _weight_gradient(d_TN, x_TK)
+            for master, own in zip(masters, rows, strict=True):
+                if master is not None:
+                    add_gradient(master, whole[own])
+
+    def _made(self, masters: Sequence[torch.Tensor | None]) -> bool:
+        return all(m is None or m.grad is part for m, part in zip(masters, self._parts, strict=True))
 
 
 class Copies:
@@ -176,6 +197,13 @@ def add_gradient(master: torch.Tensor, gradient: torch.Tensor) -> None:
         master.grad = gradient.view(master.shape)
     else:
         master.grad += gradient.view(master.shape)
+
+
+def _weight_gradient(d_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
+    """dᵀ·x in fp32."""
+    out = torch.empty(d_TN.shape[1], x_TK.shape[1], dtype=torch.float32, device=d_TN.device)
+    add_product(out, d_TN.T, x_TK, add=False)
+    return out
 
 
 def _slices(sizes: list[int]) -> list[slice]:

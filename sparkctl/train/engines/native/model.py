@@ -111,6 +111,7 @@ class NativeModel:
                 low = half.backward(d, low, keeps.pop(), inputs.place, bottom)
         if self.embedding.requires_grad:
             self._embedding_gradient(inputs.ids, d)
+        self.projections.leave()
         return loss
 
     def _refresh(self) -> None:

@@ -9,6 +9,22 @@ from sparkctl_kernels.lora_linear.layer import Copies, Projection, SharedInputLi
 from torch import nn
 
 
+class Left:
+    """A gradient as the last micro-step left it. Whoever steps writes to it: None, zeros, or what was clipped."""
+
+    def __init__(self) -> None:
+        self._gradient: torch.Tensor | None = None
+        self._version = 0
+
+    def note(self, gradient: torch.Tensor | None) -> None:
+        """So it is left."""
+        self._gradient, self._version = gradient, 0 if gradient is None else gradient._version
+
+    def untouched(self, gradient: torch.Tensor | None) -> bool:
+        """Whether there is one, and nobody has written to it since."""
+        return gradient is not None and gradient is self._gradient and gradient._version == self._version
+
+
 class Projections:
     """Makes the engine's linear layers and remembers them, so that all can be refreshed after an optimiser step.
 
@@ -22,6 +38,7 @@ class Projections:
         self._adapters, self._scale, self._trained, self._dtype = adapters, scale, trained, dtype
         self._copies: list[tuple[torch.Tensor, torch.Tensor, float]] = []
         self._versions: list[int] = []
+        self._left = Left()
         self._rounding: Copies | None = None  # made when the last layer is
 
     def shared(self, *linears: nn.Linear) -> SharedInputLinear:
@@ -43,7 +60,16 @@ class Projections:
     @property
     def accumulating(self) -> bool:
         """Whether gradients wait for an optimiser, which then has not written since they were begun."""
-        return bool(self._copies) and self._copies[0][1].grad is not None
+        return self._left.untouched(self._gradient)
+
+    def leave(self) -> None:
+        """A micro-step has ended."""
+        self._left.note(self._gradient)
+
+    @property
+    def _gradient(self) -> torch.Tensor | None:
+        """One that every micro-step adds to."""
+        return self._copies[0][1].grad if self._copies else None
 
     def refresh(self, stale: bool) -> None:
         """Bring the compute copies up to date with the masters, where `stale` or somebody has written to them since.
