@@ -15,7 +15,7 @@ from sparkctl.manifest.store import Run, now
 from sparkctl.train import state
 from sparkctl.train.optim import Optimizer
 
-LORA = Lora(r=4, alpha=4)
+LORA = Lora(r=4, alpha=6)
 
 
 def trained_run(root: Path, model: Path, *, steps: tuple[int, ...] = (3, 6), parent: Run | None = None) -> Run:

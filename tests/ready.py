@@ -33,7 +33,7 @@ def plan(**changes: Any) -> PlanTable:
     )  # fmt: skip
     values |= changes
     if values["mode"] == "lora":
-        values.setdefault("lora", Lora(r=4, alpha=4))
+        values.setdefault("lora", Lora(r=4, alpha=6))  # a scale that is not 1
     return PlanTable(**values)
 
 

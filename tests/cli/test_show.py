@@ -268,7 +268,7 @@ def test_one_value_for_a_script(trained: Run, say: Say) -> None:
     assert say("show", trained.root, "--get", "plan.mode") == "lora\n"
     assert say("show", trained.root, "--get", "plan.checkpointing") == "false\n"
     assert say("show", trained.root, "--get", "resumes") == "[]\n"
-    assert json.loads(say("show", trained.root, "--get", "plan.lora")) == {"r": 4, "alpha": 4}
+    assert json.loads(say("show", trained.root, "--get", "plan.lora")) == {"r": 4, "alpha": 6}
     assert say("show", trained.root, "--get", "checkpoints.0.id") == "base\n"
     assert json.loads(say("show", trained.root, "--get", "schema", "--json")) == {
         "ok": True, "key": "schema", "value": 1,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from kernel_cases import randn
+from sparkctl_kernels.attention import op as attention
 from sparkctl_kernels.attention.reference import attention as attention_reference
 from sparkctl_kernels.causal_conv.reference import unit
 from sparkctl_kernels.dispatch import fused, interpreted
@@ -37,6 +39,24 @@ def test_a_window_of_attention_is_a_mask() -> None:
     scores = torch.einsum("qnh,knh->nqk", q, k) / 4 + mask
     truth = torch.einsum("nqk,knh->qnh", scores.softmax(-1), v)
     assert torch.allclose(attention_reference(q, k, v, [100], 30), truth, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 38, 39, 40, 41, None])
+def test_the_operator_keeps_a_window_that_is_felt(window: int | None) -> None:
+    """Of 40 tokens in the longest document: one key less is seen at 39, none at 40."""
+    torch.manual_seed(0)
+    packed = documents([3, 40, 1], CPU)
+    inputs = [randn(44, 2, 16).requires_grad_() for _ in range(3)]
+    truth = attention_reference(*inputs, packed.lengths, window)
+    do = torch.randn_like(truth)
+    wanted = torch.autograd.grad(truth, inputs, do)
+    q, k, v = (x.detach() for x in inputs)
+    found, saved = attention.forward(q, k, v, packed, window)
+    dv = torch.full_like(v, float("nan"))
+    dq, dk = attention.backward(do, saved, packed, window, dv)
+    assert all(torch.equal(a, b) for a, b in zip((found, dq, dk, dv), (truth, *wanted), strict=True))
+    unseen = attention_reference(q, k, v, packed.lengths, None)
+    assert torch.equal(truth, unseen) == (window is None or window >= 40)
 
 
 def test_documents_are_cut_into_blocks_with_most_work_first() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,14 @@ import pytest
 import ready
 import tiny
 import torch
+from gradient_cases import EXACT, distance, distances, engine, gradients, pack
 from sparkctl_kernels.dispatch import Choice
 
-from sparkctl.data.batches import Document, Pack
+from sparkctl.data.batches import Pack
 from sparkctl.data.tokens import label_count
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.train.engines import reference
 from sparkctl.train.engines.native import engine as native
-
-EXACT = 2e-5  # relative, fp32: another order of sums; observed up to 5e-6
-Engine = native.NativeEngine | reference.ReferenceEngine
-Documents = list[tuple[np.ndarray, np.ndarray]]
 
 # an epsilon that is felt, and a padding token that stands in documents as any other: torch's embedding gives it nothing
 FELT: dict[str, Any] = dict(rms_norm_eps=1e-3, pad_token_id=42)
@@ -56,46 +52,6 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(params=["lora", "full"])
 def mode(request: pytest.FixtureRequest) -> dict[str, object]:
     return {} if request.param == "lora" else {"mode": "full"}
-
-
-def pack(*documents: tuple[np.ndarray, np.ndarray]) -> Pack:
-    made = [Document(i, ids, trained) for i, (ids, trained) in enumerate(documents)]
-    return Pack(made, sum(len(d.ids) for d in made), sum(label_count(d.trained) for d in made))
-
-
-def engine(
-    load: Callable[..., Engine], folder: Path, *, dtype: torch.dtype = torch.float32, std: float = 0.3,
-    **changes: object,
-) -> Any:  # fmt: skip
-    """One whose adapters are not zero, so that every gradient is there."""
-    made = load(ready.plan(engine="native", **changes), folder, {}, dtype)
-    if "mode" not in changes:
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for parameter in made.parameters().values():
-                parameter.normal_(std=std, generator=generator)
-    return made
-
-
-def gradients(made: Engine, packs: list[Pack]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss a token and gradients of one optimiser step over these packs."""
-    for parameter in made.parameters().values():
-        parameter.grad = None
-    labels = sum(pack.labels for pack in packs)
-    loss = sum(float(made.micro_step(pack, 1 / labels)) for pack in packs) / labels
-    found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in made.parameters().items()}
-    assert all(gradient.dtype == torch.float32 for gradient in found.values())
-    return loss, found
-
-
-def distances(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, float]:
-    assert list(a) == list(b)
-    return {n: float((a[n] - b[n]).norm() / b[n].norm().clamp_min(1e-6)) for n in a}
-
-
-def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The largest relative difference of a tensor."""
-    return max(distances(a, b).values())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

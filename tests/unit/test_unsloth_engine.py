@@ -164,7 +164,7 @@ def test_what_unsloth_is_asked_for(installed: Callable[..., Any], qwen35_folder:
         base, adapters = modules["unsloth"].calls[-2:]
         assert base["use_gradient_checkpointing"] == adapters["use_gradient_checkpointing"] == word
         assert (base["load_in_4bit"], base["full_finetuning"], base["text_only"]) == (False, False, True)
-        assert (adapters["r"], adapters["lora_alpha"]) == (4, 4)
+        assert (adapters["r"], adapters["lora_alpha"]) == (4, 6)
     made = make_engine(ready.plan(engine="unsloth", mode="full"), qwen35_folder)
     assert modules["unsloth"].calls[-1]["full_finetuning"] is True
     assert made.describe()[0] == ("engine", "unsloth 2026.10.9: its model and patches, one document a row")
