@@ -99,8 +99,11 @@ def bucket(tokens: int) -> int:
 
 
 def _way(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None, scale: float, add: bool) -> Way | None:
-    """The way that is pinned for this product; None: as ever. An fp32 total is one product, begun anew or added to."""
-    if not fused(a):
+    """The way that is pinned for this product; None: as ever. An fp32 total is one product, begun anew or added to.
+
+    Of fp32 operands, which proofs alone have, a GPU has no other way than torch's.
+    """
+    if not fused(a) or (a.is_cuda and a.dtype == torch.float32):
         return None
     key = Product.of(a, b, add and c is not None and c.dtype == a.dtype)
     if watch is not None:
