@@ -1,5 +1,7 @@
-"""A training of the native engine in fp32, as one of the processes that torchrun starts: python -m torch.distributed.run
---nproc-per-node 2 tests/ranked.py MODEL FOLDER MODE"""
+"""A training of the native engine in fp32, as one of the processes that torchrun starts.
+
+python -m torch.distributed.run --nproc-per-node 2 tests/ranked.py MODEL FOLDER MODE
+"""
 
 from __future__ import annotations
 

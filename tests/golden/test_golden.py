@@ -1,5 +1,9 @@
 """Twenty steps of the tiny hybrid give the same losses to the last digit, on each kind of machine that has a file here.
 
+On another kind they are near those of a file that is here: bf16 rounds otherwise there, and a training goes its own way
+from then on. Seen on one machine between AVX-512, AVX2 and neither: 1.0e-3 in five steps, in twenty 1.5e-3 with
+adapters and 9.0e-3 trained whole, which says little: there the first steps alone are compared.
+
 `python tests/golden/test_golden.py` writes this machine's file: after a change that is meant to change numbers.
 """
 
@@ -33,6 +37,8 @@ def kind() -> str:
     return "-".join(["cpu", *filter(None, parts), "torch" + torch.__version__.split("+")[0]]).lower()
 
 
+EARLY, NEAR = 2e-3, 3e-3  # relative: of five steps, of twenty
+FIRST = 6  # numbers: the held-out loss at the start, and those of five steps
 ENGINES = ("reference", "native")
 
 
@@ -67,15 +73,17 @@ def _one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_losses_are_equal_to_the_digit(mode: str, engine: str, qwen35_folder: Path, tmp_path: Path) -> None:
-    path = HERE / f"{kind()}.json"
+    here = HERE / f"{kind()}.json"
     got = losses(qwen35_folder, tmp_path / "first", engine, mode)
     assert len(got) == STEPS + 2
     assert got[-1] < got[0] - 0.1
-    if path.exists():
-        wanted = json.loads(path.read_text())[engine][mode]
-    else:
-        wanted = losses(qwen35_folder, tmp_path / "second", engine, mode)
-    assert got == wanted
+    if here.exists():
+        assert got == json.loads(here.read_text())[engine][mode]
+        return
+    assert got == losses(qwen35_folder, tmp_path / "second", engine, mode)
+    wanted = json.loads(min(HERE.glob("*.json")).read_text())[engine][mode]
+    assert got[:FIRST] == pytest.approx(wanted[:FIRST], rel=EARLY)
+    assert mode == "full" or got == pytest.approx(wanted, rel=NEAR)
 
 
 def write(folder: Path) -> None:
