@@ -49,3 +49,24 @@ def test_positions_and_rotations_begin_anew_in_each_document(qwen35_folder: Path
     assert torch.equal(place.cos, torch.cat([one.cos for one in alone]))
     assert torch.equal(place.sin, torch.cat([one.sin for one in alone]))
     assert not torch.equal(place.cos[1], place.cos[0])
+
+
+@pytest.mark.parametrize("lengths", [[65_536], [40_000, 1, 25_535]])
+def test_tables_of_65_536_tokens(qwen35_folder: Path, lengths: list[int]) -> None:
+    """What counts tokens, at the longest pack: the tables, the rotations, the label rows. Sizes that 16 bits lose."""
+    model = engine(native.load, qwen35_folder)._model
+    documents = short(*lengths)
+    inputs = model.inputs(pack(*documents))
+    packed, total = inputs.place.documents, sum(lengths)
+    assert packed.positions.tolist() == [at for n in lengths for at in range(n)]
+    assert packed.cu_seqlens.tolist() == np.cumsum([0, *lengths]).tolist()
+    assert packed.chunk_offsets.tolist() == np.cumsum([0, *(-(-n // 64) for n in lengths)]).tolist()
+    for tables in (packed.query_blocks, packed.key_blocks):
+        for size, table in tables.items():
+            covered = sum(min(first + size, end) - first for first, _, end in table.tolist())
+            assert (covered, len(table)) == (total, sum(-(-n // size) for n in lengths))
+    assert len(inputs.rows) == total - len(lengths)
+    assert torch.equal(inputs.labels, inputs.ids[inputs.rows + 1])
+    last = torch.tensor(lengths[-1] - 1, dtype=torch.float64)
+    quickest = model.rotary.inv_freq[0].double()
+    assert float(inputs.place.cos[-1, 0]) == pytest.approx(float((last * quickest).cos()), abs=1e-4)
