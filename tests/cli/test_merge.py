@@ -71,7 +71,7 @@ def test_the_best_checkpoint_is_merged_recorded_and_served(run: Run, qwen35_fold
     halves = load_file(run.root / "checkpoints" / "step-000003" / "trainable.safetensors")
     for name in {merging.base_name(half) for half in halves}:
         a, b = (halves[name.removesuffix("weight") + f"lora_{x}.weight"].double() for x in "AB")
-        assert merging.rounded_once(after[name], before[name].double() + b @ a)
+        assert merging.rounded_once(after[name], before[name].double() + 6 / 4 * b @ a)  # alpha / r
 
 
 def test_a_second_run_is_up_to_date_until_something_changes(run: Run, said: Said) -> None:
