@@ -15,6 +15,7 @@ from sparkctl.cli import app
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.model.download import Hub
 from sparkctl.model.hub import ModelSource, is_hub_id, locate
+from sparkctl.model.token import keep_token
 
 ID, SECRET = "org/tiny", "hf_secret"
 
@@ -226,3 +227,14 @@ def test_a_file_and_a_folder_without_weights(tmp_path: Path, llama_folder: Path)
     (tmp_path / "config.json").write_text("{}")
     assert locate(str(tmp_path)).folder == tmp_path
     assert "no safetensors" in refused(str(tmp_path), weights=True).message
+
+
+def test_offline_nothing_is_asked(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our client, which keeps the token from other hosts, does what huggingface_hub's own does at each request too."""
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    keep_token(hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(errors.OfflineModeIsEnabled):
+        huggingface_hub.get_session().get(hub.url)
