@@ -14,6 +14,7 @@ from vllm_serving import Said
 from sparkctl import __version__
 
 POINTS = 0.03  # between a rate foretold and one counted
+NEXT_TO_NONE = 0.1  # tokens accepted a draft, at most, of a head that makes no sense
 HEAD = ("served", "N", "texts equal", "answers equal", "drafts", "accepted, by position", "foretold", "apart")
 
 
@@ -51,11 +52,17 @@ class Findings:
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
-    def same_model(self, name: str, draft_length: int, said: Said, foretold: list[float] | None = None) -> Row:
-        """A row whose texts are to be the reference's: its model has the same weights, whatever drafts for it."""
-        what = f"{name}, N = {draft_length}"
-        kinds = [self._compare(what, i, text) for i, text in enumerate(said.texts)]
-        same = [a == b for a, b in zip(self.reference.answers, said.answers, strict=True)]
+    def same_model(
+        self, name: str, draft_length: int, said: Said, foretold: list[float] | None = None, *,
+        as_said: Said | None = None,
+    ) -> Row:  # fmt: skip
+        """A row whose texts are to be the reference's: its model has the same weights, whatever drafts for it.
+
+        as_said: what they are to be in the reference's place.
+        """
+        what, reference = f"{name}, N = {draft_length}", as_said or self.reference
+        kinds = [self._compare(what, reference, i, text) for i, text in enumerate(said.texts)]
+        same = [a == b for a, b in zip(reference.answers, said.answers, strict=True)]
         self.problems += [f"{what}: answer {i + 1} is another" for i, equal in enumerate(same) if not equal]
         row = Row(name, draft_length, said, kinds.count("equal"), kinds.count("tied"), sum(same), foretold)
         return self._add(row)
@@ -71,6 +78,19 @@ class Findings:
             self.problems.append(f"{name}: {same} of {len(said.answers)} answers are those of the merged model")
         return self._add(Row(name, draft_length, said, answers=same, foretold=foretold))
 
+    def same_rates(self, row: Row, other: Row) -> None:
+        """Heads that compute the same have the same accepted."""
+        pairs = zip(row.said.cumulative, other.said.cumulative, strict=True)
+        if max(abs(a - b) for a, b in pairs) > POINTS:
+            counted, wanted = percent(row.said.cumulative), percent(other.said.cumulative)
+            self.problems.append(f"{row.name}, N = {row.draft_length}: {counted} accepted, {wanted} of {other.name}")
+
+    def no_sense(self, row: Row) -> None:
+        """A head that makes no sense drafts, and has next to nothing accepted."""
+        if not row.said.drafts or sum(row.said.cumulative) > NEXT_TO_NONE:
+            accepted = f"{sum(row.said.cumulative):.2f} tokens a draft were accepted"
+            self.problems.append(f"{row.name}, N = {row.draft_length}: {accepted} of {row.said.drafts} drafts")
+
     def _add(self, row: Row) -> Row:
         if row.apart > POINTS:
             counted, foretold = percent(row.said.cumulative), percent(row.foretold or [])
@@ -80,14 +100,14 @@ class Findings:
         self.rows.append(row)
         return row
 
-    def _compare(self, what: str, number: int, text: list[int]) -> Literal["equal", "tied", "other"]:
+    def _compare(self, what: str, reference: Said, number: int, text: list[int]) -> Literal["equal", "tied", "other"]:
         """Whether a text is the reference's; a tie is noted, any other difference is a problem."""
-        assert self.reference.rivals
-        at = parting(self.reference.texts[number], text)
+        assert reference.rivals
+        at = parting(reference.texts[number], text)
         if at is None:
             return "equal"
         told = f"{what}: text {number + 1} parts from the one without drafts at token {at + 1}"
-        rivals = self.reference.rivals[number]
+        rivals = reference.rivals[number]
         rival, gap = rivals[at] if at < len(rivals) else (None, float("nan"))
         if gap == 0.0 and rival == text[at]:
             self.notes.append(f"{told}, where both tokens have the same logit")

@@ -25,6 +25,7 @@ from vllm_serving import SERVING, Said, Server
 
 from sparkctl.errors import SparkError
 from sparkctl.model.audit import audit
+from sparkctl.mtp.accept import Subject
 
 TEXTS = [[5, 6, 7, 8], [5, 9, 7, 8]]
 RIVALS: list[list[tuple[int, float]]] = [[(1, 3.0), (2, 0.0), (3, 0.5), (4, 9.0)]] * 2
@@ -114,6 +115,33 @@ def test_the_smallest_lead_is_no_tie() -> None:
     assert len(found.problems) == 1
 
 
+def test_texts_may_be_held_against_another_reference() -> None:
+    found, other = findings(), said([[1, 2], [3, 4]], rivals=RIVALS, answers=[[1], [3]])
+    row = found.same_model("twin", 1, said([[1, 2], [3, 4]], answers=[[1], [3]]), as_said=other)
+    assert (row.equal, row.answers, found.problems) == (2, 2, [])
+    found.same_model("twin", 1, said(), as_said=other)
+    assert len(found.problems) == 4
+
+
+@pytest.mark.parametrize(
+    ("drafts", "accepted", "problems"), [(100, (9, 1), 0), (100, (9, 2), 1), (0, (0, 0), 1), (50, (5, 0), 0)]
+)
+def test_a_head_without_sense_has_next_to_nothing_accepted(
+    drafts: int, accepted: tuple[int, ...], problems: int
+) -> None:
+    found = findings()
+    found.no_sense(found.other_model("swapped", 2, said(drafts=drafts, accepted=list(accepted))))
+    assert len(found.problems) == problems
+
+
+@pytest.mark.parametrize(("second", "problems"), [(52, 0), (48, 0), (54, 1), (46, 1)])
+def test_the_same_head_has_the_same_accepted(second: int, problems: int) -> None:
+    found = findings()
+    rows = [found.other_model(name, 2, said(accepted=(80, n))) for name, n in (("twin", second), ("served", 50))]
+    found.same_rates(*rows)
+    assert len(found.problems) == problems
+
+
 def test_another_answer_is_a_problem_even_where_its_text_ties() -> None:
     found = findings()
     row = found.same_model("served", 1, said([[5, 2, 7, 8], TEXTS[1]], answers=[[5, 2], ANSWERS[1]]))
@@ -167,8 +195,12 @@ def test_a_run_without_a_trained_head_is_refused(tmp_path: Path, monkeypatch: py
     assert check.foretold()[vllm_check.TRAINED] == [[0.6], [0.5, 0.4]]
 
 
+ACCEPTED = {"swapped": (20, 0, 0), "dropped": (20, 0, 0), "twin-swapped": (2, 0, 0)}  # of 100 drafts, else these:
+USUAL = (80, 50, 10)
+
+
 class Standin:
-    """A server that says TEXTS, accepts 80, 50, 10 of 100 drafts and, where the head is broken, 20."""
+    """A server that says TEXTS and accepts what is ACCEPTED. faults: by folder."""
 
     def __init__(self, **faults: Said) -> None:
         self.asked: list[tuple[str, int]] = []
@@ -177,7 +209,7 @@ class Standin:
     def ask(self, name: str, model: Path, prompts: Any, tokens: int, length: int, adapter: Path | None) -> Said:
         assert tokens == vllm_check.TOKENS
         self.asked.append((name, length))
-        accepted = (20, 0, 0) if model.name in ("swapped", "dropped") else (80, 50, 10)
+        accepted = ACCEPTED.get(model.name, USUAL)
         plain = said(accepted=accepted[:length] or (0,), rivals=None if length else RIVALS)
         return self.faults.get(model.name, plain) if length or adapter else plain
 
@@ -199,8 +231,12 @@ def standin_check(
     over_http = faults.pop("http", said(accepted=(80, 50)))
     monkeypatch.setattr("vllm_http.ask", lambda *_: over_http)
     monkeypatch.setattr(vllm_check.Check, "prompts", lambda self: [torch.tensor([1, 2]).numpy()] * 2)
-    foretold = types.SimpleNamespace(cumulative=[0.2, 0.0, 0.0])
-    monkeypatch.setattr("sparkctl.mtp.accept.measure", lambda *_: [foretold])
+
+    def measure(subjects: list[Subject], *_: Any) -> list[Any]:
+        shares = [[n / 100 for n in ACCEPTED.get(subject.head.name, USUAL)] for subject in subjects]
+        return [types.SimpleNamespace(cumulative=rates) for rates in shares]
+
+    monkeypatch.setattr("sparkctl.mtp.accept.measure", measure)
     standin = Standin(**faults)
     return vllm_check.Check(tmp_path / "demo", standin, tmp_path / "out").findings(), standin  # type: ignore[arg-type]
 
@@ -215,17 +251,21 @@ def test_everything_is_served(served: Path, tmp_path: Path, monkeypatch: pytest.
     assert served_with == [0, 1, 2, 3]
     assert [(row.name, row.draft_length) for row in found.rows if row.foretold] == [
         ("served", 1), ("served", 2), ("served", 3), ("merged, base's head", 3), ("base", 3),
-        ("halves of mtp.fc swapped", 3), ("served, over HTTP", 2),
+        ("halves of mtp.fc swapped", 3), ("untied twin", 3), ("untied twin, halves of mtp.fc swapped", 3),
+        ("served, over HTTP", 2),
     ]  # fmt: skip
-    assert len(found.rows) - 1 == len(standin.asked) == 10
+    assert len(found.rows) - 1 == len(standin.asked) == 13
 
 
 @pytest.mark.parametrize(
     ("audit_says", "faults", "problem"),
     [
         ([], {}, "the audit does not say that"),
-        (AUDIT, {"swapped": said(accepted=(80, 50, 10))}, "1.40 tokens of a draft were accepted"),
-        (AUDIT, {"swapped": said(drafts=0, accepted=(0, 0, 0))}, "0.00 tokens of a draft were accepted"),
+        (AUDIT, {"twin-swapped": said(accepted=(9, 2, 0))}, "0.11 tokens a draft were accepted of 100 drafts"),
+        (AUDIT, {"twin-swapped": said(drafts=0, accepted=(0, 0, 0))}, "0.00 tokens a draft were accepted of 0 drafts"),
+        (AUDIT, {"twin-swapped": said([[5, 6, 7, 9], TEXTS[1]], (2, 0, 0))}, "swapped, N = 3: text 1 parts"),
+        (AUDIT, {"twin": said([[5, 6, 7, 9], TEXTS[1]], USUAL)}, "untied twin, N = 3: text 1 parts"),
+        (AUDIT, {"twin": said(accepted=(80, 50, 14))}, "14.0 % accepted, 80.0 / 50.0 / 10.0 % of served"),
         (AUDIT, {"swapped": said([[5, 6, 7, 9], TEXTS[1]], (20, 0, 0))}, "swapped, N = 3: text 1 parts"),
         (AUDIT, {"http": said(accepted=(80, 54))}, "served, over HTTP, N = 2: 80.0 / 50.0 % were foretold"),
         (AUDIT, {"model": said(answers=[[5, 7], ANSWERS[1]], accepted=(80, 50, 10))}, "1 of 2 answers"),
