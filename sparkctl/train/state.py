@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, ValidationError
 
 from sparkctl.errors import SparkError
-from sparkctl.files import sha256_file, staged_folder
+from sparkctl.files import naming, sha256_file, staged_folder
 from sparkctl.manifest.schema import Lora
 from sparkctl.manifest.table import Mode, Table
 from sparkctl.train import random
@@ -80,9 +80,11 @@ def step_of(checkpoint: Path) -> int:
 
 
 def save(folder: Path, state: State, optimizer: Optimizer) -> Path:
-    """Write the checkpoint of `state.step` under `folder` and give it its name. Raises OSError and leaves nothing."""
+    """Write the checkpoint of `state.step` under `folder` and give it its name. Raises OSError naming it and leaves
+    nothing.
+    """
     final = folder / checkpoint_id(state.step)
-    with staged_folder(final, replace=True) as stage:
+    with naming(final), staged_folder(final, replace=True) as stage:
         write(stage, state, optimizer)
     return final
 
