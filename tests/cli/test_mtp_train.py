@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import merging_run
 import pytest
 import ready
+import torch
 from safetensors.torch import load_file
 
 from sparkctl.cli.app import run as sparkctl
@@ -20,6 +24,7 @@ from sparkctl.manifest.store import Run
 from sparkctl.mtp.answers import Answer, greedy_answers
 from sparkctl.mtp.drafter import read_head
 from sparkctl.mtp.engine import HeadEngine
+from sparkctl.steps import mtp_train
 from sparkctl.train.metrics import TIMING, read
 
 Said = pytest.CaptureFixture[str]
@@ -29,10 +34,14 @@ FEW = ("--prompts", "3", "--pack-length", "64", "--epochs", "2", "--learning-rat
 @pytest.fixture
 def run(qwen35_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A merged run with held-out documents, no head trained yet."""
-    made = merging_run.trained_run(tmp_path / "r1", qwen35_folder)
-    ready.store(made.root / "tokens", ready.documents(40))
     monkeypatch.chdir(tmp_path)
-    assert sparkctl(["merge", "r1", "--json"]) == 0
+    return merged_run(tmp_path / "r1", qwen35_folder)
+
+
+def merged_run(root: Path, model: Path) -> Run:
+    made = merging_run.trained_run(root, model)
+    ready.store(made.root / "tokens", ready.documents(40))
+    assert sparkctl(["merge", str(root), "--json"]) == 0
     return Run.open(made.root)
 
 
@@ -117,11 +126,11 @@ def test_interrupted_and_called_again_it_is_as_uninterrupted(
     straight = tmp_path / "straight"
     for name in ("head.safetensors", "checkpoints/step-000006/trainable.safetensors"):
         assert (run.root / "mtp" / name).read_bytes() == (straight / "mtp" / name).read_bytes()
-    mine, theirs = (
-        [{k: v for k, v in line.items() if k not in TIMING} for line in read(root / "mtp" / "metrics.jsonl")]
-        for root in (run.root, straight)
-    )
-    assert mine == theirs
+    assert lines(run.root) == lines(straight)
+
+
+def lines(root: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in read(root / "mtp" / "metrics.jsonl")]
 
 
 def test_killed_between_training_and_measuring_only_that_is_done(
@@ -170,6 +179,75 @@ def test_the_hint_of_an_interrupted_training_goes_on_with_it(
     table = Run.open(run.root).manifest.mtp
     assert table
     assert (table.mode in ("trained", "shipped"), len(table.resumes)) == (True, 1)
+
+
+def test_under_torchrun_the_ranks_share_a_step_and_the_first_writes(
+    run: Run, capsys: Said, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(run.root, tmp_path / "alone")
+    four = [*FEW, "--max-steps", "4"]
+    assert sparkctl(["mtp", "train", "alone", *four]) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    spawn = torch.multiprocessing.start_processes
+    spawn(_rank, args=(four, str(tmp_path)), nprocs=2, start_method="fork")
+    assert [(tmp_path / f"{rank}.out").read_text().count('"ok": true') for rank in (0, 1)] == [1, 0]
+    table, alone = (Run.open(root).manifest.mtp for root in (run.root, tmp_path / "alone"))
+    assert (table.train.status, table.train.step) == ("done", 4)
+    assert (table.mode, table.digest) == (alone.mode, alone.digest)  # four steps do not help: the base's head stays
+    assert len(lines(run.root)) == len(lines(tmp_path / "alone"))
+    for mine, theirs in zip(lines(run.root), lines(tmp_path / "alone"), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)  # the order of sums; observed none
+    last = "mtp/checkpoints/step-000004/trainable.safetensors"
+    together, by_itself = load_file(run.root / last), load_file(tmp_path / "alone" / last)
+    assert together.keys() == by_itself.keys()
+    apart = max(float((together[name] - tensor).abs().max()) for name, tensor in by_itself.items())
+    assert apart < 1e-4  # observed 4e-6; the steps moved weights by .03, of which 1 % is 3e-4
+
+
+def _rank(rank: int, few: list[str], folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    with open(f"{folder}/{rank}.out", "w") as sys.stdout:
+        assert sparkctl(["mtp", "train", "r1", *few, "--json"]) == 0
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "head"])
+def test_a_full_disk_while_training(
+    run: Run, small_disk: Path, qwen35_folder: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """The disk fills up; later, with space again, the same command goes on as if nothing had been."""
+    straight, filler = answer(capsys)["mtp"], small_disk / "filler"
+    full = merged_run(small_disk / "r1", qwen35_folder)
+    monkeypatch.chdir(small_disk)
+    owner, name = (HeadEngine, "micro_step") if what == "checkpoint" else (mtp_train, "_write")
+    original, calls = getattr(owner, name), 0
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == (12 if what == "checkpoint" else 1):
+            filler.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 20_480))  # lines and a manifest still fit
+        return original(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, call)
+        text = refused(capsys, status=1)
+    place = "checkpoints/step-000004" if what == "checkpoint" else "head.safetensors"
+    assert f"error: no space left on device at `r1/mtp/{place}`" in text
+    assert "hint: free some space" in text
+    mtp = full.root / "mtp"
+    assert [path for path in mtp.rglob("*") if path.name.startswith(".")] == []
+    assert not (mtp / "head.safetensors").exists()
+    table = Run.open(full.root).manifest.mtp
+    assert (table.mode, table.head) == ("training", None)
+    assert (table.train.status == "done") == (what == "head")
+    filler.unlink()
+    again = answer(capsys)["mtp"]
+    assert again["digest"] == straight["digest"]
+    assert lines(full.root) == lines(run.root)
 
 
 def test_another_plan_or_another_model_begins_anew_only_when_forced(run: Run, capsys: Said) -> None:
