@@ -1,8 +1,9 @@
 """An MTP head into a model of Qwen3.5-2B's size, measured: python tests/real/inject_2b.py [FOLDER]
 
 Makes and merges what merge_2b.py does, then injects by the installed command: copied from the merged folder, copied
-from a folder of another tool, and linked. Prints time, rate and peak memory of each, and of `cp` and `sync` on the same
-disk; removes everything. Takes 16 GB of disk and some minutes.
+from a folder of another tool, and linked. Prints time, rate and peak memory of each, fsync included: from the command's
+start to its end, and without what `--dry-run` takes, which starts, imports and looks the same. Beside them `cp` and
+`sync` on the same disk, and the machine's load. Removes everything. Takes 16 GB of disk and some minutes.
 """
 
 from __future__ import annotations
@@ -37,45 +38,45 @@ def main(folder: Path) -> None:
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "safetensors"))
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {libraries}")
     size = sum(path.stat().st_size for path in Path("run/merged").glob("*.safetensors"))
+    copy(size)
+    for kind, options in KINDS.items():
+        measure(kind, options)
+    copy(size)
+
+
+def copy(size: int) -> None:
+    """What the disk allows: the merged folder copied, and on the disk."""
     os.sync()
     started = time.monotonic()
     subprocess.run(["cp", "-r", "run/merged", "copy"], check=True)
     os.sync()
     took = time.monotonic() - started
-    print(f"cp and sync: {took:.1f} s, {size / took / 1e6:.0f} MB/s")
+    print(f"cp and sync: {took:.1f} s, {size / took / 1e6:.0f} MB/s, load {os.getloadavg()[0]:.1f}", flush=True)
     shutil.rmtree("copy")
-    for kind, options in KINDS.items():
-        measure(kind, options)
 
 
 def measure(kind: str, options: list[str]) -> None:
-    """One injection in a process of its own."""
+    """One injection, and what it takes to find out what it would do."""
+    _, start, _ = inject([*options, "--dry-run"])
     os.sync()
+    size, wall, peak = inject(options)
+    rate, alone = (f"{size / seconds / 1e6:.0f} MB/s" for seconds in (wall, wall - start))
+    print(f"{kind}: {size / 1e9:.2f} GB in {wall:.1f} s, {rate}; without the start of {start:.1f} s {alone}; ", end="")
+    print(f"peak memory {peak / 1e6:.0f} MB, load {os.getloadavg()[0]:.1f}", flush=True)
+    shutil.rmtree("out")
+
+
+def inject(options: list[str]) -> tuple[int, float, int]:
+    """By the installed command, in a process of its own: bytes of the folder, seconds, bytes of peak memory."""
+    command = [sys.executable, "-m", "sparkctl", "mtp", "inject", "run", "--mode", "default", "--out", "out", "--json"]
     started = time.monotonic()
-    command = [
-        sys.executable,
-        "-m",
-        "sparkctl",
-        "mtp",
-        "inject",
-        "run",
-        "--mode",
-        "default",
-        "--out",
-        "out",
-        "--json",
-        *options,
-    ]
     process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
     assert process.stdout
     answer = json.loads(process.stdout.read())
     _, status, used = os.wait4(process.pid, 0)
-    wall, peak = time.monotonic() - started, used.ru_maxrss * 1024
     if status:
         raise SystemExit(f"inject failed: {answer}")
-    rate = f"{answer['bytes'] / wall / 1e6:.0f} MB/s"
-    print(f"{kind}: {answer['bytes'] / 1e9:.2f} GB in {wall:.1f} s, {rate}, peak memory {peak / 1e6:.0f} MB")
-    shutil.rmtree("out")
+    return answer["bytes"], time.monotonic() - started, used.ru_maxrss * 1024
 
 
 if __name__ == "__main__":
