@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparkctl.errors import UsageError
+from sparkctl.model import mtp
 from sparkctl.model.families import FAMILIES, count
 
 
@@ -45,7 +46,9 @@ def lora_parameters(info: ModelInfo, r: int) -> int:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands. Raises UsageError where `folder` holds no model."""
+    """config.json as it stands. Raises UsageError where `folder` holds no model, or what it says of an MTP head is no
+    number of layers.
+    """
     folder = Path(folder)
     path, another = folder / "config.json", "name a folder with config.json and safetensors weights, or a hub id"
     if not folder.is_dir():
@@ -60,6 +63,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UsageError(f"`{path}` is broken: {error}", "copy or download that file again") from None
     if not isinstance(config, dict):
         raise UsageError(f"`{path}` is broken: it holds no JSON object", "copy or download that file again")
+    for part in (config, text_part(config)):
+        mtp.layers(part, path)
     return config
 
 

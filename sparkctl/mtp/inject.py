@@ -23,13 +23,15 @@ from sparkctl.merge.companions import copy_companions
 from sparkctl.merge.merge import require_space
 from sparkctl.merge.seal import Seal, SealedFile
 from sparkctl.model import mtp
+from sparkctl.model.anew import file_anew
+from sparkctl.model.families import MULTIMODAL
 from sparkctl.model.format import Entry, header_bytes
 from sparkctl.model.inspect import inspect, read_config, text_part
 from sparkctl.model.weights import INDEX, SINGLE, Checkpoint, ShardWriter, TensorFile
 from sparkctl.mtp.source import HeadSource
 from sparkctl.progress import Progress, Task, silent
 
-LAYERS = "mtp_num_hidden_layers"
+ATTENTION = ".self_attn."
 HEAD_SHARD = "model-mtp.safetensors"
 BODY_SHARD = "model-00001-of-00001.safetensors"  # a single file's name beside it: transformers would read SINGLE alone
 
@@ -93,7 +95,8 @@ def read_target(folder: Path) -> Target:
         )
     info = inspect(folder)
     changed = _promise_head(folder, config)
-    checkpoint = Checkpoint(folder)
+    checkpoint, head = Checkpoint(folder), mtp.shapes(text_part(info.config))
+    _require_described(checkpoint, head, config)
     files = [TensorFile(path) for path in checkpoint.shards()]
     shards = [Shard(file, BODY_SHARD if file.path.name == SINGLE else file.path.name, _body(file)) for file in files]
     shards = [shard for shard in shards if shard.kept]
@@ -101,7 +104,32 @@ def read_target(folder: Path) -> Target:
         raise SparkError(
             f"`{folder / HEAD_SHARD}` holds tensors that are not the MTP head's", "give that file another name"
         )
-    return Target(folder, shards, mtp.shapes(text_part(info.config)), config, changed)
+    return Target(folder, shards, head, config, changed)
+
+
+def _require_described(checkpoint: Checkpoint, head: mtp.Shapes, config: dict[str, Any]) -> None:
+    """Raise SparkError where the model's own attention layers are not as config.json says, which the head's follows."""
+    layer = {name.removeprefix(mtp.LAYER): shape for name, shape in head.items() if name.startswith(mtp.LAYER)}
+    attention = {name: name.partition(ATTENTION)[0] for name in checkpoint.names() if ATTENTION in name}
+    prefixes = {prefix for name, prefix in attention.items() if ".layers." in name and not name.startswith(mtp.PREFIX)}
+    for prefix in sorted(prefixes):
+        for part, promised in layer.items():
+            name = f"{prefix}.{part}"
+            if name in checkpoint.names() and checkpoint.shape(name) != promised:
+                path, left_out = checkpoint.folder / "config.json", _left_out(config)
+                raise SparkError(
+                    f"`{path}` does not describe the weights beside it: `{name}` has shape "
+                    f"{list(checkpoint.shape(name))}, and it says {list(promised)}"
+                    + (f" (it leaves out {left_out}, for which the type's default stands)" if left_out else ""),
+                    file_anew(path),
+                )
+
+
+def _left_out(config: dict[str, Any]) -> str:
+    """The sizes of the head that config.json says nothing of, or the part that should."""
+    if config.get("model_type") == MULTIMODAL and not isinstance(config.get("text_config"), dict):
+        return "text_config"
+    return ", ".join(key for key in mtp.SIZES if text_part(config).get(key) is None)
 
 
 def _promise_head(folder: Path, config: dict[str, Any]) -> bool:
@@ -110,9 +138,9 @@ def _promise_head(folder: Path, config: dict[str, Any]) -> bool:
     Whether it had to be changed. Raises SparkError where it promises a head that is unknown here.
     """
     changed = False
-    for part in (text_part(config), *([config] if LAYERS in config else [])):
+    for part in (text_part(config), *([config] if mtp.LAYERS in config else [])):
         if not mtp.layers(part):
-            part[LAYERS], changed = 1, True
+            part[mtp.LAYERS], changed = 1, True
         if unknown := mtp.unknown(part):
             raise SparkError(
                 f"`{folder / 'config.json'}` promises {unknown}, which is unknown here",

@@ -259,3 +259,30 @@ def test_models_that_take_no_head(llama_folder: Path, qwen35_folder: Path, head:
     (taken / INDEX).write_text(json.dumps(index))
     assert "give that file another name" in (refused(tmp_path, taken, head).hint or "")
     assert isinstance(refused(tmp_path, llama_folder, head), UsageError)
+
+
+def reconfigured(folder: Path, **changes: Any) -> Path:
+    """`folder` with other values at its config.json's top; None is written as null."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def test_a_config_that_does_not_describe_its_weights(qwen35_folder: Path, head: Path, tmp_path: Path) -> None:
+    """The head is right: sizes that config.json leaves out are its type's."""
+    undone = Path(shutil.copytree(qwen35_folder, tmp_path / "undone"))
+    path = undone / "config.json"
+    text = json.loads(path.read_text())["text_config"]
+    del text["head_dim"]
+    error = refused(tmp_path, reconfigured(undone, text_config=text), head)
+    assert error.message == (
+        f"`{path}` does not describe the weights beside it: `model.language_model.layers.3.self_attn.q_proj.weight` "
+        "has shape [64, 32], and it says [1024, 32] (it leaves out head_dim, for which the type's default stands)"
+    )
+    assert str(path) in (error.hint or "")
+    error = refused(tmp_path, reconfigured(undone, text_config=None), head)
+    assert error.message.startswith(f"`{path}` does not describe the weights beside it: ")
+    assert "(it leaves out text_config, " in error.message
+    text = json.loads((qwen35_folder / "config.json").read_text())["text_config"] | {"intermediate_size": 65}
+    error = refused(tmp_path, reconfigured(undone, text_config=text), head)
+    assert error.message.endswith("layers.3.mlp.gate_proj.weight` has shape [64, 32], and it says [65, 32]")
