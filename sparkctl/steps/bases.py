@@ -54,6 +54,24 @@ def require_files(source: ModelSource) -> None:
         raise SparkError(f"the model in `{shown}` is not whole: {_told(problems)}", folder_anew(shown))
 
 
+def require_known_head(source: ModelSource, another: str) -> None:
+    """Raise UsageError where config.json promises an MTP head that is unknown here: what is trained on such a base
+    could not be merged. another: the command that takes another base.
+    """
+    from sparkctl.model import mtp
+    from sparkctl.model.inspect import read_config, text_part
+
+    config = read_config(source.folder)
+    if config.get("model_type") not in mtp.TYPES:
+        return
+    if unknown := mtp.unknown(text_part(config)):
+        shown = source.source if source.is_hub else here(source.folder)
+        raise UsageError(
+            f"the base `{shown}` has {unknown}, which is unknown here, so what is trained on it could not be merged",
+            another,
+        )
+
+
 def require_whole(folder: Path) -> None:
     """Raise SparkError where the base is not what its config.json promises: no merge of it would pass its audit."""
     from sparkctl.model.audit import audit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from sparkctl.manifest.fingerprint import fingerprint
 from sparkctl.manifest.schema import AnalysisTable, DataFile, DataTable, Dropped, Manifest, ModelTable
 from sparkctl.manifest.store import NAME, Run
 from sparkctl.progress import Progress
-from sparkctl.steps.bases import require_files
+from sparkctl.steps.bases import require_files, require_known_head
 from sparkctl.words import here, quoted
 
 if TYPE_CHECKING:
@@ -221,6 +221,7 @@ def gather(request: Request, run: Run | None, progress: Progress) -> Inputs:
     files = _files(request.data, root, run)
     source = _model(request, run, parent, progress)
     require_files(source)
+    require_known_head(source, replace(request, model="FOLDER_OR_HUB_ID").again())
     config_sha256 = sha256_file(source.folder / "config.json")
     template_text = _template(request, run, parent, config_sha256)
     max_seq_length = request.max_seq_length or (recorded.max_seq_length if recorded else None)

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import heads
 import pytest
 import tiny
 from analyzing import Analyze, chat, lines, snapshot
@@ -208,3 +209,28 @@ def test_wrong_usage_is_said(analyze: Analyze, tmp_path: Path) -> None:
         assert answer.status == 2, arguments
         assert message in answer.err
         assert not (tmp_path / "r1").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(mtp_num_hidden_layers=2), "has 2 layers of MTP head"),
+        (dict(mtp_use_dedicated_embeddings=True), "an MTP head with embeddings of its own"),
+        (dict(mtp_num_hidden_layers="one"), "mtp_num_hidden_layers = 'one'"),
+    ],
+)
+def test_a_base_that_no_merge_could_keep_is_refused_before_anything(
+    analyze: Analyze, tmp_path: Path, qwen35_folder: Path, changes: dict[str, Any], said: str
+) -> None:
+    """By its config.json, in the data's stead: hours before `train` would say it, and again where the run is there."""
+    data = lines(tmp_path / "d.jsonl", *[chat(f"q{i}", "a") for i in range(12)])
+    base = Path(shutil.copytree(qwen35_folder, tmp_path / "base"))
+    line = (data, "--run", tmp_path / "r1", "--skip-bad")
+    heads.configured(base, **changes)
+    for more in ((), ("--dry-run",)):
+        answer = analyze(*line, *more, model=base)
+        assert (answer.status, said in answer.err) == (2, True)
+        assert not (tmp_path / "r1").exists()
+    if len(changes) == 1 and "one" not in changes.values():
+        again = f"sparkctl analyze {data} --run {tmp_path / 'r1'} --model FOLDER_OR_HUB_ID --skip-bad"
+        assert answer.json["hint"] == again
