@@ -26,6 +26,7 @@ def as_text(result: Result, dry_run: bool) -> RenderableType:
         ("folder", result.folder),
         ("tensors", f"{result.tensors:,}"),
         ("size", size(result.bytes) + linked),
+        *([("links", result.unlinked)] if result.unlinked else []),
         ("time", console.duration(result.seconds)),
         ("drafts", result.reason),
     )

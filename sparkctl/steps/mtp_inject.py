@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparkctl.errors import UsageError
@@ -31,8 +31,8 @@ CARD = "README.md"
 @dataclass(frozen=True)
 class Result:
     """`serve`: the command that serves the folder; `reason`: why it drafts so many tokens; `created`: when it was
-    written. `skipped`: why there is no head, where `folder` is the merged model. Under --dry-run the folder need not be
-    there.
+    written. `unlinked`: why `--link` left shards that are no links, and what makes them. `skipped`: why there is no
+    head, where `folder` is the merged model. Under --dry-run the folder need not be there.
     """
 
     mode: str
@@ -42,6 +42,7 @@ class Result:
     source: str = ""
     tensors: int = 0
     linked: int = 0
+    unlinked: str = ""
     bytes: int = 0
     head_digest: str = ""
     draft_length: int = 0
@@ -77,6 +78,7 @@ def inject(request: Request, *, force: bool = False, dry_run: bool = False, prog
 
 def _result(job: Job, sealed: ServedSeal, up_to_date: bool = False, written: bool = True) -> Result:
     """What the seal says, and what is seen of the folder where it is written."""
+    links = linked(job.target, job.out) if written else 0
     return Result(
         mode=job.request.mode,
         folder=str(job.shown),
@@ -84,7 +86,8 @@ def _result(job: Job, sealed: ServedSeal, up_to_date: bool = False, written: boo
         model=here(job.target.folder),
         source=job.head.origin if job.head.revision else here(Path(job.head.origin)),
         tensors=sealed.tensors,
-        linked=linked(job.target, job.out) if written else 0,
+        linked=links,
+        unlinked=_unlinked(job, links, up_to_date, written) if job.request.link else "",
         bytes=sealed.bytes,
         head_digest=sealed.head_digest,
         draft_length=job.drafts.tokens,
@@ -93,6 +96,26 @@ def _result(job: Job, sealed: ServedSeal, up_to_date: bool = False, written: boo
         created=sealed.created,
         up_to_date=up_to_date,
     )
+
+
+def _unlinked(job: Job, links: int, up_to_date: bool, written: bool) -> str:
+    """Why a shard is no link although `--link` asked for it, and the command that makes it one; empty where all are."""
+    mixed = [f"`{shard.file.path.name}`" for shard in job.target.shards if not shard.whole]
+    copies = len(job.target.shards) - len(mixed) - links if written else 0
+    if mixed:
+        then = replace(job.request, into=job.shown, out=None).again("--out", "FOLDER")
+        holds = "holds" if len(mixed) == 1 else "hold"
+        anew = "and is written anew without it" if len(mixed) == 1 else "and are written anew without it"
+        return (
+            f"{', '.join(mixed)} {holds} an MTP head among other tensors, {anew}; with the head in a file of its own, "
+            f"as in `{job.shown}`, a model is linked: `{then}`"
+        )
+    if copies and up_to_date:
+        return f"the folder was written without links; `{job.request.again('--force')}` makes them"
+    if copies:
+        there = f"the file system of `{job.shown}` takes no hard link to `{here(job.target.folder)}`"
+        return f"{there}; `{job.request.again('--out', 'FOLDER')}` with a folder beside the model can"
+    return ""
 
 
 def _check_target(job: Job, sealed: ServedSeal | None, force: bool) -> None:

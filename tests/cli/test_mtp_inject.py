@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import heads
 import merging
@@ -17,6 +15,7 @@ import merging_run
 import pytest
 import tiny
 from hub_server import HubServer
+from injecting import DEFAULT, TRAINED, Said, answer, captured, inject, merged, refused  # noqa: F401  # fixtures too
 from safetensors.torch import load_file
 
 from sparkctl.cli.app import run as sparkctl
@@ -24,48 +23,6 @@ from sparkctl.manifest import schema
 from sparkctl.manifest.store import Run
 from sparkctl.merge.seal import read_seal
 from sparkctl.steps.mtp_eval import SHIPPED
-
-Said = pytest.CaptureFixture[str]
-TRAINED, DEFAULT = ("r1", "--mode", "trained"), ("r1", "--mode", "default")
-
-
-@pytest.fixture
-def said(capsys: Said) -> Said:
-    return capsys
-
-
-@pytest.fixture
-def run(qwen35_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A run that is merged, its base beside it."""
-    base = Path(shutil.copytree(qwen35_folder, tmp_path / "base"))
-    made = merging_run.trained_run(tmp_path / "r1", base)
-    monkeypatch.chdir(tmp_path)
-    assert sparkctl(["merge", "r1"]) == 0
-    return Run.open(made.root)
-
-
-def inject(*arguments: str, status: int = 0) -> None:
-    assert sparkctl(["mtp", "inject", *arguments]) == status
-
-
-def answer(said: Said, *arguments: str) -> dict[str, Any]:
-    said.readouterr()
-    inject(*arguments, "--json")
-    return json.loads(said.readouterr().out)
-
-
-def refused(said: Said, status: int, *arguments: str) -> str:
-    """What stderr says of a command that fails as it should; served/ is not there, or what it was."""
-    served = Path("r1/served")
-    before = sorted((path.name, path.stat().st_mtime_ns) for path in served.rglob("*"))
-    said.readouterr()
-    inject(*arguments, status=status)
-    text = said.readouterr().err
-    assert text.startswith("error: ")
-    assert "\nhint: " in text
-    assert sorted((path.name, path.stat().st_mtime_ns) for path in served.rglob("*")) == before
-    assert not list(Path("r1").glob(".served.*"))
-    return text
 
 
 def test_the_trained_head_is_injected_recorded_and_served(run: Run, said: Said) -> None:

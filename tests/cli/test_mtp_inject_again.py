@@ -5,27 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import merging_run
 import pytest
 import tiny
+from injecting import inject, merged  # noqa: F401  # a fixture
 
 from sparkctl.cli.app import run as sparkctl
 from sparkctl.manifest.store import Run
 from sparkctl.steps.show import show
-
-
-@pytest.fixture
-def run(qwen35_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A run that is merged, its base beside it."""
-    base = Path(shutil.copytree(qwen35_folder, tmp_path / "base"))
-    made = merging_run.trained_run(tmp_path / "r1", base)
-    monkeypatch.chdir(tmp_path)
-    assert sparkctl(["merge", "r1"]) == 0
-    return Run.open(made.root)
-
-
-def inject(*arguments: str, status: int = 0) -> None:
-    assert sparkctl(["mtp", "inject", *arguments]) == status
 
 
 def test_show_names_the_command_that_wrote_it(run: Run, tmp_path: Path) -> None:
