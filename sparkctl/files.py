@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
@@ -35,6 +36,14 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Make it and the folders above it, where absent. Raises NotADirectoryError where one of them is a file."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:  # of the last one alone; of those above it the system says it itself
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
 
 
 @contextmanager
@@ -82,7 +91,7 @@ def staged_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     if final.exists() and not replace:
         raise FileExistsError(17, "already exists", str(final))
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(final.parent)
     stage = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
     stage.chmod(0o755)
     try:

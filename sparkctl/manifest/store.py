@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from sparkctl import __version__
 from sparkctl.errors import SparkError, UsageError
-from sparkctl.files import write_atomic
+from sparkctl.files import make_folder, write_atomic
 from sparkctl.manifest.schema import SCHEMA, Manifest, RunTable
 from sparkctl.words import quoted
 
@@ -57,7 +57,7 @@ class Run:
         if root.exists() and not root.is_dir():
             raise UsageError(f"`{root}` is a file; a run is a folder", "name a folder with `--run`")
         made = not root.exists()
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
         link = os.path.relpath(parent.root, root) if parent else None
         table = RunTable(
             id=uuid.uuid4().hex[:12],

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from sparkctl import __version__
 from sparkctl.cli import app
 from sparkctl.errors import Interrupted, SparkError, Terminated
+from sparkctl.files import staged_folder
 from sparkctl.steps import show
 
 OUT_OF_MEMORY = torch.OutOfMemoryError(
@@ -112,6 +113,28 @@ def test_what_is_raised_becomes_a_message_and_a_status(
     monkeypatch.setattr(show, "show", fail)
     assert app.run(["show", "r"]) == status
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file/out", "file/deep/out", "deep/file/out"])
+def test_a_place_under_a_file_is_no_target_that_exists(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that `--force`, which cannot help there, is not advised."""
+    (tmp_path / "deep").mkdir()
+    for file in (tmp_path / "file", tmp_path / "deep" / "file"):
+        file.touch()
+
+    def write(*_: object, **__: object) -> None:
+        with staged_folder(tmp_path / place):
+            pass
+
+    monkeypatch.setattr(show, "show", write)
+    assert app.run(["show", "r1"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: not a directory at `")
+    assert "hint: a part of that path is a file, not a folder: choose another path" in " ".join(said.split())
+    with pytest.raises(FileExistsError), staged_folder(tmp_path / "deep"):
+        pass
 
 
 def test_bare_it_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
