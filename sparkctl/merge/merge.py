@@ -51,6 +51,7 @@ def prepare(base: Path, trained: Path, lora: Lora | None) -> tuple[Checkpoint, d
     return checkpoint, changes
 
 
+ELSEWHERE = "`--out FOLDER`"
 FLOATS = ("BF16", "F16", "F32")
 
 
@@ -101,14 +102,17 @@ def _amiss(base: Path) -> str:
     )
 
 
-def require_space(out: Path, size: int) -> None:
-    """Raise SparkError where the file system of `out` has not `size` bytes and a little more to spare."""
+def require_space(out: Path, size: int, elsewhere: str = ELSEWHERE) -> None:
+    """Raise SparkError where the file system of `out` has not `size` bytes and a little more to spare.
+
+    elsewhere: how the work is done on another one.
+    """
     there = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(there).free
     if free < size + min(SPARE, size):
         raise SparkError(
             f"`{there}` has {free / 1e6:,.1f} MB free, and the result takes {size / 1e6:,.1f} MB",
-            "free some space there, or write elsewhere with `--out FOLDER`",
+            f"free some space there, or write elsewhere: {elsewhere}",
         )
 
 

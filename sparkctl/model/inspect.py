@@ -79,7 +79,10 @@ def inspect(folder: Path, allow_unknown: bool = False) -> ModelInfo:
         raise UsageError(
             f"`{folder / 'config.json'}` names no model_type", "take the file that was published with the weights"
         )
-    _refuse_quantised(folder, config)
+    if how := quantised(config):
+        raise UsageError(
+            f"`{folder}` {how}; training needs the weights as published", "name the bf16 model that it was made from"
+        )
     if kind in FAMILIES:
         return ModelInfo(kind, **vars(count(kind, config, folder / "config.json")))
     from sparkctl.model.unknown import measure  # torch and transformers arrive here
@@ -87,15 +90,14 @@ def inspect(folder: Path, allow_unknown: bool = False) -> ModelInfo:
     return ModelInfo(kind, **vars(measure(folder, kind, allow_unknown)))
 
 
-def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
+def quantised(config: dict[str, Any]) -> str | None:
+    """ "is quantised (fp8)" where config.json says so, else None."""
     parts = [config, config.get("text_config")]
     for how in (part.get("quantization_config") for part in parts if isinstance(part, dict)):
         if how:
             method = how.get("quant_method") if isinstance(how, dict) else None
-            raise UsageError(
-                f"`{folder}` is quantised{f' ({method})' if method else ''}; training needs the weights as published",
-                "name the bf16 model that it was made from",
-            )
+            return f"is quantised{f' ({method})' if method else ''}"
+    return None
 
 
 def text_part(config: dict[str, Any]) -> dict[str, Any]:

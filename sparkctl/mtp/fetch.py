@@ -27,6 +27,7 @@ from sparkctl.model.weights import read_weight_map
 from sparkctl.mtp.source import HeadSource, NoHead, from_file, from_folder, require_fit, require_promise
 from sparkctl.progress import Progress, silent
 
+ANOTHER = "name a model that has one: `--from HUB_ID`"
 HEAD, PARTIAL, DIGEST = "head.safetensors", "head.safetensors.partial", "head.sha256"
 
 
@@ -37,31 +38,33 @@ def find_head(
     revision: str | None = None,
     base: Path | None = None,
     look: bool = False,
+    mend: str | None = None,
     progress: Progress = silent,
 ) -> HeadSource:
     """The MTP head of `source`, a folder or ORG/NAME on the hub.
 
     wanted: shapes by name, of the model that is to have it. revision, base: as in `model.hub.locate`. look: of a head
-    that would have to be fetched, no more than that it fits. Raises NoHead, UsageError where there is no such folder or
-    model, SparkError where the head cannot be had or does not fit.
+    that would have to be fetched, no more than that it fits. mend: the command that takes another head. Raises NoHead,
+    UsageError where there is no such folder or model, SparkError where the head cannot be had or does not fit.
     """
     found = locate(source, revision=revision, base=base, small=["config.json", INDEX])
     if found.revision is None:
-        return from_folder(found.folder, wanted, str(found.folder))
-    return replace(_of_commit(found, wanted, look, progress), origin=found.source, revision=found.revision)
+        return from_folder(found.folder, wanted, str(found.folder), mend)
+    head = _of_commit(found, wanted, look, mend or ANOTHER, progress)
+    return replace(head, origin=found.source, revision=found.revision)
 
 
-def _of_commit(model: ModelSource, wanted: mtp.Shapes, look: bool, progress: Progress) -> HeadSource:
+def _of_commit(model: ModelSource, wanted: mtp.Shapes, look: bool, mend: str, progress: Progress) -> HeadSource:
     """The head of a commit of the hub: out of the cache, of shards that are there, or fetched."""
-    require_promise(model.folder, model.source)
+    require_promise(model.folder, model.source, mend)
     assert model.revision
     kept = env.user_cache_folder() / "mtp" / model.source.replace("/", "--") / model.revision / HEAD
     if _intact(kept):
-        return from_file(kept, wanted)
-    shards = _shards(model, wanted)
+        return from_file(kept, wanted, mend)
+    shards = _shards(model, mend)
     if all((model.folder / shard).is_file() for shard in shards):
-        return from_folder(model.folder, wanted, model.source)
-    state = "is damaged in the cache" if kept.is_file() else "was never fetched"
+        return from_folder(model.folder, wanted, model.source, mend)
+    state = _state(kept)
     hub = Hub(model.source, env.hub_endpoint(), env.hub_cache(), offline=env.hub_offline())
     if hub.offline:
         raise SparkError(
@@ -72,18 +75,20 @@ def _of_commit(model: ModelSource, wanted: mtp.Shapes, look: bool, progress: Pro
         progress.say(f"the MTP head of `{model.source}` {state}: fetching it anew")
     files = [RemoteFile(hub, model.revision, shard, progress) for shard in shards]
     try:
-        parts = _fitting(files, wanted, model)
+        parts = _fitting(files, wanted, model, mend)
         if not look:
             _fetch(parts, _metadata(model, files), wanted, model, kept, progress)
     except RangesIgnored:
-        progress.say(f"`{hub.shown}` sends whole files only: {', '.join(shards)}, body and all")
+        whole = f"`{hub.shown}` sends whole files only: {', '.join(shards)}"
         if look:
+            progress.say(f"{whole}; nothing was downloaded, so whether the head fits is not known")
             return HeadSource(model.source, {}, unread=sum(2 * math.prod(shape) for shape in wanted.values()))
+        progress.say(f"{whole}, body and all")
         hub.weights(model.revision, shards, progress)
-        return from_folder(model.folder, wanted, model.source)
+        return from_folder(model.folder, wanted, model.source, mend)
     if look:
         return HeadSource(model.source, {}, unread=sum(part.stop - part.start for part in parts))
-    return from_file(kept, wanted)
+    return from_file(kept, wanted, mend)
 
 
 def _intact(kept: Path) -> bool:
@@ -92,14 +97,21 @@ def _intact(kept: Path) -> bool:
     return kept.is_file() and noted.is_file() and noted.read_bytes() == sha256_file(kept).encode()
 
 
-def _shards(model: ModelSource, wanted: mtp.Shapes) -> list[str]:
+def _state(kept: Path) -> str:
+    """Why the head in the cache is not taken."""
+    if not kept.is_file():
+        return "was never fetched"
+    return "is damaged in the cache" if kept.with_name(DIGEST).is_file() else "has no digest beside it in the cache"
+
+
+def _shards(model: ModelSource, mend: str) -> list[str]:
     """The files that the head is in."""
     index = model.folder / INDEX
     if not index.is_file():
         return [SINGLE]
     shards = {shard for name, shard in read_weight_map(index).items() if name.startswith(mtp.PREFIX)}
     if not shards:
-        raise NoHead(f"`{model.source}` has no MTP head: its index names none", "name a model that has one")
+        raise NoHead(f"`{model.source}` has no MTP head: its index names none", mend)
     return sorted(shards)
 
 
@@ -114,11 +126,11 @@ class _Part:
     stop: int
 
 
-def _fitting(files: list[RemoteFile], wanted: mtp.Shapes, model: ModelSource) -> list[_Part]:
+def _fitting(files: list[RemoteFile], wanted: mtp.Shapes, model: ModelSource, mend: str) -> list[_Part]:
     """The head's tensors by the files' headers, in the order in which they are kept. Raises SparkError where
     they do not fit."""
     parts = [part for file in files for part in _parts(file)]
-    require_fit(model.source, {part.name: (part.entry.dtype, part.entry.shape) for part in parts}, wanted)
+    require_fit(model.source, {part.name: (part.entry.dtype, part.entry.shape) for part in parts}, wanted, mend, mend)
     return sorted(parts, key=lambda p: (-BITS[p.entry.dtype], p.file.name, p.start))  # the widest first: aligned
 
 

@@ -20,13 +20,13 @@ from pydantic import Field
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.files import CHUNK, naming, sha256_file, staged_folder
 from sparkctl.merge.companions import copy_companions
-from sparkctl.merge.merge import require_space
+from sparkctl.merge.merge import ELSEWHERE, require_space
 from sparkctl.merge.seal import Seal, SealedFile
 from sparkctl.model import mtp
 from sparkctl.model.anew import file_anew
 from sparkctl.model.families import MULTIMODAL
 from sparkctl.model.format import Entry, header_bytes
-from sparkctl.model.inspect import inspect, read_config, text_part
+from sparkctl.model.inspect import inspect, quantised, read_config, text_part
 from sparkctl.model.weights import INDEX, SINGLE, Checkpoint, ShardWriter, TensorFile
 from sparkctl.mtp.source import HeadSource
 from sparkctl.progress import Progress, Task, silent
@@ -84,15 +84,15 @@ class Target:
         return sum(len(shard.kept) for shard in self.shards) + len(self.head)
 
 
-def read_target(folder: Path) -> Target:
-    """The model in `folder`. Raises UsageError where it is none, SparkError where its weights are not whole or its
-    config.json promises a head that is unknown here.
+def read_target(folder: Path, mend: str = "name a Qwen3.5: `--into FOLDER`") -> Target:
+    """The model in `folder`. mend: the command that takes another one. Raises UsageError where it is none or quantised,
+    SparkError where its weights are not whole or its config.json promises a head that is unknown here.
     """
     config = read_config(folder)
     if config.get("model_type") not in mtp.TYPES:
-        raise UsageError(
-            f"`{folder}` is of type `{config.get('model_type')}`, which takes no MTP head", "name a Qwen3.5"
-        )
+        raise UsageError(f"`{folder}` is of type `{config.get('model_type')}`, which takes no MTP head", mend)
+    if how := quantised(config):
+        raise UsageError(f"`{folder}` {how}; an MTP head goes beside weights that are not", mend)
     info = inspect(folder)
     changed = _promise_head(folder, config)
     checkpoint, head = Checkpoint(folder), mtp.shapes(text_part(info.config))
@@ -144,7 +144,7 @@ def _promise_head(folder: Path, config: dict[str, Any]) -> bool:
         if unknown := mtp.unknown(part):
             raise SparkError(
                 f"`{folder / 'config.json'}` promises {unknown}, which is unknown here",
-                "take the config.json that was published with the weights",
+                file_anew(folder / "config.json"),
             )
     return changed
 
@@ -162,18 +162,20 @@ def inject_head(
     link: bool = False,
     replace: bool = False,
     merge: str = "sparkctl merge RUN --force",
+    elsewhere: str = ELSEWHERE,
     finish: Callable[[Path, dict[str, SealedFile]], None],
     progress: Progress = silent,
 ) -> None:
     """Write `target` with `head` as folder `out`.
 
     known: files of the target with the digests that its seal gives them; one that differs is an error, which `merge`,
-    the command that wrote them, mends. link: hard links where the file system allows. finish: writes what else belongs
-    into the folder, after the audit; it is given the digests that are known by then. Raises SparkError where the head
-    is not finite or the audit finds anything, OSError where the disk is full; `out` is then what it was.
+    the command that wrote them, mends. elsewhere: the command that writes to another disk. link: hard links where the
+    file system allows. finish: writes what else belongs into the folder, after the audit; it is given the digests that
+    are known by then. Raises SparkError where the head is not finite or the audit finds anything, OSError where the
+    disk is full; `out` is then what it was.
     """
     copied = sum(shard.bytes for shard in target.shards if not (link and shard.whole))
-    require_space(out, copied + head.bytes)
+    require_space(out, copied + head.bytes, elsewhere)
     with staged_folder(out, replace=replace) as stage:
         with progress.task("injecting", target.bytes + head.bytes, "B") as task:
             _write_head(head, stage / HEAD_SHARD, task)  # first: it is small, and may be refused
@@ -276,7 +278,7 @@ def _write_head(head: HeadSource, path: Path, task: Task) -> None:
         for name, file in sorted(head.tensors.items()):
             tensor = file.read(name)
             if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
-                raise SparkError(f"`{name}` in the MTP head of `{head.origin}` is not finite", "take another head")
+                raise SparkError(f"`{name}` in the MTP head of `{head.origin}` is not finite", head.mend)
             writer.write(name, tensor)
             task.advance(tensor.nbytes)
 

@@ -45,6 +45,16 @@ class Request:
     out: Path | None = None  # None: served/ in the run
     link: bool = False
 
+    @property
+    def other_head(self) -> str:
+        """The command line that takes another published head."""
+        return replace(self, source="HUB_ID").again()
+
+    @property
+    def other_model(self) -> str:
+        """The command line that takes another model."""
+        return replace(self, into=Path("FOLDER")).again()
+
     def again(self, *options: str) -> str:
         """The command line once more, with other options."""
         words = ["sparkctl", "mtp", "inject", str(self.run), "--mode", self.mode]
@@ -131,14 +141,14 @@ def decide(run: Run, request: Request, look: bool, progress: Progress) -> Job:
         raise Skip(f"the base is of type `{table.model_type}`, and only Qwen3.5 has an MTP head")
     if request.mode == "trained" and recorded and recorded.mode == "skipped":
         raise Skip(recorded.skipped or "the base has no MTP head")
-    model = _foreign(request.into) if request.into else _merged(run, request)
-    target = read_target(model.folder)
+    model = _foreign(request, request.into) if request.into else _merged(run, request)
+    target = read_target(model.folder, request.other_model)
     try:
         head = _head(run, request, model, target.head, look, progress)
     except NoHead as error:
         if request.source:
             raise
-        raise Skip(error.message, request.again("--from", "HUB_ID")) from None
+        raise Skip(error.message, request.other_head) from None
     info, measure = inspect(model.folder), shlex.join(["sparkctl", "mtp", "eval", str(request.run)])
     drafts = choose(cost(info), _accepted(run, request), measure)
     job = Job(run, request, model, target, head, head.digest(), drafts)
@@ -159,10 +169,11 @@ def _merged(run: Run, request: Request) -> Model:
     return Model(folder, sealed.files, sealed.digest, entry)
 
 
-def _foreign(folder: Path) -> Model:
+def _foreign(request: Request, folder: Path) -> Model:
     """A folder of another tool's: known by its small files' digests, and by size and time of its weights."""
     if not folder.is_dir():
-        raise UsageError(f"no folder `{folder}`", "`--into` names the folder of a model")
+        what = f"`{folder}` is a file" if folder.exists() else f"no folder `{folder}`"
+        raise UsageError(f"{what}, and `--into` names the folder of a model", request.other_model)
     weights = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
     files = {name: sha256_file(folder / name) for name in companions(folder)}
     identity = fingerprint([(name, status.st_size, status.st_mtime_ns) for name, status in weights], files)
@@ -173,10 +184,14 @@ def _head(run: Run, request: Request, model: Model, wanted: mtp.Shapes, look: bo
     """The head that the mode means."""
     base = analysed(run)[0]
     if request.mode == "trained":
-        return from_file(_trained(run, request, model, progress), wanted)
+        mend = f"sparkctl mtp train {quoted(request.run)} --force"
+        return from_file(_trained(run, request, model, progress), wanted, mend)
+    mend = request.other_head
     if request.source:
-        return find_head(request.source, wanted, look=look, progress=progress)
-    return find_head(base.source, wanted, revision=base.revision, base=run.root, look=look, progress=progress)
+        return find_head(request.source, wanted, look=look, mend=mend, progress=progress)
+    return find_head(
+        base.source, wanted, revision=base.revision, base=run.root, look=look, mend=mend, progress=progress
+    )
 
 
 def _trained(run: Run, request: Request, model: Model, progress: Progress) -> Path:

@@ -118,7 +118,7 @@ def gather(run: Run, request: Request, own: Path | None = None, *, progress: Pro
     """
     from sparkctl.data.tokens import TokenStore
     from sparkctl.model import mtp
-    from sparkctl.model.inspect import read_config, text_part
+    from sparkctl.model.inspect import inspect, text_part
     from sparkctl.mtp.accept import Subject
     from sparkctl.mtp.prompts import held_out_prompts
     from sparkctl.mtp.source import NoHead, from_file, from_folder, require_promise
@@ -127,7 +127,8 @@ def gather(run: Run, request: Request, own: Path | None = None, *, progress: Pro
     base = model_folder(run, model, progress)
     require_promise(base, model.source)
     tuned, seal = merged_model(run, request.run)
-    wanted = mtp.shapes(text_part(read_config(base)))
+    wanted = mtp.shapes(text_part(inspect(base, allow_unknown=True).config))
+    again = HeadRequest.recorded(run, request.run).again("--force")
     own, lacking = (own, "") if own else _recorded_head(run, request)
     store = TokenStore.open(run.root / TOKENS)
     notes, made = [], _fingerprints(_weights(run, base), seal.made_from, store.digest, request)
@@ -140,7 +141,7 @@ def gather(run: Run, request: Request, own: Path | None = None, *, progress: Pro
         if own is None:
             raise
         notes.append(f"no row for the base's head: {missing.message}")
-    trained = made(TRAINED, from_file(own, wanted).digest()) if own else None
+    trained = made(TRAINED, from_file(own, wanted, again).digest()) if own else None
     if own and trained and not (subjects and trained == made(TRAINED, shipped.digest())):
         subjects.append(Subject(TRAINED, tuned, own, trained))
     elif trained:  # the file holds the base's head

@@ -123,6 +123,8 @@ def _check_target(job: Job, sealed: ServedSeal | None, force: bool) -> None:
     out, elsewhere = job.out, job.request.again("--out", "FOLDER")
     if out.is_file():
         raise UsageError(f"`{job.shown}` is a file", elsewhere)
+    if above := next((parent for parent in out.parents if parent.is_file()), None):
+        raise UsageError(f"`{here(above)}` is a file: `{job.shown}` cannot be in it", elsewhere)
     if not out.exists() or not any(out.iterdir()):
         return
     if sealed is None:
@@ -150,7 +152,8 @@ def _write(job: Job, force: bool, progress: Progress) -> Result:
 
     inject_head(
         job.target, job.head, job.out, known=job.model.known, link=job.request.link, replace=force or job.out.exists(),
-        merge=f"sparkctl merge {quoted(job.request.run)} --force", finish=finish, progress=progress,
+        merge=f"sparkctl merge {quoted(job.request.run)} --force",
+        elsewhere=f"`{job.request.again('--out', 'FOLDER')}`", finish=finish, progress=progress,
     )  # fmt: skip
     _record(job, seals[0])
     return _result(job, seals[0])

@@ -79,7 +79,7 @@ def _planned(run: Run, request: Request, progress: Progress) -> HeadJob:
     from sparkctl.data.tokens import TokenStore, stored_digest
     from sparkctl.hardware.shape import Shape
     from sparkctl.model import mtp
-    from sparkctl.model.inspect import inspect, read_config, text_part
+    from sparkctl.model.inspect import inspect, text_part
     from sparkctl.mtp.source import NoHead, from_folder, require_promise
 
     if request.wishes.learning_rate == 0:
@@ -96,7 +96,7 @@ def _planned(run: Run, request: Request, progress: Progress) -> HeadJob:
     require_promise(base, model.source)
     shipped: HeadSource | None = None
     try:
-        shipped = from_folder(base, mtp.shapes(text_part(read_config(base))), model.source)
+        shipped = from_folder(base, mtp.shapes(text_part(inspect(base, allow_unknown=True).config)), model.source)
     except NoHead as missing:
         if not request.wishes.fresh:
             raise NoHead(missing.message, request.again("--fresh")) from None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from sparkctl.errors import SparkError
+from sparkctl.errors import AGAIN, SparkError
 from sparkctl.train import guard, random, state
 from sparkctl.words import size
 
@@ -67,7 +67,9 @@ def check_disk(optimizer: Optimizer, folder: Path, now: State, checkpoints: int,
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise SparkError(f"the disk of `{folder}` is full: not even one checkpoint fits", "free some space") from None
+        raise SparkError(
+            f"the disk of `{folder}` is full: not even one checkpoint fits", f"free some space there, then {AGAIN}"
+        ) from None
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     if room < wanted:

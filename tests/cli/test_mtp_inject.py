@@ -336,7 +336,7 @@ def test_a_full_disk_leaves_nothing(seen: bool, run: Run, small_disk: Path, said
     (small_disk / "filler").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - size // 2))
     with pytest.MonkeyPatch.context() as patch:
         if not seen:
-            patch.setattr("sparkctl.mtp.inject.require_space", lambda out, size: None)
+            patch.setattr("sparkctl.mtp.inject.require_space", lambda *_: None)
         text = refused(said, 1, *DEFAULT, "--out", str(small_disk / "out"))
     assert ("MB free" in text) == seen
     assert (os.strerror(errno.ENOSPC).lower() in text) != seen

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import heads
 import pytest
-from injecting import DEFAULT, Said, answer, captured, inject, merged  # noqa: F401  # fixtures too
+import torch
+from hub_server import HubServer
+from injecting import DEFAULT, TRAINED, Said, answer, captured, inject, merged, refused  # noqa: F401  # fixtures too
+from safetensors.torch import load_file, save_file
 
 from sparkctl.manifest.store import Run
 
@@ -39,3 +44,94 @@ def test_links_that_are_not_made_say_why(run: Run, said: Said, tmp_path: Path) -
         result = answer(said, *force.split()[3:])
     assert result["unlinked"].startswith("the file system of `copied` takes no hard link to `r1/merged`; `sparkctl mtp")
     assert answer(said, *force.split()[3:])["unlinked"] == ""
+
+
+LINE = "sparkctl mtp inject r1 --mode default"
+
+
+def less(path: Path, name: str = "mtp.fc.weight") -> Path:
+    """The safetensors file without one of its tensors."""
+    save_file({key: tensor for key, tensor in load_file(path).items() if key != name}, path)
+    return path
+
+
+def test_a_trained_head_that_is_not_whole_is_trained_anew(run: Run, said: Said) -> None:
+    """There is nothing to fetch."""
+    path = less(heads.trained_head(run))
+    with run.edit() as manifest:
+        assert manifest.mtp
+        manifest.mtp.digest = heads.sha256_file(path)
+    text = refused(said, 1, *TRAINED)
+    assert "is not whole: it lacks `mtp.fc.weight`" in text
+    assert "hint: sparkctl mtp train r1 --force\n" in text
+    tensors = load_file(heads.trained_head(run))
+    tensors["mtp.norm.weight"][0] = torch.nan
+    save_file(tensors, path)
+    with run.edit() as manifest:
+        assert manifest.mtp
+        manifest.mtp.digest = heads.sha256_file(path)
+    text = refused(said, 1, *TRAINED)
+    assert "is not finite" in text
+    assert "hint: sparkctl mtp train r1 --force\n" in text
+
+
+def test_a_published_head_that_does_not_do_is_taken_elsewhere(
+    hub: HubServer, run: Run, said: Said, tmp_path: Path
+) -> None:
+    """The folder anew where that is what is broken, another head where it is not; with the user's own arguments."""
+    single = heads.rebuilt(Path("base"), tmp_path / "single", 1)
+    less(single / "model.safetensors")
+    for source, hint in (
+        ("single", "hf download ORG/NAME --local-dir single, or save the model there again"),
+        ("org/single", f"{LINE} --from HUB_ID --out new"),
+    ):
+        hub.publish("org/single", single)
+        text = refused(said, 1, *DEFAULT, "--from", source, "--out", "new")
+        assert "is not whole: it lacks `mtp.fc.weight`" in text
+        assert f"hint: {hint}\n" in text
+    heads.head_file(Path("single/model.safetensors"), ffn=96)
+    infinite = heads.rebuilt(Path("base"), tmp_path / "infinite", 1)
+    tensors = load_file(infinite / "model.safetensors")
+    tensors["mtp.norm.weight"][0] = torch.inf
+    save_file(tensors, infinite / "model.safetensors")
+    two = heads.configured(heads.rebuilt(Path("base"), tmp_path / "two", 1), mtp_num_hidden_layers=2)
+    lost = heads.configured(heads.rebuilt(Path("base"), tmp_path / "lost", 1), mtp_num_hidden_layers=0)
+    for folder, what in (
+        (single, "has other dimensions"), (infinite, "is not finite"), (two, "has 2 layers"), (lost, "promises none"),
+    ):  # fmt: skip
+        text = refused(said, 1, *DEFAULT, "--from", folder.name)
+        assert what in text
+        assert f"hint: {LINE} --from HUB_ID\n" in text
+
+
+def test_a_folder_that_takes_no_head_says_so(run: Run, said: Said, tmp_path: Path, llama_folder: Path) -> None:
+    """Nothing is trained there."""
+    path = heads.rebuilt(Path("base"), tmp_path / "fp8", 1) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
+    Path("file").touch()
+    for into, what in (
+        ("fp8", "`fp8` is quantised (fp8); an MTP head goes beside weights that are not"),
+        (str(llama_folder), "is of type `llama`, which takes no MTP head"),
+        ("file", "`file` is a file, and `--into` names the folder of a model"),
+        ("none", "no folder `none`, and `--into` names the folder of a model"),
+    ):
+        text = refused(said, 2, *DEFAULT, "--into", into)
+        assert what in text
+        assert "training" not in text
+        assert f"hint: {LINE} --into FOLDER\n" in text
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",), ("--force",)])
+def test_a_target_under_a_file(more: tuple[str, ...], run: Run, said: Said) -> None:
+    """Which no `--force` replaces."""
+    Path("file").touch()
+    for out in ("file/out", "file/deep/out"):
+        text = refused(said, 2, *DEFAULT, "--out", out, *more)
+        assert f"`file` is a file: `{out}` cannot be in it" in text
+        assert f"hint: {LINE} --out FOLDER\n" in text
+
+
+def test_a_full_disk_names_the_command_for_another(run: Run, said: Said, small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 100_000))
+    text = refused(said, 1, *DEFAULT, "--out", str(small_disk / "out"))
+    assert f"hint: free some space there, or write elsewhere: `{LINE} --out FOLDER`\n" in text

@@ -143,12 +143,13 @@ def test_what_is_damaged_in_the_cache_is_fetched_anew(
     else:
         kept.write_bytes(data[:-100] + (bytes(100) if damage == "bytes" else b""))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(SparkError, match="is damaged in the cache, and HF_HUB_OFFLINE forbids"):
+    state = "has no digest beside it in the cache" if damage == "no digest" else "is damaged in the cache"
+    with pytest.raises(SparkError, match=f"{state}, and HF_HUB_OFFLINE forbids"):
         fetched()
     monkeypatch.delenv("HF_HUB_OFFLINE")
     bar = Bar()
     assert heads.equal(heads.values(fetched(bar)), heads.own(folder))
-    assert bar.said == [f"the MTP head of `{ID}` is damaged in the cache: fetching it anew"]
+    assert bar.said == [f"the MTP head of `{ID}` {state}: fetching it anew"]
     assert kept.read_bytes() == data
     hub.parts.clear()
     fetched()
@@ -163,7 +164,11 @@ def test_a_look_fetches_headers_alone(hub: HubServer, commit: str, folder: Path,
     )
     assert cached(tmp_path) == []
     hub.fail("GET /org/", whole=True)
-    assert find_head(ID, WANTED, look=True).bytes == HEAD_BYTES
+    bar = Bar()
+    assert find_head(ID, WANTED, look=True, progress=bar).bytes == HEAD_BYTES
+    shards = ", ".join(sorted(path.name for path in folder.glob("*.safetensors")))
+    unknown = "nothing was downloaded, so whether the head fits is not known"
+    assert (bar.tasks, bar.said) == ([], [f"`{hub.url}` sends whole files only: {shards}; {unknown}"])
     assert not list((tmp_path / "hf").rglob("*.safetensors"))
     hub.faults.clear()
     fetched()
