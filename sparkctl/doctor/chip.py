@@ -114,16 +114,16 @@ def judge(found: list[Row], target: Target) -> list[Finding]:
     wrong = []
     for row in found:
         if row.needed and row.found is False:
-            what = f"{target} has no {row.name}, which training needs" + (f": {row.why}" if row.why else "")
-            wrong.append(Finding(row.name, Weight.NEEDED, what, "train on a GPU of compute capability 8.0 or higher"))
+            what = f"{target} has no {row.name}, which training needs and compute capability 8.0 has"
+            what += f": {row.why}" if row.why else ""
+            wrong.append(Finding(row.name, Weight.NEEDED, what))
         elif row.unproved:
             what = f"{row.name}, which training needs, is not proved of {target}: {row.why or 'no answer'}"
             wrong.append(Finding(row.name, Weight.NEEDED, what, NEWER if ptx.too_old(row.why) else None))
         elif row.differs:
             what = f"{row.name}: expected {yes(row.expected)} on {target}, found {yes(row.found)}"
             what += f" ({row.why})" if row.why else ""
-            mend = "nothing here depends on it; a newer driver or ptxas may explain it"
-            wrong.append(Finding(row.name, Weight.NOTE, what, mend))
+            wrong.append(Finding(row.name, Weight.NOTE, f"{what}; nothing here depends on it"))
     return wrong
 
 

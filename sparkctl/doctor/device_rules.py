@@ -16,8 +16,8 @@ HELD = GIB  # bytes that others may hold on the GPU unnoticed
 SCARCE = 0.25  # share of the host's memory that should be available
 CAPPED = 0.95  # share of its usual power below which a limit was set by someone
 SPARK = "https://github.com/parallelArchitect/spark-gpu-throttle-check"
-SUPPLY = "unplug the power supply from the wall and from the machine for a minute, and use the one it came with"
-COOL = "let air to the machine, then measure again"
+SUPPLY = "a Spark's supply that is unplugged from wall and machine for a minute often ends it"
+NEEDED, CONTAINER = "NVIDIA's driver 580 or newer is needed", "a container sees a GPU with `--gpus all`"
 USUAL = "software power cap"  # of a large GPU at work: it says nothing by itself
 
 
@@ -32,24 +32,27 @@ def _driver(device: Device) -> Iterator[Finding]:
         return
     if not device.fitted:
         what = f"no GPU ({problem}): training runs on the CPU, for models as small as the demo's"
-        yield Finding("GPU", Weight.NOTE, what, "`make demo` shows the whole job there")
+        yield Finding("GPU", Weight.NOTE, what, "sparkctl demo")
     elif "hides" in problem:
         yield Finding("GPU", Weight.SLOW, problem, "`unset CUDA_VISIBLE_DEVICES`")
     else:
-        mend = "install NVIDIA's driver 580 or newer; in a container, start it with `--gpus all`"
-        if "mismatch" in problem:
-            mend = "restart the machine: its driver was updated while it was loaded"
-        elif "did not end" in problem:
-            mend = (
-                "`sparkctl doctor` without `--quick` gives it longer; where `nvidia-smi` hangs too, restart the machine"
-            )
-        elif "died" in problem:
-            mend = "restart the machine; `sudo dmesg | grep -i nvrm` tells what its driver ran into"
-        elif "too old" in problem:
-            mend = "update NVIDIA's driver: 580 or newer"
-        elif "permission" in problem:
-            mend = "join the group that owns `/dev/nvidia0`; in a container, start it with `--gpus all`"
-        yield Finding("driver", Weight.NEEDED, f"a GPU is fitted and cannot be used: {problem}", mend)
+        why, mend = _unusable(problem)
+        yield Finding("driver", Weight.NEEDED, f"a GPU is fitted and cannot be used: {problem} ({why})", mend)
+
+
+def _unusable(problem: str) -> tuple[str, str | None]:
+    """Why a driver does not serve the GPU that is fitted, and the command that mends it, where one does."""
+    if "mismatch" in problem:
+        return "it was updated while it was loaded", "`sudo reboot`"
+    if "did not end" in problem:
+        return "without `--quick` it is given longer", "`nvidia-smi` says why"
+    if "died" in problem:
+        return "a restart of the machine may mend it", "`sudo dmesg | grep -i nvrm` says why"
+    if "too old" in problem:
+        return NEEDED, None
+    if "permission" in problem:
+        return f"its files are for some users alone; {CONTAINER}", "`ls -l /dev/nvidia*` says why"
+    return f"{NEEDED}; {CONTAINER}", None
 
 
 def _cuda(device: Device) -> Iterator[Finding]:
@@ -57,18 +60,17 @@ def _cuda(device: Device) -> Iterator[Finding]:
     if problem and "OUT_OF_MEMORY" in problem:
         pids = " ".join(str(process.pid) for process in device.gpu.processes) if device.gpu else ""
         what = "no memory is left on the GPU, not even for a start"
-        mend = f"end what holds it: `kill {pids}`" if pids else "`nvidia-smi` lists what holds it"
-        yield Finding("GPU", Weight.NEEDED, what, mend)
+        yield Finding("GPU", Weight.NEEDED, what, f"`kill {pids}`" if pids else "`nvidia-smi` says why")
     elif problem:
-        mend = "`nvidia-smi` has to work first; in a container, start it with `--gpus all`"
-        yield Finding("CUDA", Weight.NEEDED, f"CUDA does not start: {problem}", mend)
+        what = f"CUDA does not start: {problem} ({CONTAINER})"
+        yield Finding("CUDA", Weight.NEEDED, what, "`nvidia-smi` says why")
 
 
 def _capability(device: Device) -> Iterator[Finding]:
     gpu = device.gpu
     if gpu and tuple(int(part) for part in gpu.capability.split(".")) < BF16:
-        what = f"{gpu.name} has compute capability {gpu.capability} and no bf16 in its tensor cores"
-        yield Finding("GPU", Weight.NEEDED, what, "train on a GPU of compute capability 8.0 or higher")
+        what = f"{gpu.name} has compute capability {gpu.capability} and no bf16 in its tensor cores, which 8.0 has"
+        yield Finding("GPU", Weight.NEEDED, what)
 
 
 def _processes(device: Device) -> Iterator[Finding]:
@@ -77,8 +79,8 @@ def _processes(device: Device) -> Iterator[Finding]:
     if total > HELD:
         pids = ",".join(str(process.pid) for process in held)
         who = f"{len(held)} other processes hold" if len(held) > 1 else "another process holds"
-        what = f"{who} {total / GIB:.1f} GiB of the GPU's memory"
-        yield Finding("GPU", Weight.SLOW, what, f"end what you can spare: `ps -o pid,user,cmd -p {pids}`")
+        what = f"{who} {total / GIB:.1f} GiB of the GPU's memory: training has the rest"
+        yield Finding("GPU", Weight.SLOW, what, f"`ps -o pid,user,cmd -p {pids}`")
 
 
 def _throttled(device: Device) -> Iterator[Finding]:
@@ -86,13 +88,16 @@ def _throttled(device: Device) -> Iterator[Finding]:
     reasons = device.gpu.throttled if device.gpu else ()
     hot = [reason for reason in reasons if "thermal" in reason]
     if hot:
-        yield Finding("clocks", Weight.SLOW, f"clocks are held down: {', '.join(hot)}", COOL)
+        what = f"clocks are held down: {', '.join(hot)} (the machine is too hot: it needs air)"
+        yield Finding("clocks", Weight.SLOW, what)
     capped = [reason for reason in reasons if reason not in hot]
     if capped:
         what = f"clocks are held down: {', '.join(capped)}"
         weight = Weight.NOTE if capped == [USUAL] else Weight.SLOW
-        mend = SUPPLY if device.unified else "`nvidia-smi -q -d PERFORMANCE,POWER` says more"
-        yield Finding("clocks", weight, what, mend, SPARK if device.unified else None)
+        if device.unified:
+            yield Finding("clocks", weight, f"{what}; {SUPPLY}", source=SPARK)
+        else:
+            yield Finding("clocks", weight, what, "`nvidia-smi -q -d PERFORMANCE,POWER` says why")
 
 
 def _power(device: Device) -> Iterator[Finding]:
@@ -105,21 +110,22 @@ def _power(device: Device) -> Iterator[Finding]:
 def _memory(device: Device) -> Iterator[Finding]:
     if device.memory and device.available < SCARCE * device.memory and (device.unified or not device.gpu):
         what = f"{device.available / GIB:.1f} of {device.memory / GIB:.1f} GiB of memory are available"
-        yield Finding("memory", Weight.SLOW, what, "end what holds it: `ps aux --sort=-rss | head`")
+        yield Finding("memory", Weight.SLOW, what, "`ps aux --sort=-rss | head` says why")
 
 
 def _swap(device: Device) -> Iterator[Finding]:
     if device.unified and device.swap:
         used = (device.swap_used or 0) > GIB
-        what = "swap is on: memory that runs out then hangs the whole machine before anything is stopped"
-        yield Finding("swap", Weight.SLOW if used else Weight.NOTE, what, "`sudo swapoff -a` while training")
+        what = "swap is on: memory that runs out in training hangs the whole machine before anything is stopped"
+        yield Finding("swap", Weight.SLOW if used else Weight.NOTE, what, "`sudo swapoff -a`")
 
 
 def _disks(device: Device) -> Iterator[Finding]:
     for disk in device.disks:
         if disk.free < LEAST[disk.name]:
-            what = f"{disk.free / GB:.1f} GB are free for {disk.name.removesuffix(' here')} in `{here(disk.folder)}`"
-            mend = f"free some, or `export {disk.variable}=` a folder with room" if disk.variable else "free some"
+            name, least = disk.name.removesuffix(" here"), LEAST[disk.name] / GB
+            what = f"{disk.free / GB:.1f} GB are free for {name} in `{here(disk.folder)}`: {least:.0f} may be needed"
+            mend = f"`export {disk.variable}=FOLDER_WITH_ROOM`" if disk.variable else None
             yield Finding("disk", Weight.NEEDED if disk.free < NOTHING else Weight.SLOW, what, mend)
 
 

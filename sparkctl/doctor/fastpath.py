@@ -22,7 +22,8 @@ RATIO = 2.0  # times the reference's distance from fp32, as in `verify lossless`
 SHARE = 0.7  # of what the device should reach, below which something holds it back
 RACE = "https://github.com/triton-lang/triton/issues/10590"
 SUPPLY = "https://github.com/parallelArchitect/spark-gpu-throttle-check"
-POWER = "`nvidia-smi -q -d PERFORMANCE,POWER` while it runs; on a Spark unplug the power supply for a minute"
+GB10 = "GB10"  # as its driver calls a Spark's GPU
+POWER = "`nvidia-smi -q -d PERFORMANCE,POWER` says why"
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def judge(found: FastPath) -> list[Finding]:
 def _failed(found: FastPath) -> Iterator[Finding]:
     for part, problem in found.problems.items():
         weight = Weight.SLOW if part == "speed" else Weight.NEEDED
-        mend = f"`python -m sparkctl.doctor.exercise {part}` shows all of it"
+        mend = f"`python -m sparkctl.doctor.exercise {part}` says why"
         yield Finding("fast path", weight, f"{part} of the fast path: {problem}", mend)
 
 
@@ -143,7 +144,7 @@ def _slow(found: FastPath) -> Iterator[Finding]:
     for one in found.operators:
         if one.slow:
             what = f"{one.operator} would run on its slow {one.kernel}: {one.reason}"
-            yield Finding(one.operator, Weight.NEEDED, what, one.mend or "train with `--allow-slow`")
+            yield Finding(one.operator, Weight.NEEDED, what, one.mend or "sparkctl train RUN --allow-slow")
 
 
 def _wrong(found: FastPath) -> Iterator[Finding]:
@@ -161,8 +162,7 @@ def _differing(found: FastPath) -> Iterator[Finding]:
         what = (
             f"{len(proof.differing)} of {proof.repeats} repeats of a forward and backward differ in their bits: a race"
         )
-        mend = "pip install 'triton>=3.8', or `sparkctl recommend RUN --engine reference`"
-        yield Finding("fast path", Weight.NEEDED, what, mend, RACE)
+        yield Finding("fast path", Weight.NEEDED, what, "pip install 'triton>=3.8'", RACE)
 
 
 def _held_back(found: FastPath) -> Iterator[Finding]:
@@ -171,10 +171,12 @@ def _held_back(found: FastPath) -> Iterator[Finding]:
         share = f"{speed.operations_share:.0%} of what they should"
         at = f" (at {speed.load})" if speed.load else ""
         what = f"bf16 products reach {speed.operations / 1e12:.1f} TFLOP/s, {share}{at}"
+        if GB10 in (speed.gpu or ""):
+            what += "; a power supply that is unplugged for a minute often ends it"
         yield Finding("power", Weight.SLOW, what, POWER, SUPPLY)
     if speed and speed.bytes_share is not None and speed.bytes_share < SHARE:
         what = f"copies reach {speed.bytes / 1e9:.0f} GB/s, {speed.bytes_share:.0%} of what they should"
-        yield Finding("memory", Weight.SLOW, what, "end what else uses the GPU and its memory: `nvidia-smi`")
+        yield Finding("memory", Weight.SLOW, what, "`nvidia-smi` says why")
 
 
 RULES: tuple[Callable[[FastPath], Iterator[Finding]], ...] = (_failed, _slow, _wrong, _differing, _held_back)

@@ -19,7 +19,7 @@ class Weight(IntEnum):
 class Finding:
     """One thing that is wrong. subject: the row it is about; source: where that is known from.
 
-    mend: a command or what else to do, None where there is nothing to do.
+    mend: a command; None where none mends it.
     """
 
     subject: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,43 +37,55 @@ def test_nothing_is_wrong_with_a_spark() -> None:
 
 
 CASES = [
-    (NO_GPU, "driver", Weight.NEEDED, "cannot be used", "driver 580"),
-    (replace(NO_GPU, fitted=False), "GPU", Weight.NOTE, "runs on the CPU", "make demo"),
-    (replace(NO_GPU, problem="NVML: driver/library version mismatch"), "driver", Weight.NEEDED, "mismatch", "restart"),
-    (replace(NO_GPU, problem="NVML: insufficient permissions"), "driver", Weight.NEEDED, "permissions", "/dev/nvidia0"),
-    (replace(NO_GPU, problem="NVML did not end within 5 s"), "driver", Weight.NEEDED, "did not end", "restart"),
+    (NO_GPU, "driver", Weight.NEEDED, "not installed (NVIDIA's driver 580 or newer is needed; a container", None),
+    (replace(NO_GPU, fitted=False), "GPU", Weight.NOTE, "runs on the CPU", "sparkctl demo"),
+    (replace(NO_GPU, problem="NVML: driver/library version mismatch"), "driver", Weight.NEEDED, "updated", "reboot"),
+    (replace(NO_GPU, problem="NVML: insufficient permissions"), "driver", Weight.NEEDED, "its files", "/dev/nvidia*"),
+    (replace(NO_GPU, problem="NVML did not end within 5 s"), "driver", Weight.NEEDED, "without `--q", "nvidia-smi"),
     (replace(NO_GPU, problem="NVML died of SIGABRT"), "driver", Weight.NEEDED, "SIGABRT", "nvrm"),
-    (replace(NO_GPU, problem="too old a driver library: x"), "driver", Weight.NEEDED, "too old", "update NVIDIA's"),
+    (replace(NO_GPU, problem="too old a driver library: x"), "driver", Weight.NEEDED, "580 or newer is needed", None),
     (replace(NO_GPU, problem="CUDA_VISIBLE_DEVICES hides every GPU"), "GPU", Weight.SLOW, "hides", "unset CUDA_VIS"),
-    (replace(SPARK, claims=Claims(problem="CUDA_ERROR_NOT_PERMITTED")), "CUDA", Weight.NEEDED, "NOT_PERMITTED", "gpus"),
-    (gpu(capability="7.5"), "GPU", Weight.NEEDED, "no bf16", "8.0 or higher"),
+    (replace(SPARK, claims=Claims(problem="CUDA_ERROR_NOT_PERMITTED")), "CUDA", Weight.NEEDED, "_PERMI", "nvidia-smi"),
+    (gpu(capability="7.5"), "GPU", Weight.NEEDED, "no bf16 in its tensor cores, which 8.0 has", None),
     (gpu(processes=(Process(4711, 2 * GIB),)), "GPU", Weight.SLOW, "another process holds 2.0 GiB", "-p 4711`"),
     (gpu(processes=(Process(1, GIB), Process(2, GIB))), "GPU", Weight.SLOW, "2 other processes hold", "-p 1,2`"),
-    (gpu(throttled=("power brake",)), "clocks", Weight.SLOW, "power brake", "unplug the power supply"),
-    (gpu(throttled=("software power cap",)), "clocks", Weight.NOTE, "software power cap", "unplug the power supply"),
+    (gpu(throttled=("power brake",)), "clocks", Weight.SLOW, "power brake; a Spark's supply that is unplugged", None),
+    (gpu(throttled=("software power cap",)), "clocks", Weight.NOTE, "power cap; a Spark's supply", None),
     (
         replace(gpu(throttled=("hardware slowdown",)), claims=Claims(integrated=False)), "clocks", Weight.SLOW,
         "hardware slowdown", "nvidia-smi",
     ),
-    (gpu(throttled=("hardware thermal slowdown",)), "clocks", Weight.SLOW, "thermal", "let air"),
+    (gpu(throttled=("hardware thermal slowdown",)), "clocks", Weight.SLOW, "thermal slowdown (the machine is", None),
     (gpu(power_limit=300.0, default_limit=700.0), "power", Weight.SLOW, "capped at 300 W, of 700 W", "-pl 700"),
     (replace(SPARK, available=20 * GIB), "memory", Weight.SLOW, "20.0 of 120.0 GiB", "ps aux"),
     (replace(SPARK, swap=16 * GIB), "swap", Weight.NOTE, "hangs the whole machine", "swapoff"),
     (replace(SPARK, swap=16 * GIB, swap_used=2 * GIB), "swap", Weight.SLOW, "hangs the whole machine", "swapoff"),
-    (replace(SPARK, disks=(Disk("runs here", Path("/work"), 5 * GB),)), "disk", Weight.SLOW, "5.0 GB", "free some"),
+    (replace(SPARK, disks=(Disk("runs here", Path("/work"), 5 * GB),)), "disk", Weight.SLOW, "5.0 GB are", None),
     (
         replace(SPARK, disks=(Disk("temporary files", Path("/scratch/tmp"), 0, "TMPDIR"),)), "disk", Weight.NEEDED,
-        "0.0 GB are free for temporary files in `/scratch/tmp`", "export TMPDIR=",
+        "0.0 GB are free for temporary files in `/scratch/tmp`", "export TMPDIR=FOLDER",
     ),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("seen", "subject", "weight", "what", "mend"), CASES)
-def test_a_rule(seen: Device, subject: str, weight: Weight, what: str, mend: str) -> None:
+def test_a_rule(seen: Device, subject: str, weight: Weight, what: str, mend: str | None) -> None:
     found = device_rules.judge(seen)
     assert [(finding.subject, finding.weight) for finding in found] == [(subject, weight)]
     assert what in found[0].what
-    assert mend in found[0].mend
+    assert (mend in found[0].mend) if mend and found[0].mend else mend == found[0].mend
+
+
+COMMAND = re.compile(r"sparkctl \w+|`[^`]+`( says why)?")
+
+
+def test_every_mend_is_a_command() -> None:
+    """Or there is none: advice stands in what was found."""
+    mends = [finding.mend for seen, *_ in CASES for finding in device_rules.judge(seen) if finding.mend]
+    assert [mend for mend in mends if not COMMAND.fullmatch(mend)] == []
+    assert len(mends) > len(CASES) / 2
+    assert not COMMAND.fullmatch("free some")
+    assert not COMMAND.fullmatch("`sudo swapoff -a` while training")
 
 
 def test_every_rule_has_a_case() -> None:
@@ -84,7 +97,7 @@ def test_a_gpu_that_is_full_names_who_holds_it() -> None:
         gpu(processes=(Process(11, None), Process(12, None))), claims=Claims(problem="CUDA_ERROR_OUT_OF_MEMORY")
     )
     (found,) = device_rules.judge(full)
-    assert (found.weight, found.mend) == (Weight.NEEDED, "end what holds it: `kill 11 12`")
+    assert (found.weight, found.mend) == (Weight.NEEDED, "`kill 11 12`")
     (found,) = device_rules.judge(replace(SPARK, claims=Claims(problem="CUDA_ERROR_OUT_OF_MEMORY")))
     assert "nvidia-smi" in found.mend
 
@@ -92,8 +105,8 @@ def test_a_gpu_that_is_full_names_who_holds_it() -> None:
 def test_heat_and_power_are_told_apart() -> None:
     both = gpu(throttled=("software power cap", "hardware slowdown", "software thermal slowdown"))
     assert [finding.what for finding in device_rules.judge(both)] == [
-        "clocks are held down: software thermal slowdown",
-        "clocks are held down: software power cap, hardware slowdown",
+        "clocks are held down: software thermal slowdown (the machine is too hot: it needs air)",
+        f"clocks are held down: software power cap, hardware slowdown; {device_rules.SUPPLY}",
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from dataclasses import replace
@@ -41,7 +42,7 @@ CASES = [
     (replace(GOOD, proof=replace(PROOF, ratio=2.1)), Weight.NEEDED, "2.1 times as far", "--engine reference"),
     (replace(GOOD, proof=replace(PROOF, ratio=float("nan"))), Weight.NEEDED, "nan times", "--engine reference"),
     (replace(GOOD, proof=replace(PROOF, differing=[3, 9])), Weight.NEEDED, "2 of 30 repeats", "triton>=3.8"),
-    (replace(GOOD, speed=Speed("NVIDIA GB10", 30e12, 240e9)), Weight.SLOW, "30.0 TFLOP/s, 33% of", "power supply"),
+    (replace(GOOD, speed=Speed("NVIDIA GB10", 30e12, 240e9)), Weight.SLOW, "33% of", "says why"),
     (replace(GOOD, speed=Speed("NVIDIA H200", 780e12, 2e12)), Weight.SLOW, "2000 GB/s, 48% of", "nvidia-smi"),
 ]  # fmt: skip
 
@@ -52,6 +53,26 @@ def test_a_rule(found: FastPath, weight: Weight, what: str, mend: str) -> None:
     assert finding.weight == weight
     assert what in finding.what
     assert mend in finding.mend
+
+
+COMMAND = re.compile(r"(pip|sparkctl) [^`;]+|`[^`]+`( says why)?")
+
+
+def test_only_a_spark_is_told_of_its_power_supply() -> None:
+    for name, told in (("NVIDIA GB10", True), ("NVIDIA H200", False)):
+        (finding,) = fastpath.judge(replace(GOOD, speed=Speed(name, 30e12, 4800e9)))
+        assert ("power supply" in finding.what) == told
+
+
+def test_every_mend_is_a_command() -> None:
+    """Those of operators are their own; one that has none is allowed by name."""
+    slow = replace(GOOD, operators=[Operator("x", "reference", "why", True)])
+    for found, *_ in (*CASES, (slow,)):
+        (finding,) = fastpath.judge(found)
+        assert finding.mend
+        assert finding.mend == "pip install it" or COMMAND.fullmatch(finding.mend)
+    assert not COMMAND.fullmatch("train with `--allow-slow`")
+    assert not COMMAND.fullmatch("pip install 'triton>=3.8', or `sparkctl recommend RUN --engine reference`")
 
 
 def test_every_rule_has_a_case() -> None:
