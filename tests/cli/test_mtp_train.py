@@ -311,3 +311,19 @@ def test_a_fresh_head_for_a_base_that_lost_its_own(run: Run, capsys: Said, qwen3
     assert said["plan"]["fresh"]
     first = next(line for line in read(run.root / "mtp" / "metrics.jsonl") if "eval_loss" in line)
     assert first["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_base_whose_config_leaves_out_a_size(command: str, run: Run, capsys: Said) -> None:
+    """The type's default stands for it, as everywhere: here it is not the weights', which is an error and no bug."""
+    assert run.manifest.model
+    base = run.resolve(run.manifest.model.source)
+    path = Path(shutil.copytree(base, run.root / "base")) / "config.json"
+    config = json.loads(path.read_text())
+    del config["text_config"]["head_dim"]
+    path.write_text(json.dumps(config))
+    with run.edit() as manifest:
+        assert manifest.model
+        manifest.model.source, manifest.model.config_sha256 = "base", sha256_file(path)
+    assert sparkctl(["mtp", command, str(run.root), "--dry-run"]) == 1
+    assert "for [1024, 32]" in capsys.readouterr().err
