@@ -129,7 +129,7 @@ class _Part:
 def _fitting(files: list[RemoteFile], wanted: mtp.Shapes, model: ModelSource, mend: str) -> list[_Part]:
     """The head's tensors by the files' headers, in the order in which they are kept. Raises SparkError where
     they do not fit."""
-    parts = [part for file in files for part in _parts(file)]
+    parts = [part for file in files for part in _parts(file, mend)]
     require_fit(model.source, {part.name: (part.entry.dtype, part.entry.shape) for part in parts}, wanted, mend, mend)
     return sorted(parts, key=lambda p: (-BITS[p.entry.dtype], p.file.name, p.start))  # the widest first: aligned
 
@@ -159,14 +159,13 @@ def _fetch(
         sync_folder(kept.parent)
 
 
-def _parts(file: RemoteFile) -> Iterator[_Part]:
-    """The head's tensors in a shard, by its header."""
+def _parts(file: RemoteFile, mend: str) -> Iterator[_Part]:
+    """The head's tensors in a shard, by its header. mend: where it is damaged, which it is where it is published."""
     path = Path(file.shown)
     first = file.read(0, 8)
     assert file.size is not None
-    hint = "it is damaged where it is published: take the head of another model, `--from HUB_ID`"
-    header = read_header(path, _Reader(file, first), file.size, hint)
-    for name, entry in read_entries(path, header, file.size - len(header), hint).items():
+    header = read_header(path, _Reader(file, first), file.size, mend)
+    for name, entry in read_entries(path, header, file.size - len(header), mend).items():
         if name.startswith(mtp.PREFIX):
             yield _Part(name, file, entry, len(header) + entry.start, len(header) + entry.stop)
 

@@ -23,7 +23,7 @@ from sparkctl.merge.companions import copy_companions
 from sparkctl.merge.merge import ELSEWHERE, require_space
 from sparkctl.merge.seal import Seal, SealedFile
 from sparkctl.model import mtp
-from sparkctl.model.anew import file_anew
+from sparkctl.model.anew import file_anew, folder_anew
 from sparkctl.model.families import MULTIMODAL
 from sparkctl.model.format import Entry, header_bytes
 from sparkctl.model.inspect import inspect, quantised, read_config, text_part
@@ -201,7 +201,7 @@ def _audit(target: Target, stage: Path, out: Path) -> None:
         return
     own = set(audit(target.folder))
     ours = [problem for problem in problems if problem not in own]
-    hint = "this is a bug" if ours else f"`{target.folder}` is not whole either: fetch or save it again"
+    hint = "this is a bug" if ours else f"`{target.folder}` is not whole either: {folder_anew(target.folder)}"
     raise SparkError(
         f"the model with its head is not whole: {'; '.join(problems)}", f"{hint}; nothing was written to `{out}`"
     )

@@ -104,6 +104,23 @@ def test_a_published_head_that_does_not_do_is_taken_elsewhere(
         assert f"hint: {LINE} --from HUB_ID\n" in text
 
 
+def test_a_head_that_is_damaged_where_it_is_published(hub: HubServer, run: Run, said: Said, tmp_path: Path) -> None:
+    broken = heads.rebuilt(Path("base"), tmp_path / "broken", 1)
+    (broken / "model.safetensors").write_bytes(b"not a model" * 1000)
+    hub.publish("org/broken", broken)
+    text = refused(said, 1, *DEFAULT, "--from", "org/broken", "--link")
+    assert "`org/broken/model.safetensors` is no safetensors file" in text
+    assert f"hint: {LINE} --from HUB_ID --link\n" in text
+
+
+def test_a_model_that_is_not_whole_is_had_anew(run: Run, said: Said, tmp_path: Path) -> None:
+    """By its own folder, and nothing was written."""
+    less(heads.rebuilt(Path("base"), tmp_path / "cut", 1) / "model.safetensors", "model.language_model.norm.weight")
+    text = refused(said, 1, *DEFAULT, "--into", "cut")
+    assert "hint: `cut` is not whole either: hf download ORG/NAME --local-dir cut, " in text
+    assert "; nothing was written to `" in text
+
+
 def test_a_folder_that_takes_no_head_says_so(run: Run, said: Said, tmp_path: Path, llama_folder: Path) -> None:
     """Nothing is trained there."""
     path = heads.rebuilt(Path("base"), tmp_path / "fp8", 1) / "config.json"
