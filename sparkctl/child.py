@@ -91,13 +91,29 @@ def listen(name: str, *arguments: str, hear: Callable[[Iterable[str]], None]) ->
 
     Where `hear` raises, the process is ended.
     """
+    with beside(name, *arguments) as listened:
+        return listened(hear)
+
+
+@contextmanager
+def beside(name: str, *arguments: str) -> Iterator[Callable[[Callable[[Iterable[str]], None]], Ended]]:
+    """The same while the block does other work; what is given lets `hear` listen, and waits for the process's end.
+
+    A process that nobody has waited for is ended with the block.
+    """
     stdin, stdout = subprocess.DEVNULL, subprocess.PIPE
     with _started(_line(name, *arguments), stdin=stdin, stdout=stdout) as process:
         assert process.stdout
         with process.stdout as lines:
-            hear(lines)
-        process.wait()
-    return Ended(problem=_problem(process.returncode, ""))
+
+            def listened(hear: Callable[[Iterable[str]], None]) -> Ended:
+                hear(lines)
+                lines.close()
+                process.wait()
+                return Ended(problem=_problem(process.returncode, ""))
+
+            yield listened
+        _kill(process)
 
 
 def _line(name: str, *arguments: str) -> list[str]:
@@ -151,6 +167,8 @@ def at_once(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
+    if process.returncode is not None:  # waited for: its number may be another's by now
+        return
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):  # a process that waits for its driver may not even die

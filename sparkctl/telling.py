@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 from sparkctl import child
 from sparkctl.errors import SparkError, UsageError, memory_ended, memory_error
-from sparkctl.progress import Progress, Task
+from sparkctl.progress import Progress, Task, silent
 
 
 class Teller:
@@ -95,11 +95,27 @@ def listen(module: str, *arguments: str, what: str, hint: str, progress: Progres
 
     Raises the error that it tells of, and where it ends without a word one that says how `what` ended, with `hint`.
     """
-    listener = _Listener(progress)
-    ended = child.listen(module, *arguments, hear=listener.hear)
-    if ended.problem or listener.answer is None:
-        raise SparkError(f"{what} failed: {ended.problem or 'no answer'}", hint)
-    return listener.answer
+    with beside(module, *arguments, what=what, hint=hint, progress=progress) as answer:
+        return answer()
+
+
+@contextmanager
+def beside(
+    module: str, *arguments: str, what: str, hint: str, progress: Progress = silent
+) -> Iterator[Callable[[], dict[str, Any]]]:
+    """The same while the block does other work: what is given waits for the answer. Without it, the process is ended
+    with the block.
+    """
+    with child.beside(module, *arguments) as listened:
+
+        def answer() -> dict[str, Any]:
+            listener = _Listener(progress)
+            ended = listened(listener.hear)
+            if ended.problem or listener.answer is None:
+                raise SparkError(f"{what} failed: {ended.problem or 'no answer'}", hint)
+            return listener.answer
+
+        yield answer
 
 
 class _Listener:

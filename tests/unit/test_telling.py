@@ -16,7 +16,7 @@ import pytest
 
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.progress import Progress, Task, silent
-from sparkctl.telling import listen
+from sparkctl.telling import beside, listen
 
 HEAD = """
 import os, sys, time
@@ -143,6 +143,20 @@ def test_ctrl_c_here_ends_it(tell: Tell) -> None:
     with pytest.raises(KeyboardInterrupt):
         tell("teller.say(str(os.getpid()))\ntime.sleep(300)", progress)
     assert gone(progress.heard[0])
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_beside_other_work_it_is_waited_for_or_ended(asked: bool, tell: Tell, tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    module(
+        tmp_path,
+        f"open({str(mark)!r}, 'w').write(str(os.getpid()))\nteller.answer({{'a': 1}})\ntime.sleep({asked or 300})",
+    )
+    with beside("told", what="x", hint="x") as answer:
+        wait(lambda: mark.exists() and mark.read_text() != "")  # it has begun before it is asked
+        if asked:
+            assert answer() == {"a": 1}
+    assert gone(mark.read_text())
 
 
 def test_it_ends_where_nobody_listens_any_more(tmp_path: Path, tell: Tell) -> None:
