@@ -21,7 +21,9 @@ from sparkctl.files import staged_folder
 from sparkctl.manifest.schema import Lora
 from sparkctl.merge.companions import copy_companions
 from sparkctl.merge.updates import Update, another, listed, updates
+from sparkctl.model.audit import audit
 from sparkctl.model.families import tied
+from sparkctl.model.promise import promising
 from sparkctl.model.weights import INDEX, Checkpoint, TensorFile
 from sparkctl.progress import Progress, Task, silent
 
@@ -71,16 +73,16 @@ def merge_checkpoint(
     belongs into the folder, after the audit. Raises SparkError where the two do not fit or the audit finds anything,
     OSError where the disk is full; `out` is then what it was.
     """
-    from sparkctl.model.audit import audit
-
     checkpoint, changes = prepare(base, trained, lora)
     merged = describe(checkpoint, changes)
     require_space(out, merged.bytes)
     with staged_folder(out, replace=replace) as stage:
-        with progress.task("merging", merged.bytes, "B") as task:
-            write_weights(checkpoint, changes, stage, task)
         copy_companions(base, stage, template)
-        if problems := audit(stage):
+        with promising(stage) as promised:
+            with progress.task("merging", merged.bytes, "B") as task:
+                write_weights(checkpoint, changes, stage, task)
+            problems = audit(stage, promised=promised)
+        if problems:
             raise SparkError(
                 f"the merged checkpoint is not whole: {'; '.join(problems)}",
                 f"{_amiss(base)}; nothing was written to `{out}`",
@@ -92,8 +94,6 @@ def merge_checkpoint(
 
 def _amiss(base: Path) -> str:
     """Whose fault an incomplete merge is."""
-    from sparkctl.model.audit import audit
-
     if not audit(base):
         return "the base is whole, so this is a bug"
     return (

@@ -7,109 +7,50 @@ out. vLLM loads a checkpoint without `mtp.fc.weight` silently and then accepts n
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from sparkctl.errors import SparkError
-from sparkctl.model import mtp
-from sparkctl.model.anew import file_anew
-from sparkctl.model.load import silence
 from sparkctl.model.names import LIVE, NESTED, nested_name, text_prefix
+from sparkctl.model.promise import Promise, promise, read_config
 from sparkctl.model.weights import INDEX, Layout, read_layout
 
 
-def audit(folder: Path, *, counted: bool = True) -> list[str]:
+def audit(folder: Path, *, counted: bool = True, promised: Callable[[], Promise] | None = None) -> list[str]:
     """Everything that is wrong with the weights in `folder`, a sentence each; empty where nothing is.
 
-    counted: whether the index has to state the right total, too; a base need not, since a merge counts anew.
+    counted: whether the index has to state the right total, too; a base need not, since a merge counts anew. promised:
+    gives what was promised, where that was looked up before. Raises what it raises.
     """
     try:
-        config = dict(json.loads((folder / "config.json").read_bytes()))
+        _, config = read_config(folder)
         layout = read_layout(folder)
-        promised, optional, ignores, problems = promise(folder, config)
     except SparkError as error:
         return [error.message]
-    except (OSError, ValueError, TypeError) as error:
-        return [f"`{folder / 'config.json'}` cannot be read ({error})"]
-    if text_prefix(promised) == LIVE and text_prefix(layout.where) == NESTED:
-        promised = {nested_name(name): shape for name, shape in promised.items()}
+    told = promised() if promised else promise(folder)
+    if told.wrong or told.config != config:
+        return [told.wrong or f"`{folder / 'config.json'}` was changed while its promise was looked up"]
+    placed = layout.problems + _misplaced(layout) + (_miscounted(folder, layout) if counted else [])
+    return [*told.problems, *placed, *_unlike(layout, told)]
+
+
+def _unlike(layout: Layout, told: Promise) -> list[str]:
+    """Tensors that are missing, not promised, or of another shape."""
+    shapes = told.shapes
+    if text_prefix(shapes) == LIVE and text_prefix(layout.where) == NESTED:
+        shapes = {nested_name(name): shape for name, shape in shapes.items()}
     found = {name: file.shape(name) for name, file in layout.where.items()}
-    problems += layout.problems + _misplaced(layout) + (_miscounted(folder, layout) if counted else [])
-    problems += [
+    problems = [
         f"config.json promises `{name}`, and it is missing"
-        for name in promised
-        if name not in found and name not in optional
+        for name in shapes
+        if name not in found and name not in told.optional
     ]
     for name, shape in found.items():
-        if name not in promised:
-            if ignores(name):
-                continue
+        if name in shapes and shape != shapes[name]:
+            problems.append(f"`{name}` has shape {list(shape)}, and config.json promises {list(shapes[name])}")
+        elif name not in shapes and not told.ignores(name):
             problems.append(f"`{name}` is there, and config.json does not promise it")
-        elif shape != promised[name]:
-            problems.append(f"`{name}` has shape {list(shape)}, and config.json promises {list(promised[name])}")
     return problems
-
-
-class Promise(NamedTuple):
-    """What config.json says of the weights: tensors with their shapes, those of them that may be left out, whether one
-    may be there besides, and what is wrong with the promise itself.
-    """
-
-    shapes: mtp.Shapes
-    optional: set[str]
-    ignores: Callable[[str], bool]
-    problems: list[str]
-
-
-def promise(folder: Path, config: dict[str, Any]) -> Promise:
-    """Raises SparkError where config.json describes no model that transformers knows."""
-    import torch
-
-    with torch.device("meta"):
-        model = _build(folder)
-    promised: mtp.Shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = set(model.all_tied_weights_keys)  # shared with another tensor, so that one copy is enough
-    text, problems = config.get("text_config") or config, []
-    if unknown := mtp.unknown(text):
-        problems.append(f"config.json promises {unknown}, which is unknown here")
-    elif mtp.layers(text):
-        promised |= mtp.shapes(model.config.get_text_config().to_dict())
-    return Promise(promised, tied, _ignored(model), problems)
-
-
-def _ignored(model: Any) -> Callable[[str], bool]:
-    """Whether transformers' class passes over a tensor of that name, as of the inverse frequencies that old Llama
-    checkpoints store. The MTP head's are not among them: config.json has to promise it.
-    """
-    patterns = set(model._keys_to_ignore_on_load_unexpected or ())
-    if any(name.endswith("rotary_emb.inv_freq") for name, _ in model.named_buffers()):
-        patterns.add(r"rotary_emb\.inv_freq")  # transformers adds it while it loads
-
-    def ignored(name: str) -> bool:
-        return not name.startswith(mtp.PREFIX) and any(re.search(pattern, name) for pattern in patterns)
-
-    return ignored
-
-
-def _build(folder: Path) -> Any:
-    """The class that config.json names, or that transformers takes for its type; without weights."""
-    import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        with silence():
-            config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            named = [getattr(transformers, name, None) for name in config.architectures or ()]
-            if named and named[0] is not None:
-                return named[0](config)
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # whatever transformers stumbles over in a config, it means the same here
-        raise SparkError(
-            f"config.json describes no model that transformers can build ({error})",
-            f"{file_anew(folder / 'config.json')}; of a newer model, `pip install --upgrade transformers`",
-        ) from error
 
 
 def _misplaced(layout: Layout) -> list[str]:

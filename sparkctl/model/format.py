@@ -23,6 +23,9 @@ BITS = {
 }  # fmt: skip
 
 
+EXPONENTS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)}  # all set: not finite
+
+
 @dataclass(frozen=True)
 class Entry:
     """A tensor in a file: `start` and `stop` are bytes from the header's end."""
@@ -92,6 +95,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) != len(pairs):
         raise ValueError("a name stands twice")
     return values
+
+
+def finite(data: bytes | bytearray, dtype: str) -> bool:
+    """Whether every number in these bytes is, by its exponent; without torch. dtype: one of `EXPONENTS`."""
+    import numpy as np
+
+    word, exponent = EXPONENTS[dtype]
+    return bool(((np.frombuffer(data, word) & exponent) != exponent).all())
 
 
 def torch_dtype(dtype: str) -> torch.dtype:

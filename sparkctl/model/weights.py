@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, KeysView, Mapping
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -251,6 +251,20 @@ class ShardWriter:
         os.lseek(self._handle, len(self._header) + entry.start, os.SEEK_SET)
         for part in _parts(tensor.detach()):
             _write_all(self._handle, part.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._left.discard(name)
+
+    def write_bytes(self, name: str, pieces: Iterable[bytes | bytearray]) -> None:
+        """The tensor's bytes as another file has them. ValueError where they are too few or many, or come twice."""
+        entry = self._entries[name]
+        os.lseek(self._handle, len(self._header) + entry.start, os.SEEK_SET)
+        left = entry.stop - entry.start
+        for piece in pieces:
+            left -= len(piece)
+            if left < 0:
+                break
+            _write_all(self._handle, memoryview(piece))
+        if left or name not in self._left:
+            raise ValueError(f"{name}: {left} bytes too few for {entry}, still to come: {name in self._left}")
         self._left.discard(name)
 
     def __exit__(

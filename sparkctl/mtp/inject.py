@@ -1,7 +1,7 @@
 """A model's folder with an MTP head in it: the model's shards as they are, the head in a shard of its own.
 
 A head that the model had before is left out, so that no tensor is there twice: a shard that holds some of it is written
-anew without it, all others are copied or hard-linked. In memory are a chunk of a file and a tensor of the head.
+anew without it, all others are copied or hard-linked. In memory is a chunk of a file.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from sparkctl.merge.merge import ELSEWHERE, require_space
 from sparkctl.merge.seal import Seal, SealedFile
 from sparkctl.model import mtp
 from sparkctl.model.anew import file_anew, folder_anew
+from sparkctl.model.audit import audit
 from sparkctl.model.families import MULTIMODAL
-from sparkctl.model.format import Entry, header_bytes
+from sparkctl.model.format import Entry, finite, header_bytes
 from sparkctl.model.inspect import inspect, quantised, read_config, text_part
+from sparkctl.model.promise import promising
 from sparkctl.model.weights import INDEX, SINGLE, Checkpoint, ShardWriter, TensorFile
 from sparkctl.mtp.source import HeadSource
 from sparkctl.progress import Progress, Task, silent
@@ -177,14 +179,17 @@ def inject_head(
     copied = sum(shard.bytes for shard in target.shards if not (link and shard.whole))
     require_space(out, copied + head.bytes, elsewhere)
     with staged_folder(out, replace=replace) as stage:
-        with progress.task("injecting", target.bytes + head.bytes, "B") as task:
-            _write_head(head, stage / HEAD_SHARD, task)  # first: it is small, and may be refused
-            digests = dict(_write_shards(target, stage, known, link, merge, task))
         copy_companions(target.folder, stage, None)
         if target.config_changed:
             (stage / "config.json").write_text(json.dumps(target.config, indent=2) + "\n", encoding="utf-8")
         (stage / INDEX).write_bytes(_index(target, head))
-        _audit(target, stage, out)
+        with promising(stage) as promised:
+            with progress.task("injecting", target.bytes + head.bytes, "B") as task:
+                _write_head(head, stage / HEAD_SHARD, task)  # first: it is small, and may be refused
+                digests = dict(_write_shards(target, stage, known, link, merge, task))
+            problems = audit(stage, promised=promised)
+        if problems:
+            raise _not_whole(problems, target, out)
         finish(stage, digests)
 
 
@@ -193,16 +198,12 @@ def linked(target: Target, out: Path) -> int:
     return sum((out / shard.name).samefile(shard.file.path) for shard in target.shards)
 
 
-def _audit(target: Target, stage: Path, out: Path) -> None:
-    from sparkctl.model.audit import audit
-
-    problems = audit(stage)
-    if not problems:
-        return
+def _not_whole(problems: list[str], target: Target, out: Path) -> SparkError:
+    """What the audit of the new folder found, and whose fault that is."""
     own = set(audit(target.folder))
     ours = [problem for problem in problems if problem not in own]
     hint = "this is a bug" if ours else f"`{target.folder}` is not whole either: {folder_anew(target.folder)}"
-    raise SparkError(
+    return SparkError(
         f"the model with its head is not whole: {'; '.join(problems)}", f"{hint}; nothing was written to `{out}`"
     )
 
@@ -270,17 +271,20 @@ def _without_head(shard: Shard) -> Iterator[bytes | bytearray]:
 
 
 def _write_head(head: HeadSource, path: Path, task: Task) -> None:
-    """The head's shard, a tensor in memory at a time. Raises SparkError where a value is not finite."""
-    import torch
-
+    """The head's shard, a chunk in memory at a time. Raises SparkError where a value is not finite."""
     layout = {name: (file.dtype(name), file.shape(name)) for name, file in sorted(head.tensors.items())}
     with naming(path), ShardWriter(path, layout, {"format": "pt"}) as writer:
         for name, file in sorted(head.tensors.items()):
-            tensor = file.read(name)
-            if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
-                raise SparkError(f"`{name}` in the MTP head of `{head.origin}` is not finite", head.mend)
-            writer.write(name, tensor)
-            task.advance(tensor.nbytes)
+            writer.write_bytes(name, _finite(head, name, file))
+            task.advance(file.nbytes(name))
+
+
+def _finite(head: HeadSource, name: str, file: TensorFile) -> Iterator[bytearray]:
+    """The tensor's bytes. Raises SparkError where a value is not finite."""
+    for piece in file.pieces(name):
+        if not finite(piece, file.dtype(name)):
+            raise SparkError(f"`{name}` in the MTP head of `{head.origin}` is not finite", head.mend)
+        yield piece
 
 
 def _index(target: Target, head: HeadSource) -> bytes:

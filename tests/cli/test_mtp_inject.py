@@ -114,6 +114,17 @@ def test_up_to_date_is_said_without_torch(run: Run) -> None:
     assert "up to date" in done.stderr
 
 
+def test_only_the_process_beside_it_imports_torch(run: Run) -> None:
+    """Which builds the model's class while the bytes are copied."""
+    program = (
+        "import sys; from sparkctl.cli.app import run; status = run(['mtp', 'inject', 'r1', '--mode', 'default']); "
+        "sys.exit(status or bool({'torch', 'transformers'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sparkctl(["verify", "model", "r1/served"]) == 0
+
+
 def test_a_dry_run_writes_nothing_and_counts_the_same(run: Run, said: Said) -> None:
     before = Path("r1/run.toml").read_bytes(), sorted(run.root.iterdir())
     planned = answer(said, *DEFAULT, "--dry-run")
