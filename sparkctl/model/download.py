@@ -1,7 +1,7 @@
 """Files of a hub model through huggingface_hub: its cache, its locks, its continuation of a broken connection.
 
 What goes wrong is said in this program's words; huggingface_hub's own bars and warnings stay silent, and no message
-holds a token. The token is shown to the hub alone: see `model.token`.
+holds a token or a password. The token is shown to the hub alone: see `model.token`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from sparkctl.progress import Progress, Task
 SMALL = ["*.json", "*.jinja", "*.txt", "*.model"]  # config, tokenizer, templates, the index of the weights
 NESTED = ["*/*"]  # other formats of the model lie in subfolders
 MB = 10**6
+ADDRESS = re.compile(r"'?\w+://\S+")
 AGAIN = "run the same command again: files that are complete are kept"
 
 
@@ -185,9 +186,10 @@ class Hub:
 
 
 def sentence(error: BaseException) -> str:
-    """The first line of an error's text."""
+    """The first line of an error's text, without addresses: they may hold a password or be signed."""
     text = str(error).strip().splitlines()
-    line = re.sub(r"^\[Errno -?\d+\] ", "", text[0]).rstrip(".") if text else type(error).__name__
+    line = ADDRESS.sub("…", text[0]) if text else type(error).__name__
+    line = re.sub(r"^\[Errno -?\d+\] ", "", line).rstrip(".")
     return line[:1].lower() + line[1:]
 
 

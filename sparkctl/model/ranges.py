@@ -75,10 +75,10 @@ class RemoteFile:
                 broken = error
             if start < stop:
                 failures += 1
-                cause = broken.cause if isinstance(broken, _Busy) else broken
                 if failures == TRIES:
-                    raise cause
-                self._progress.say(f"`{self.shown}`: {sentence(cause)}; asking again")
+                    raise broken.cause if isinstance(broken, _Busy) else broken
+                said = f"HTTP {broken.status}" if isinstance(broken, _Busy) else sentence(broken)
+                self._progress.say(f"`{self.shown}`: {said}; asking again")
                 time.sleep(2.0 ** (failures - 1))
 
     def _request(self, start: int, stop: int) -> Iterator[bytes]:
@@ -130,7 +130,7 @@ class RemoteFile:
             hf_raise_for_status(answer)
         except HfHubHTTPError as error:
             if answer.status_code in BUSY:
-                raise _Busy(error) from error
+                raise _Busy(error, answer.status_code) from error
             raise
 
     def _strange(self, what: str) -> SparkError:
@@ -148,6 +148,6 @@ def _said(answer: httpx.Response, header: str) -> str:
 class _Busy(Exception):
     """A refusal that passes."""
 
-    def __init__(self, cause: Exception) -> None:
+    def __init__(self, cause: Exception, status: int) -> None:
         super().__init__()
-        self.cause = cause
+        self.cause, self.status = cause, status

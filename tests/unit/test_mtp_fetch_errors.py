@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from sparkctl.cli.app import system_error
 from sparkctl.errors import SparkError, UsageError
+from sparkctl.model.download import sentence
 from sparkctl.model.ranges import TRIES
 from sparkctl.model.weights import INDEX, SINGLE
 from sparkctl.mtp.fetch import find_head
 from sparkctl.mtp.source import NoHead
+from sparkctl.progress import silent
 
 ID, SECRET = "org/tiny", "hf_secret"
 
@@ -88,6 +90,38 @@ def test_a_busy_hub_is_asked_again(hub: HubServer, commit: str, folder: Path) ->
     with pytest.raises(SparkError):
         find_head(ID, WANTED)
     assert len([line for line in hub.requests if SINGLE in line]) == 1  # no is no
+
+
+class Said:
+    """Progress that remembers its lines."""
+
+    task = staticmethod(silent.task)
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_a_password_in_the_endpoint_is_not_told(
+    hub: HubServer, commit: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.url.replace("//", f"//me:{SECRET}@"))
+    hub.fail(f"{BYTES}{commit}/{SINGLE}", status=503, times=2)
+    progress = Said()
+    assert heads.equal(heads.values(find_head(ID, WANTED, progress=progress)), heads.own(folder))
+    assert progress.lines == [f"`{ID}/{SINGLE}`: HTTP 503; asking again"] * 2
+    shutil.rmtree(Path(os.environ["XDG_CACHE_HOME"]))
+    hub.fail(f"{BYTES}{commit}/{SINGLE}", status=503)
+    assert "answered HTTP 503" in refused(tmp_path).message
+
+
+@pytest.mark.parametrize("address", [f"http://me:{SECRET}@hub.example/a", f"https://cdn.example/a?Signature={SECRET}"])
+def test_no_address_is_told(address: str) -> None:
+    error = OSError(f"[Errno 5] Server error '500 Oh' for url '{address}'\nmore")
+    assert sentence(error) == "server error '500 Oh' for url …"
+    assert sentence(OSError(f"{address} is gone.")) == "… is gone"
 
 
 def test_the_file_is_replaced_meanwhile(
