@@ -5,6 +5,7 @@ open tasks, the outermost is 0.
 
     {"task": ["the truth in fp32", 43, ""]}   {"advance": 1, "of": 0}   {"note": "…", "of": 0}   {"end": 0}
     {"say": "…"}   {"answer": {…}}   {"error": "…", "hint": "…", "exit_status": 1}
+    {"errno": 13, "strerror": "Permission denied", "filename": "…", "traceback": "…"}   {"bug": "…", "traceback": "…"}
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -19,6 +21,10 @@ from typing import Any, TextIO
 from sparkctl import child
 from sparkctl.errors import SparkError, UsageError, memory_ended, memory_error
 from sparkctl.progress import Progress, Task, silent
+
+
+class Bug(Exception):
+    """A bug in the other process, told with its traceback: one here too."""
 
 
 class Teller:
@@ -69,8 +75,7 @@ class _ToldTask:
 
 @contextmanager
 def telling() -> Iterator[Teller]:
-    """This process's whole work. An error with which the block ends is the listener's to raise; a bug's is a traceback
-    on stderr here."""
+    """This process's whole work. An error with which the block ends, a bug's too, is the listener's to raise."""
     sys.stdout.flush()
     out = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)
@@ -79,10 +84,19 @@ def telling() -> Iterator[Teller]:
         yield teller
     except SparkError as error:
         _fail(teller, error)
-    except (MemoryError, OSError, RuntimeError) as error:
-        if not memory_ended(error):
-            raise
-        _fail(teller, memory_error(error))
+    except Exception as error:
+        if memory_ended(error):
+            _fail(teller, memory_error(error))
+        teller.tell(**_told(error), traceback=traceback.format_exc())
+        raise SystemExit(1) from None
+
+
+def _told(error: Exception) -> dict[str, Any]:
+    """What makes it anew: of the system's refusals as they are, of everything else its name and text."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return {"bug": traceback.format_exception_only(error)[-1].strip()}
+    name = None if error.filename is None else str(error.filename)
+    return {"errno": error.errno, "strerror": error.strerror, "filename": name}
 
 
 def _fail(teller: Teller, error: SparkError) -> None:
@@ -93,7 +107,8 @@ def _fail(teller: Teller, error: SparkError) -> None:
 def listen(module: str, *arguments: str, what: str, hint: str, progress: Progress) -> dict[str, Any]:
     """The answer of a module whose work is done under `telling`, in a process of its own; its progress is shown here.
 
-    Raises the error that it tells of, and where it ends without a word one that says how `what` ended, with `hint`.
+    Raises the error that it tells of: SparkError, OSError where the system refused something, Bug. Where it ends
+    without a word, SparkError says how `what` ended, with `hint`.
     """
     with beside(module, *arguments, what=what, hint=hint, progress=progress) as answer:
         return answer()
@@ -146,3 +161,13 @@ class _Listener:
                     self.answer = answer
                 case {"error": text, "hint": hint, "exit_status": status}:
                     raise (UsageError if status == UsageError.exit_status else SparkError)(text, hint)
+                case {"errno": number, "strerror": reason, "filename": name, "traceback": there}:
+                    raise _anew(OSError(number, reason, name), there)
+                case {"bug": text, "traceback": there}:
+                    raise _anew(Bug(text), there)
+
+
+def _anew(error: Exception, there: str) -> Exception:
+    """The error with where it came from, for a traceback here."""
+    error.add_note(f"in the other process:\n{there}")
+    return error

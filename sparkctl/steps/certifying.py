@@ -24,7 +24,7 @@ SLOW = "slow"
 def certificate_of(job: Job, steps: int, progress: Progress) -> Lossless:
     """The certificate of the job's engine as it begins anew, not written down yet.
 
-    Raises SparkError where it cannot be made.
+    Raises SparkError where it cannot be made, OSError where the system refuses something.
     """
     run = job.run.root
     hint = (

@@ -132,6 +132,49 @@ def test_what_fails_there_is_said_with_the_way_on(
     assert (manifest.lossless, manifest.train) == (None, None)
 
 
+RAISING = """
+from sparkctl.train.engines import reference
+def load(*_, **__): raise {error}
+reference.load = load
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "hint"),
+    [
+        ("PermissionError(13, 'Permission denied', '/m/x')", "permission denied at `/m/x`", "check the permissions"),
+        ("FileNotFoundError(2, 'No such file or directory', '/m/x')", "no such file or directory at `/m/x`", "path"),
+        ("OSError(28, 'No space left on device')", "no space left on device", "free some space there"),
+    ],
+)
+def test_what_the_system_refuses_there_is_said_as_here(
+    error: str, said: str, hint: str, run: Run, in_the_child: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_the_child(RAISING.format(error=error))
+    assert app.run(["train", str(run.root), "--json"]) == 1
+    captured = capsys.readouterr()
+    answer = json.loads(captured.out)
+    assert answer["error"] == said
+    assert hint in answer["hint"]
+    assert "--no-certificate" not in answer["hint"]
+    assert "Traceback" not in captured.err
+
+
+def test_a_bug_there_is_a_bug_here(
+    run: Run, in_the_child: Callable[[str], None], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_the_child(RAISING.format(error="ValueError('odd')"))
+    monkeypatch.setattr(sys, "argv", ["sparkctl", "train", str(run.root)])
+    monkeypatch.setattr(app, "_on_sigterm", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    assert ended.value.code == app.BUG
+    err = capfd.readouterr().err
+    assert "ValueError: odd" in err
+    assert "sitecustomize.py" in err  # where it was
+    assert "--no-certificate" not in err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_both_processes(
     number: signal.Signals, run: Run, in_the_child: Callable[[str], None], tmp_path: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.progress import Progress, Task, silent
-from sparkctl.telling import beside, listen
+from sparkctl.telling import Bug, beside, listen
 
 HEAD = """
 import os, sys, time
@@ -109,6 +110,32 @@ def test_its_errors_are_raised_here(kind: type[SparkError], tell: Tell) -> None:
     assert caught.value.hint == "mend `it`"
 
 
+@pytest.mark.parametrize("filename", ["/a/é.json", "/a/\udcff.json", None])
+def test_what_the_system_refuses_there_is_raised_here(filename: str | None, tell: Tell) -> None:
+    progress = Recorder()
+    with pytest.raises(PermissionError) as caught:
+        tell(f'with teller.task("a"):\n    raise OSError(13, "Permission denied", {filename!r})', progress)
+    error = caught.value
+    assert (error.errno, error.strerror, error.filename) == (errno.EACCES, "Permission denied", filename)
+    assert progress.heard == [("a", None, ""), "end of a"]
+
+
+@pytest.mark.parametrize(
+    ("work", "said"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ('raise RuntimeError("two\\nlines")', "RuntimeError: two\nlines"),
+        ('raise OSError("no number")', "OSError: no number"),
+    ],
+)
+def test_a_bug_there_is_one_here(work: str, said: str, tell: Tell, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Bug) as caught:
+        tell(work)
+    assert str(caught.value) == said
+    assert f'told.py", line {len(HEAD.splitlines()) + 1}, in <module>' in "".join(caught.value.__notes__)
+    assert capfd.readouterr().err == ""  # once is enough
+
+
 def test_memory_that_ends_there_is_an_error_with_a_hint(tell: Tell) -> None:
     with pytest.raises(SparkError, match="not enough memory") as caught:
         tell("raise MemoryError")
@@ -119,18 +146,16 @@ def test_memory_that_ends_there_is_an_error_with_a_hint(tell: Tell) -> None:
     ("work", "problem"),
     [
         ("os.kill(os.getpid(), 9)", "died of SIGKILL"),
-        ("1 / 0", "exit status 1"),
         ("pass", "no answer"),
         ("teller.answer({}); os._exit(3)", "exit status 3"),
     ],
 )
-def test_an_end_without_a_word(work: str, problem: str, tell: Tell, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_end_without_a_word(work: str, problem: str, tell: Tell) -> None:
     progress = Recorder()
     with pytest.raises(SparkError) as caught:
         tell(f'with teller.task("a"):\n    {work}', progress)
     assert (caught.value.message, caught.value.hint) == (f"the work failed: {problem}", "try again")
     assert progress.heard == [("a", None, ""), "end of a"]  # also of one that did not say so
-    assert ("ZeroDivisionError" in capfd.readouterr().err) == (work == "1 / 0")  # a bug can be read
 
 
 def test_ctrl_c_here_ends_it(tell: Tell) -> None:
