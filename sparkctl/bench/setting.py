@@ -11,7 +11,8 @@ import numpy as np
 from sparkctl.bench.workload import Workload, synthetic
 from sparkctl.errors import UsageError
 from sparkctl.files import sha256_file
-from sparkctl.hardware.machine import find_gpu, this_machine, torch_has_cuda
+from sparkctl.hardware import nvml
+from sparkctl.hardware.machine import this_machine, torch_has_cuda
 from sparkctl.manifest.schema import Machine
 from sparkctl.manifest.store import Run
 from sparkctl.manifest.table import Mode
@@ -69,7 +70,7 @@ def require_room(documents: int, pack: int) -> None:
 
 def without_gpu() -> str:
     """What a reader must know of figures taken on a CPU."""
-    if find_gpu() and not torch_has_cuda():
+    if nvml.read().gpu and not torch_has_cuda():
         return "this torch was built without CUDA, so the GPU here stays unused: a tiny shape on the CPU"
     return "there is no GPU that torch can use here: a tiny shape on the CPU, whose figures say nothing of a GPU"
 

@@ -12,12 +12,11 @@ from sparkctl import env
 from sparkctl.doctor import launch
 from sparkctl.doctor.launch import Claims
 from sparkctl.hardware import nvml
-from sparkctl.hardware.machine import available_cores, available_memory, disk_free, processor_name
+from sparkctl.hardware.machine import available_cores, available_memory, disk_free, fitted, processor_name
 from sparkctl.hardware.nvml import Gpu
 
 SECONDS = launch.SECONDS
 LEAST = 0.3  # seconds for CUDA, however long NVML took
-NVIDIA, DISPLAYS = "0x10de", "0x03"  # of PCI: a vendor, the first digits of a class
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def look(*, seconds: float = SECONDS, toolkit: str | None = None, root: Path = P
         processor=processor_name(root), cores=available_cores(root), memory=meminfo.get("MemTotal"),
         available=available_memory(root), swap=swap,
         swap_used=swap - swap_free if swap is not None and swap_free is not None else None, disks=_disks(), gpu=gpu,
-        problem=reading.problem, fitted=_fitted(root), toolkit=toolkit,
+        problem=reading.problem, fitted=fitted(root), toolkit=toolkit,
         claims=launch.claims(max(round(seconds + began - time.monotonic(), 1), LEAST)) if gpu else None,
     )  # fmt: skip
 
@@ -82,18 +81,6 @@ def _meminfo(root: Path) -> dict[str, int]:
     except OSError:
         return {}
     return {name: int(kilobytes) * 1024 for name, kilobytes in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
-
-
-def _fitted(root: Path) -> bool:
-    """Whether a GPU of NVIDIA's is on the PCI bus, driver or not."""
-    for folder in (root / "sys/bus/pci/devices").glob("*"):
-        try:
-            vendor, kind = (folder / "vendor").read_text(), (folder / "class").read_text()
-        except OSError:
-            continue
-        if vendor.strip() == NVIDIA and kind.startswith(DISPLAYS):
-            return True
-    return (root / "proc/driver/nvidia/version").exists()
 
 
 def _disks() -> tuple[Disk, ...]:

@@ -21,6 +21,7 @@ from sparkctl.manifest.schema import Machine
 
 HOST_RESERVE = 6 << 30  # bytes left to a host whose GPU shares its memory: it hangs where they run out
 CPU_RESERVE = 0.03  # share of a CPU's memory that stays free
+NVIDIA, DISPLAYS = "0x10de", "0x03"  # of PCI: a vendor, the first digits of a class
 
 
 def this_machine() -> Machine:
@@ -60,16 +61,29 @@ def has_fla() -> bool:
     return find_spec("fla") is not None
 
 
-def find_gpu() -> Gpu | None:
-    """The first visible GPU by NVML, the driver's own library; None where there is no driver or no GPU.
+def find_gpu(root: Path = Path("/")) -> Gpu | None:
+    """The first visible GPU by NVML, the driver's own library; None where there is no driver or no GPU, or all are
+    hidden.
 
-    Its `memory` is None where it has none of its own. Raises SparkError where the driver hangs or aborts: a plan for
-    the CPU would be none for this machine.
+    Its `memory` is None where it has none of its own. Raises SparkError where the driver hangs or aborts, or refuses to
+    tell of a GPU that is fitted: a plan for the CPU would be none for this machine.
     """
     reading = nvml.read()
-    if not reading.answered:
+    if reading.problem and (not reading.answered or (fitted(root) and not reading.meant)):
         raise SparkError(f"the GPU cannot be asked: {reading.problem}", "sparkctl doctor")
     return reading.gpu
+
+
+def fitted(root: Path = Path("/")) -> bool:
+    """Whether a GPU of NVIDIA's is on the PCI bus, driver or not."""
+    for folder in (root / "sys/bus/pci/devices").glob("*"):
+        try:
+            vendor, kind = (folder / "vendor").read_text(), (folder / "class").read_text()
+        except OSError:
+            continue
+        if vendor.strip() == NVIDIA and kind.startswith(DISPLAYS):
+            return True
+    return (root / "proc/driver/nvidia/version").exists()
 
 
 def processor_name(root: Path = Path("/")) -> str:

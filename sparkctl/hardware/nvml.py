@@ -18,6 +18,8 @@ from sparkctl import child, env
 
 LIBRARY = "libnvidia-ml.so.1"
 SECONDS = 30.0  # a driver that was asleep takes two for each of its GPUs
+HIDDEN = "CUDA_VISIBLE_DEVICES hides every GPU"
+NO_DRIVER = "NVIDIA's driver is not installed"
 NOT_THERE = "cannot open shared object file: No such file"  # how the loader says it of the library itself
 SM, MEMORY = 1, 2  # clocks
 TOO_SMALL = 7  # there are more processes than room was given for
@@ -68,6 +70,11 @@ class Reading:
     problem: str | None = None
     answered: bool = True
 
+    @property
+    def meant(self) -> bool:
+        """Whether it is somebody's choice that none is seen: no driver is installed, or the environment hides all."""
+        return self.problem is not None and (self.problem == HIDDEN or self.problem.endswith(NO_DRIVER))
+
     @classmethod
     def of(cls, said: dict[str, Any]) -> Reading:
         """From its JSON."""
@@ -96,7 +103,7 @@ def read(seconds: float = SECONDS) -> Reading:
 def not_loaded(library: str, error: OSError) -> str:
     """Why the loader has no such library of the driver: there is none, or in its own words."""
     if NOT_THERE in str(error) and library in str(error):
-        return f"no {library}: NVIDIA's driver is not installed"
+        return f"no {library}: {NO_DRIVER}"
     return f"{library} cannot be loaded: {error}"
 
 
@@ -113,7 +120,7 @@ def here() -> Reading:
     except OSError as error:
         return Reading(problem=not_loaded(LIBRARY, error))
     if visible is None:
-        return Reading(problem="CUDA_VISIBLE_DEVICES hides every GPU")
+        return Reading(problem=HIDDEN)
     try:
         with _initialised(nvml):
             return Reading(_Asked(nvml, visible).gpu())

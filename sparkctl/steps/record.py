@@ -140,7 +140,8 @@ def note_rate(job: Training, processes: int) -> None:
     warm = steps[len(steps) // 5 :]
     if len(warm) >= ENOUGH:
         rate = sum(line["tokens"] for line in warm) / sum(line["seconds"] for line in warm)
-        record(this_machine(), job.alike(processes), job.estimates()[0], rate, job.plan.pack_length, now())
+        with suppress(SparkError):  # a driver that was updated meanwhile: the training is done all the same
+            record(this_machine(), job.alike(processes), job.estimates()[0], rate, job.plan.pack_length, now())
 
 
 def drop_later(job: Training, step: int) -> None:

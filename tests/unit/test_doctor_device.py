@@ -187,7 +187,45 @@ def test_a_library_that_lacks_a_function_is_too_old(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LD_LIBRARY_PATH", str(build(tmp_path, "-DBARE")))
     said = "too old a driver library: libnvidia-ml.so.1: undefined symbol: nvmlDeviceGetHandleByIndex_v2"
     assert nvml.read().problem in (said, said.replace("DeviceGetHandleByIndex_v2", "Shutdown"))
-    assert machine.find_gpu() is None
+
+
+@pytest.mark.parametrize(
+    ("problem", "stops"),
+    [
+        ("NVML: driver/library version mismatch", True),
+        ("NVML: driver not loaded", True),
+        ("NVML: insufficient permissions", True),
+        ("too old a driver library: x", True),
+        ("libnvidia-ml.so.1 cannot be loaded: file too short", True),
+        (NO_LIBRARY, False),
+        ("CUDA_VISIBLE_DEVICES hides every GPU", False),
+    ],
+)
+def test_no_plan_for_the_cpu_where_a_gpu_is_fitted_and_does_not_answer(
+    problem: str, stops: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvml, "read", lambda: Reading(problem=problem))
+    assert machine.find_gpu(tmp_path) is None  # nor is one fitted
+    loaded = tmp_path / "proc/driver/nvidia/version"
+    loaded.parent.mkdir(parents=True)
+    loaded.touch()
+    if stops:
+        with pytest.raises(SparkError, match=f"the GPU cannot be asked: {problem}") as error:
+            machine.find_gpu(tmp_path)
+        assert error.value.hint == "sparkctl doctor"
+    else:
+        assert machine.find_gpu(tmp_path) is None
+
+
+def test_what_is_meant_is_what_the_library_s_reader_says(management: pytest.MonkeyPatch) -> None:
+    management.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert nvml.read().meant
+    management.delenv("CUDA_VISIBLE_DEVICES")
+    assert not nvml.read().meant
+    management.setenv("FAKE_NVML", "9")
+    assert not nvml.read().meant
+    management.setattr(nvml, "LIBRARY", "libnvidia-ml.so.not-here")
+    assert nvml.here().meant
 
 
 def test_no_management_library(monkeypatch: pytest.MonkeyPatch) -> None:
