@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 def advice(recommend: str, analyze: str, longest: int) -> Advice:
     """For the training of a model, by the commands that planned and analysed it. longest: document, in tokens."""
     shorter = max(1, 3 * longest // 4)
+    forced = f"{recommend.removesuffix(' --force')} --force"  # where a loss is no number the plan was trained by
     return Advice(
         model=f"`{recommend} --mode lora`, or take a model that fits this machine",
         pack=f"`{recommend} --checkpointing`, or drop such examples: `{analyze} --max-seq-length {shorter}`",
         disk=f"`{recommend} --keep 1`",
-        rate=f"{recommend} --learning-rate",
+        rate=f"{forced} --learning-rate",
     )
 
 

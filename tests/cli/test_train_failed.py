@@ -1,22 +1,51 @@
-"""A training whose driver ends: what was done stays."""
+"""A training whose loss is no number, and one whose driver ends: what is said can be pasted, what was done stays."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ready
+import torch
 
 from sparkctl.cli import app
 from sparkctl.errors import SparkError
 from sparkctl.hardware import machine, measurements
 from sparkctl.manifest.store import Run
+from sparkctl.train.engines.reference import ReferenceEngine
 
 
 @pytest.fixture
 def run(tmp_path: Path, llama_folder: Path) -> Run:
     """A training of four steps of three packs, a checkpoint after the third step."""
     return ready.run(tmp_path / "run", llama_folder, count=24)
+
+
+def test_the_hint_at_a_loss_that_is_no_number_can_be_pasted(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At first, when the plan that is given up has been trained by for a few steps, and of a training that goes on."""
+    original, calls = ReferenceEngine.micro_step, [0]
+    planned = run.manifest.plan
+
+    def micro_step(self: ReferenceEngine, pack: Any, scale: float) -> torch.Tensor:
+        calls[0] += 1
+        return original(self, pack, scale) * (float("nan") if calls[0] >= 14 else 1.0)
+
+    monkeypatch.setattr(ReferenceEngine, "micro_step", micro_step)
+    for command in ("train", "resume"):
+        capsys.readouterr()
+        assert app.run([command, str(run.root)]) == 1
+        said = capsys.readouterr().err
+        assert "loss of step" in said
+        words = shlex.split(said.rpartition("hint: ")[2].split("`")[1])
+        assert words.count("--force") == 1
+        assert app.run(words[1:]) == 0, capsys.readouterr().err
+        with Run.open(run.root).edit() as manifest:
+            assert manifest.plan.learning_rate == planned.learning_rate / 2
+            manifest.plan = planned  # as if it had not been pasted
 
 
 def test_a_driver_that_ends_meanwhile_costs_the_rate_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
