@@ -32,8 +32,8 @@ class UsageError(SparkError):
 class Interrupted(SparkError):
     """The work stopped before its end, where it can go on: at a step's boundary, saved.
 
-    For a signal the exit status is 128 + signal (130 or 143), else 1. `reason` says in a few words why. answer: what
-    was found until then, as the command's JSON object would say it.
+    For a signal the exit status is 128 + signal (130 or 143, 138 of SIGUSR1), else 1. `reason` says in a few words why.
+    answer: what was found until then, as the command's JSON object would say it.
     """
 
     def __init__(

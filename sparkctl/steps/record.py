@@ -17,6 +17,7 @@ from sparkctl.manifest.store import Run, now
 from sparkctl.manifest.table import CheckpointKind, EngineName
 from sparkctl.progress import Progress, silent
 from sparkctl.train import state
+from sparkctl.train.guard import AtOnce
 from sparkctl.train.ranks import Ranks
 from sparkctl.train.state import State
 
@@ -222,9 +223,10 @@ class _Recorder:
         try:
             yield
         except BaseException as error:
-            self._stopped = error.reason if isinstance(error, Interrupted) else None
+            stop = error.error if isinstance(error, AtOnce) else error
+            self._stopped = stop.reason if isinstance(stop, Interrupted) else None
             with suppress(OSError, SparkError):
-                self.write("interrupted" if isinstance(error, Interrupted) else "failed")
+                self.write("interrupted" if isinstance(stop, Interrupted) else "failed")
             raise
         self.write("done")
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from sparkctl.errors import AGAIN, Interrupted, SparkError, memory_ended
+from sparkctl.errors import AGAIN, Interrupted, SparkError, Terminated, memory_ended
 from sparkctl.hardware.machine import HOST_RESERVE, available_memory
 
 if TYPE_CHECKING:
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 Handler = Callable[[int, FrameType | None], None]
 SHOWN = 12  # documents named in a message
-KNOCK = signal.SIGUSR1  # from the thread that looks at memory to the main one, which may wait for a lock or a file
+# from the thread that looks at memory to the main one, which may wait for a lock or a file; from without, as a cluster
+# sends it before it takes the machine back, it asks to stop as SIGTERM does
+KNOCK = signal.SIGUSR1
 FREE = "free some memory (`ps -eo rss,args --sort=-rss | head` shows who holds it)"
 
 
@@ -57,6 +59,15 @@ class Numbers:
         return f"documents {named}" + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
 
 
+class AtOnce(BaseException):
+    """Stop here, unsaved, with that error. No Exception, so that no `except` of a library takes it for a failure of
+    its own."""
+
+    def __init__(self, error: Interrupted) -> None:
+        super().__init__()
+        self.error = error
+
+
 class Signals:
     """What asks a training to stop: SIGINT, SIGTERM, memory that runs low (`train/watch.py` looks at it).
 
@@ -82,9 +93,10 @@ class Signals:
 
     @contextmanager
     def caught(self) -> Iterator[Signals]:
-        """Catch the signals inside the block. Call it in the main thread."""
+        """Catch the signals inside the block, where `AtOnce` is raised; out of it comes its error. Call it in the main
+        thread."""
         told = {signal.SIGINT: self._on_signal, signal.SIGTERM: self._on_signal, KNOCK: self._on_knock}
-        with _handled(told):
+        with _in_error(), _handled(told):
             yield self
 
     def flags(self) -> list[float]:
@@ -114,17 +126,15 @@ class Signals:
         return Interrupted(message, self._hint, self.received or signal.SIGINT)
 
     def _on_knock(self, number: int, frame: FrameType | None) -> None:
-        raise self.stopped("stopped at once, without saving")
+        if not self._exhausted:  # it comes from without
+            return self._on_signal(number, frame)
+        raise AtOnce(self.stopped("stopped at once, without saving"))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            raise Interrupted("stopped at once, without saving", self._hint, number)
+            raise AtOnce(Interrupted("stopped at once, without saving", self._hint, number))
         self.received = number
         self._say(f"{signal.Signals(number).name}: saving the last step, then stopping; once more stops at once")
-
-
-class _Exhausted(BaseException):
-    """Memory ran low. No Exception, so that no `except` of a library takes it for a failure of its own."""
 
 
 class Leaving:
@@ -140,13 +150,8 @@ class Leaving:
     @contextmanager
     def caught(self) -> Iterator[None]:
         """Raise Interrupted out of the block where memory runs low in it. Call it in the main thread."""
-        try:
-            with _handled({KNOCK: self._on_knock}):
-                yield
-        except _Exhausted:
-            reason = f"memory ran low ({self._shortage})"
-            message = f"interrupted while {self._doing}; nothing to save; {reason}"
-            raise Interrupted(message, f"{FREE}, then {AGAIN}", reason=reason) from None
+        with _in_error(), _handled({KNOCK: self._on_knock}):
+            yield
 
     def short_of_memory(self, left: str, *, at_once: bool) -> None:
         """Called by another thread."""
@@ -155,7 +160,11 @@ class Leaving:
             knock()
 
     def _on_knock(self, number: int, frame: FrameType | None) -> None:
-        raise _Exhausted
+        if self._shortage is None:  # it comes from without
+            raise Terminated
+        reason = f"memory ran low ({self._shortage})"
+        message = f"interrupted while {self._doing}; nothing to save; {reason}"
+        raise AtOnce(Interrupted(message, f"{FREE}, then {AGAIN}", reason=reason))
 
 
 def knock() -> None:
@@ -172,6 +181,15 @@ def _handled(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _in_error() -> Iterator[None]:
+    """Out of the block comes the error that stops at once."""
+    try:
+        yield
+    except AtOnce as stop:
+        raise stop.error from None
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,28 @@ def test_it_saves_stops_with_the_reason_and_resumes_bit_for_bit(
     assert manifest.train
     assert (manifest.train.status, manifest.train.stopped) == ("done", None)
     assert weights(run) == weights(straight)
+
+
+def test_stopped_at_once_it_is_interrupted_not_failed(
+    tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ready.run(tmp_path / "run", llama_folder, count=24, machine=LARGE)
+    left = [9 * GIB]
+
+    def take() -> None:
+        left[0] = GIB
+        with suppress(Exception):  # a library's
+            time.sleep(10)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(watch, "available_memory", lambda: left[0])
+    monkeypatch.setattr(watch, "EVERY", 0.01)
+    at_micro_step(monkeypatch, BEGUN, take)
+    assert app.run(["train", str(run.root)]) == 1
+    assert f"stopped at once, without saving; {SHORT.replace('2.00', '1.00')}" in capsys.readouterr().err
+    stopped = Run.open(run.root).manifest.train
+    assert stopped
+    assert (stopped.status, stopped.stopped) == ("interrupted", SHORT.replace("2.00", "1.00"))
 
 
 SHORT = "memory ran low (2.00 GiB left, the floor is 2.24 GiB)"
