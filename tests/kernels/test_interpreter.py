@@ -134,12 +134,16 @@ def test_torch_s_own_check(name: str, arguments: tuple[Any, ...]) -> None:
 
 
 @inside
-@pytest.mark.parametrize("window", [None, 30])
-def test_attention_in_hopper_s_tiles(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heads' parts of their keys' gradients made apart and added up; 64 dims in the tiles of 256."""
+@pytest.mark.parametrize(
+    ("table", "window"),
+    [("HOPPER", None), ("HOPPER", 30), ("SMALL", None), ("WINDOWED", 30), ("FP32", None), ("FP32", 30)],
+)
+def test_attention_in_the_tiles_of_256_dims(table: str, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 dims in them. Hopper's: heads' parts of their keys' gradients are made apart and added up; fp32's: tables of
+    key blocks are halved."""
     from sparkctl_kernels.attention import kernel
 
-    monkeypatch.setattr(kernel, "tiles", lambda *_: kernel.HOPPER[256])
+    monkeypatch.setattr(kernel, "tiles", lambda *_: getattr(kernel, table)[256])
     errors = compare(attention_case([5, 150, 63, 1], 4, 2, 64, window))
     assert max(errors.values()) < LIMIT, errors
 
