@@ -61,7 +61,6 @@ class Shape:
         A model published in F32 stays so; the few F32 tensors of one published in bf16 are not worth counting.
         """
         text = config.get("text_config") or config
-        dtype = next((t[key] for t in (text, config) for key in ("dtype", "torch_dtype") if t.get(key)), None)
         kind = str(text.get("model_type", config.get("model_type", "")))
         layers, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
         head_dim = text.get("head_dim") or text["hidden_size"] // heads
@@ -70,7 +69,7 @@ class Shape:
         key_dim, value_dim = text.get("linear_key_head_dim", 0), text.get("linear_value_head_dim", 0)
         return cls(
             parameters=parameters,
-            float32_parameters=parameters if dtype == "float32" else 0,
+            float32_parameters=parameters if published_in(config) == "float32" else 0,
             hidden=int(text["hidden_size"]),
             ffn=int(text["intermediate_size"]),
             vocabulary=int(text["vocab_size"]),
@@ -94,3 +93,9 @@ def _rule_layers(text: dict[str, Any], layers: int) -> int:
     if kinds:
         return sum(kind == "linear_attention" for kind in kinds)
     return layers - layers // int(text.get("full_attention_interval", 4))
+
+
+def published_in(config: dict[str, Any]) -> str | None:
+    """The dtype that config.json says of the weights."""
+    parts = (config.get("text_config") or config, config)
+    return next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), None)

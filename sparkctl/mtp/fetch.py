@@ -18,10 +18,13 @@ from filelock import FileLock
 from sparkctl import env
 from sparkctl.errors import SparkError
 from sparkctl.files import naming, sha256_file, sync_folder, write_atomic
+from sparkctl.hardware.load import BF16, FP32
+from sparkctl.hardware.shape import published_in
 from sparkctl.model import mtp
 from sparkctl.model.download import Hub
 from sparkctl.model.format import BITS, Entry, header_bytes, read_entries, read_header
 from sparkctl.model.hub import INDEX, SINGLE, ModelSource, locate
+from sparkctl.model.inspect import read_config
 from sparkctl.model.ranges import RangesIgnored, RemoteFile
 from sparkctl.model.weights import read_weight_map
 from sparkctl.mtp.source import HeadSource, NoHead, from_file, from_folder, require_fit, require_promise
@@ -82,13 +85,19 @@ def _of_commit(model: ModelSource, wanted: mtp.Shapes, look: bool, mend: str, pr
         whole = f"`{hub.shown}` sends whole files only: {', '.join(shards)}"
         if look:
             progress.say(f"{whole}; nothing was downloaded, so whether the head fits is not known")
-            return HeadSource(model.source, {}, unread=sum(2 * math.prod(shape) for shape in wanted.values()))
+            return HeadSource(model.source, {}, unread=_promised(model.folder, wanted))
         progress.say(f"{whole}, body and all")
         hub.weights(model.revision, shards, progress)
         return from_folder(model.folder, wanted, model.source, mend)
     if look:
         return HeadSource(model.source, {}, unread=sum(part.stop - part.start for part in parts))
     return from_file(kept, wanted, mend)
+
+
+def _promised(folder: Path, wanted: mtp.Shapes) -> int:
+    """Bytes of a head in the dtype that the config says of the model."""
+    each = FP32 if published_in(read_config(folder)) == "float32" else BF16
+    return sum(each * math.prod(shape) for shape in wanted.values())
 
 
 def _intact(kept: Path) -> bool:

@@ -27,7 +27,7 @@ from sparkctl.plan.resolve import Decisions, resolve
 from sparkctl.plan.rules import Chosen
 from sparkctl.words import size
 
-FORMAT = 2  # of the rules: a change here makes every plan stale
+FORMAT = 3  # of the rules and of what estimates mean: a change here makes every plan stale
 
 
 def made_from(analysis: AnalysisTable, table: ModelTable, wishes: Wishes, machine: Machine) -> str:

@@ -175,6 +175,15 @@ def test_a_look_fetches_headers_alone(hub: HubServer, commit: str, folder: Path,
     assert find_head(ID, WANTED, look=True).digest() == fetched().digest()
 
 
+@pytest.mark.parametrize(("dtype", "each"), [("float32", 4), ("bfloat16", 2)])
+def test_a_look_at_a_hub_that_sends_whole_files_knows_the_dtype(
+    dtype: str, each: int, hub: HubServer, folder: Path
+) -> None:
+    hub.publish(ID, heads.configured(folder, dtype=dtype))
+    hub.fail("GET /org/", whole=True)
+    assert find_head(ID, WANTED, look=True).bytes == each * HEAD_BYTES // 2
+
+
 def test_a_whole_shard_has_the_digest_that_the_hub_lists(
     hub: HubServer, commit: str, folder: Path, tmp_path: Path
 ) -> None:

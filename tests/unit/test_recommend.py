@@ -17,9 +17,10 @@ from sparkctl.data.batches import Schedule
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.hardware import heads
 from sparkctl.hardware.measurements import Kind, record
-from sparkctl.manifest.schema import Choices, PlanTable
+from sparkctl.manifest.fingerprint import fingerprint
+from sparkctl.manifest.schema import Choices, Estimates, PlanTable
 from sparkctl.plan.estimates import START_SECONDS
-from sparkctl.plan.recommend import is_made_from, made_from, recommend
+from sparkctl.plan.recommend import FORMAT, is_made_from, made_from, recommend
 from sparkctl.plan.request import Situation, Wishes
 
 
@@ -308,3 +309,9 @@ def test_fingerprint(chats: Store) -> None:
     ]
     assert plan.made_from not in others
     assert len(set(others)) == len(others)
+
+
+def test_what_estimates_tell_goes_with_the_format() -> None:
+    """Another field, or another meaning of one, is another format: a plan of before is not up to date."""
+    told = {name: field.description for name, field in Estimates.model_fields.items()}
+    assert (FORMAT, fingerprint(told)) == (3, "3dc022e0943d470c")

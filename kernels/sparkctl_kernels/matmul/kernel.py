@@ -92,7 +92,7 @@ def _matmul(
     tl.store(c_ptrs, total.to(c_ptr.dtype.element_ty), mask=row_there & col_there)
 
 
-def tile_for(rows: int, columns: int, add: bool, line: int = 16) -> Tile:
+def tile_for(rows: int, columns: int, add: bool, line: int) -> Tile:
     """The tile of a product of this size; lines of a and b are whole sixteens, eights or ones."""
     tile = TALL if add else WIDE
     return tile if line >= (16 if add else 8) and _tiles(tile, rows, columns) >= FEW else SMALL
