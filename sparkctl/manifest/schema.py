@@ -131,6 +131,14 @@ class Choices(Table):
     seed: int | None = Field(None, ge=0, lt=2**32, description="seed of adapters, packs and order")
 
 
+class Asked(Table):
+    """What the command line of `recommend` said."""
+
+    flags: Choices = Field(default_factory=Choices)
+    auto: list[str] = Field(default_factory=list, description="choices that a flag leaves to the rules")
+    recipe: str | None = Field(None, description="`--recipe`: a name, or a file relative to the run")
+
+
 class Machine(Table):
     name: str = Field(description="GPU name, or the processor's where there is no GPU")
     device: Literal["cuda", "cpu"]
@@ -204,25 +212,12 @@ class Course(Table):
 class PlanTable(Course, Method):
     checkpointing: bool
     recipe: str | None = None
+    asked: Asked = Field(default_factory=Asked)
     reasons: dict[str, str] = Field(default_factory=dict, description="why each choice is as it is")
     origin: dict[str, str] = Field(default_factory=dict, description="flag, recipe, parent or rule: which won")
     estimates: Estimates
     created: str | None = None
     made_from: str
-
-    def flags(self) -> list[str]:
-        """What the command line chose of it, as words of a command line."""
-        nested = {"lora_r": self.lora.r, "lora_alpha": self.lora.alpha} if self.lora else {}
-        words = []
-        for name in (name for name, origin in self.origin.items() if origin == "flag"):
-            flag, value = name.replace("_", "-"), nested.get(name, getattr(self, name, None))
-            if name == "warmup_fraction":
-                value = round(self.warmup_steps / self.steps, 4)
-            if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-            elif value is not None:
-                words += [f"--{flag}", f"{value}"]
-        return words
 
 
 class Gate(Table):

@@ -266,6 +266,8 @@ def _follow_move(manifest: Manifest, root: Path) -> None:
     for table in (manifest.data, manifest.plan):
         if table:
             table.recipe = moved(table.recipe)
+    if manifest.plan:
+        manifest.plan.asked.recipe = moved(manifest.plan.asked.recipe)
     for file in manifest.data.files if manifest.data else []:
         file.path = moved(file.path) or ""
     for merged in (manifest.merge, manifest.adapter, manifest.adapter_text, manifest.served):

@@ -49,6 +49,7 @@ def is_made_from(plan: PlanTable, analysis: AnalysisTable) -> bool:
 def recommend(at: Situation, wishes: Wishes) -> PlanTable:
     """The plan. Raises UsageError where a choice cannot be, SparkError where memory or disk does not suffice."""
     plan = _Planner(at, wishes).plan()
+    plan.asked = wishes.asked
     if at.model.drafts:
         _add_head(plan, at)
     return plan

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparkctl.errors import SparkError
-from sparkctl.manifest.schema import AnalysisTable, Choices, Machine, ModelTable, PlanTable
+from sparkctl.manifest.schema import AnalysisTable, Asked, Choices, Machine, ModelTable, PlanTable
 from sparkctl.plan import rules
 from sparkctl.plan.estimates import Model
 from sparkctl.plan.fit import RANKS, Memory, Variant, nearest
@@ -39,19 +39,27 @@ class Wishes:
     parent: PlanTable | None = None
     recipe_flag: str | None = None
 
+    @property
+    def asked(self) -> Asked:
+        """The command line of it, as the manifest keeps it."""
+        return Asked(
+            flags=self.flags, auto=sorted(self.auto), recipe=self.recipe_name if self.recipe_flag is not None else None
+        )
+
     def command(self, run: Path, **changes: Any) -> str:
         """The user's command with other values: what a hint says."""
-        asked = self.flags.model_dump(exclude_none=True) | changes
-        words = ["sparkctl", "recommend", str(run)]
-        words += ["--recipe", self.recipe_flag] if self.recipe_flag else []
-        for name in sorted(self.auto - changes.keys()):
-            words += [f"--{name}", "auto"]
-        for name, value in asked.items():
-            flag = name.replace("_", "-")
-            words += (
-                [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", f"{value}"]
-            )
-        return shlex.join(words)
+        return command(run, self.asked, self.recipe_flag, **changes)
+
+
+def command(run: Path, asked: Asked, recipe: str | None, **changes: Any) -> str:
+    """`sparkctl recommend` as it was asked, with other values. run and recipe: as the user can type them."""
+    words = ["sparkctl", "recommend", str(run), *(["--recipe", recipe] if recipe is not None else [])]
+    for name in (name for name in asked.auto if name not in changes):
+        words += [f"--{name}", "auto"]
+    for name, value in (asked.flags.model_dump(exclude_none=True) | changes).items():
+        flag = name.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", f"{value}"]
+    return shlex.join(words)
 
 
 @dataclass(frozen=True)

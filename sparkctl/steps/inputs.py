@@ -13,15 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.files import sha256_bytes, sha256_file
 from sparkctl.manifest.fingerprint import fingerprint
-from sparkctl.manifest.schema import AnalysisTable, DataFile, DataTable, Dropped, Manifest, ModelTable
+from sparkctl.manifest.schema import AnalysisTable, Asked, DataFile, DataTable, Dropped, Manifest, ModelTable
 from sparkctl.manifest.store import NAME, Run
+from sparkctl.plan.recipes import SUFFIX
+from sparkctl.plan.request import command
 from sparkctl.progress import Progress
 from sparkctl.steps.bases import require_files, require_known_head
 from sparkctl.words import here, quoted
@@ -180,15 +182,18 @@ def analyze_command(run: Run, *options: str, shown: Path | None = None) -> str:
     return shlex.join(["sparkctl", "analyze", *words])
 
 
-def recommend_command(run: Run, *options: str, shown: Path | None = None) -> str:
-    """The command line that planned `run`, its flags as the plan notes them, with more options.
+def recommend_command(run: Run, *, shown: Path | None = None, **changes: Any) -> str:
+    """The command line that planned `run`, as the plan keeps it, with other values.
 
     A plan that was trained by gives way to `--force` alone.
     """
     plan, trained = run.manifest.plan, run.manifest.train
-    flags = plan.flags() if plan else []
+    asked = plan.asked if plan else Asked()
+    recipe = asked.recipe
+    if recipe and recipe.endswith(SUFFIX):
+        recipe = here(run.resolve(recipe))
     begun = trained is not None and (trained.step > 0 or trained.status == "done")
-    return shlex.join(["sparkctl", "recommend", str(shown or run.root), *flags, *options, *["--force"] * begun])
+    return command(shown or run.root, asked, recipe, **changes) + " --force" * begun
 
 
 def hold_out_command(run: Run, shown: Path | None = None) -> str:

@@ -30,8 +30,8 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 # how a plan is carried out, not what comes of it: these may change between a start and a resume
 FREE = {
-    "tokens_per_step", "steps", "checkpointing", "save_every", "keep", "recipe", "reasons", "origin", "estimates",
-    "machine", "created", "made_from",
+    "tokens_per_step", "steps", "checkpointing", "save_every", "keep", "recipe", "asked", "reasons", "origin",
+    "estimates", "machine", "created", "made_from",
 }  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def affordable(plan: PlanTable) -> int:
 
 
 def _mend(run: Run) -> str:
-    other = recommend_command(run, "--engine", "reference")
+    other = recommend_command(run, engine="reference")
     return f"`{other}`, or `sparkctl train {quoted(run.root)} --no-certificate`"
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.files import sweep_stages
@@ -48,7 +49,7 @@ def verify_resume(folder: Path, *, allow_slow: bool = False, progress: Progress 
         if job.plan.steps < STEPS:
             raise UsageError(
                 f"`{run.root}` is trained in {job.plan.steps} steps; to be killed and resumed takes {STEPS}",
-                recommend_command(run, *_longer(job.plan)),
+                recommend_command(run, **_longer(job.plan)),
             )
         sweep_stages(run.root, SCRATCH)
         scratch = Path(tempfile.mkdtemp(prefix=f".{SCRATCH}.", suffix=".tmp", dir=run.root))
@@ -68,10 +69,10 @@ def verify_resume(folder: Path, *, allow_slow: bool = False, progress: Progress 
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _longer(plan: PlanTable) -> list[str]:
-    """Options of a plan with steps enough."""
-    epochs = ["--epochs", str(plan.epochs * -(-STEPS // plan.steps))]
-    return epochs if plan.max_steps is None else [*epochs, "--max-steps", str(STEPS)]
+def _longer(plan: PlanTable) -> dict[str, Any]:
+    """Choices of a plan with steps enough."""
+    epochs = {"epochs": plan.epochs * -(-STEPS // plan.steps)}
+    return epochs if plan.max_steps is None else epochs | {"max_steps": STEPS}
 
 
 def launch(command: str, run: Path, *options: str, hint: str, slow: bool = False) -> None:

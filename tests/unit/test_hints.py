@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 import sparkctl
 from sparkctl.cli.app import register
 from sparkctl.errors import SparkError
-from sparkctl.manifest.schema import TrainTable
+from sparkctl.manifest.schema import Asked, Choices, TrainTable
+from sparkctl.manifest.store import Run
 from sparkctl.merge.merge import merge_checkpoint
 from sparkctl.model.anew import THEN, folder_anew
 from sparkctl.model.hub import locate
@@ -30,6 +31,7 @@ from sparkctl.model.load import load_text_model
 from sparkctl.model.lora import add_adapters
 from sparkctl.model.weights import TensorFile
 from sparkctl.plan.heads import HeadWishes
+from sparkctl.plan.request import Wishes
 from sparkctl.steps import inputs, merge, mtp_train
 from sparkctl.train import state
 
@@ -130,21 +132,37 @@ def test_an_analysis_is_said_again_as_it_was_asked_for() -> None:
     assert inputs.Request((Path("c.jsonl"),), Path("r1")).again() == "sparkctl analyze c.jsonl --run r1"
 
 
-def test_a_plan_is_said_again_as_it_was_asked_for(tmp_path: Path, llama_folder: Path) -> None:
-    origin = dict.fromkeys(("epochs", "lora_r", "checkpointing", "warmup_fraction", "max_steps"), "flag")
-    run = ready.run(tmp_path / "r1", llama_folder, count=12, origin=origin | {"seed": "recipe"})
-    line = f"sparkctl recommend {run.root} --epochs 2 --lora-r 4 --no-checkpointing --warmup-fraction 0.25"
-    assert inputs.recommend_command(run) == line
-    parse = command("recommend").make_context("recommend", shlex.split(inputs.recommend_command(run))[2:]).params
-    assert (parse["epochs"], parse["lora_r"], parse["checkpointing"], parse["warmup_fraction"]) == (2, 4, False, 0.25)
+def test_a_plan_is_said_again_as_it_was_asked_for(
+    tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = Choices(epochs=2, lora_r=4, checkpointing=False, warmup_fraction=0.00004)
+    asked = Asked(flags=flags, auto=["engine", "mode"], recipe="../my recipe.toml")
+    run = ready.run(tmp_path / "r1", llama_folder, count=12, asked=asked)
+    said = inputs.recommend_command(Run.open(run.root), shown=Path("r1"))
+    assert said.startswith("sparkctl recommend r1 --recipe 'my recipe.toml' --engine auto --mode auto --lora-r 4 ")
+    parse = command("recommend").make_context("recommend", shlex.split(said)[2:]).params
+    assert {name: parse[name] for name in ("epochs", "lora_r", "checkpointing", "warmup_fraction")} == {
+        "epochs": 2, "lora_r": 4, "checkpointing": False, "warmup_fraction": 0.00004,
+    }  # fmt: skip
+    assert (parse["mode"], parse["engine"], parse["recipe"]) == ("auto", "auto", "my recipe.toml")
+    other = inputs.recommend_command(run, engine="reference", epochs=3, shown=Path("r1"))
+    kept = said.replace("--engine auto ", "").replace("--epochs 2", "--epochs 3")
+    assert other == f"{kept} --engine reference"
     with run.edit() as manifest:
         manifest.train = TrainTable(
             status="done", started="now", engine="native", versions={}, made_from="x", step=8, steps=8,
             trainable_parameters=1, estimated_seconds=1, estimated_peak_memory=1,
         )  # fmt: skip
         assert manifest.plan
-        manifest.plan.origin = {}
-    assert inputs.recommend_command(run, "--keep", "1") == f"sparkctl recommend {run.root} --keep 1 --force"
+        manifest.plan.asked = Asked(recipe="2b-lora")
+    assert inputs.recommend_command(run, keep=1) == f"sparkctl recommend {run.root} --recipe 2b-lora --keep 1 --force"
+
+
+def test_the_hint_of_a_refusal_and_the_plan_s_own_are_one_command(tmp_path: Path, llama_folder: Path) -> None:
+    wishes = Wishes(Choices(seed=3), frozenset({"mode"}), Choices(), "2b-lora", recipe_flag="2b-lora")
+    run = ready.run(tmp_path / "r1", llama_folder, count=12, asked=wishes.asked)
+    assert inputs.recommend_command(run, keep=1) == wishes.command(run.root, keep=1)
 
 
 def command(name: str) -> Any:

@@ -18,7 +18,7 @@ from sparkctl.errors import SparkError, UsageError
 from sparkctl.hardware import heads
 from sparkctl.hardware.measurements import Kind, record
 from sparkctl.manifest.fingerprint import fingerprint
-from sparkctl.manifest.schema import Choices, Estimates, PlanTable
+from sparkctl.manifest.schema import Asked, Choices, Estimates, PlanTable
 from sparkctl.plan.estimates import START_SECONDS
 from sparkctl.plan.recommend import FORMAT, is_made_from, made_from, recommend
 from sparkctl.plan.request import Situation, Wishes
@@ -62,6 +62,14 @@ def obey(at: Situation, error: SparkError) -> PlanTable:
     finally:
         cli.recommend = original
     return recommend(at, wishes(**taken))
+
+
+def test_a_plan_keeps_what_it_was_asked_for(chats: Store) -> None:
+    asked = Wishes(Choices(warmup_fraction=1e-5), frozenset({"mode"}), Choices(), "2b-lora", recipe_flag="2b-lora")
+    plan = recommend(situation(chats), asked)
+    assert plan.asked == Asked(flags=Choices(warmup_fraction=1e-5), auto=["mode"], recipe="2b-lora")
+    by_analyze = Wishes(Choices(), recipe=Choices(), recipe_name="2b-lora")  # `recommend` takes it again by itself
+    assert recommend(situation(chats), by_analyze).asked == Asked()
 
 
 def test_every_choice_has_a_reason_and_an_origin(chats: Store) -> None:
