@@ -285,6 +285,7 @@ class Resume(Table):
 
 class MergeTable(Table):
     checkpoint: str
+    asked: str = Field("best", description="`--checkpoint` as it was given: best, last or an id")
     digest: str | None = Field(None, description="of that checkpoint as it was merged")
     folder: str
     tensors: int
@@ -330,6 +331,7 @@ class ServedTable(Table):
     model: str = Field(description="the folder that got it")
     merged: str | None = Field(None, description="digest of the merged model, where that is the folder")
     folder: str
+    link: bool = Field(False, description="by `--link`: the merged model's files are not copied")
     head_digest: str
     tensors: int
     bytes: int

@@ -72,7 +72,7 @@ def recorded(run: Run, shown: Path, table: ServedTable) -> Request:
     head = name if is_hub_id(name) and commit else here(run.resolve(table.source))
     own = base and base.source in (name, table.source)
     out = None if table.folder == FOLDER else Path(here(run.resolve(table.folder)))
-    return Request(shown, table.mode, into, None if own or table.mode == "trained" else head, out)
+    return Request(shown, table.mode, into, None if own or table.mode == "trained" else head, out, table.link)
 
 
 class Skip(Exception):

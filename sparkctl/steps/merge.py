@@ -26,7 +26,7 @@ from sparkctl.steps.bases import same_base
 from sparkctl.steps.inputs import analysed, analyze_command
 from sparkctl.steps.training import CHECKPOINTS, model_folder, planned
 from sparkctl.train import state
-from sparkctl.words import quoted
+from sparkctl.words import here, quoted
 
 if TYPE_CHECKING:
     from sparkctl.merge.adapter import AdapterClass
@@ -55,6 +55,19 @@ class Request:
         words += ["--adapter-only=text" if self.adapter == "text" else "--adapter-only"] if self.adapter else []
         words += ["--out", str(self.out)] if self.out and "--out" not in options else []
         return shlex.join([*words, *options])
+
+
+def recorded(run: Run, shown: Path, adapter: AdapterClass | None = None) -> Request:
+    """The command line that wrote [merge], or that adapter's table; the usual one where there is none.
+
+    A checkpoint that was named and is gone gives way to the best. shown: the run as the user named it.
+    """
+    table: MergeTable | None = getattr(run.manifest, TABLES[adapter])
+    if table is None:
+        return Request(shown, adapter=adapter)
+    there = table.asked == "last" or run.manifest.checkpoint(table.asked) is not None
+    out = None if table.folder == FOLDERS[adapter] else Path(here(run.resolve(table.folder)))
+    return Request(shown, table.asked if there else "best", out, adapter)
 
 
 @dataclass(frozen=True)
@@ -274,9 +287,9 @@ def _record(job: _Job, sealed: Seal) -> None:
     """The result's table, and a merged model among [[checkpoints]]; nothing where they say so already."""
     path = job.run.relative(job.out)
     table = MergeTable(
-        checkpoint=sealed.checkpoint, digest=state.digest(job.trained), folder=path, tensors=sealed.tensors,
-        changed_tensors=sealed.changed_tensors, bytes=sealed.bytes, seconds=sealed.seconds, created=sealed.created,
-        made_from=sealed.made_from,
+        checkpoint=sealed.checkpoint, asked=job.request.checkpoint, digest=state.digest(job.trained), folder=path,
+        tensors=sealed.tensors, changed_tensors=sealed.changed_tensors, bytes=sealed.bytes, seconds=sealed.seconds,
+        created=sealed.created, made_from=sealed.made_from,
     )  # fmt: skip
     entry = Checkpoint(
         id=f"merged-{job.at.step:06d}", kind="merged", parent=job.trained.name, path=path, step=job.at.step,

@@ -7,6 +7,7 @@ from pathlib import Path
 from sparkctl.errors import UsageError
 from sparkctl.manifest.store import Run
 from sparkctl.merge.seal import Seal, sealed_as
+from sparkctl.steps.merge import recorded
 from sparkctl.words import here, quoted
 
 
@@ -22,5 +23,5 @@ def merged_model(run: Run, shown: Path) -> tuple[Path, Seal]:
     seal = sealed_as(folder, merge.made_from)
     if seal is None:
         what = "is not what `merge` wrote" if folder.exists() else "is gone"
-        raise UsageError(f"`{here(folder)}` {what}", f"sparkctl merge {quoted(shown)} --force")
+        raise UsageError(f"`{here(folder)}` {what}", recorded(run, shown).again("--force"))
     return folder, seal

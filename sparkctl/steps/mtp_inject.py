@@ -190,7 +190,7 @@ def _record(job: Job, sealed: ServedSeal) -> None:
     path, merged = job.run.relative(job.out), job.model.merged
     table = ServedTable(
         mode=sealed.mode, source=job.source, model=job.run.relative(job.target.folder),
-        merged=None if job.request.into else job.model.identity, folder=path,
+        merged=None if job.request.into else job.model.identity, folder=path, link=job.request.link,
         head_digest=sealed.head_digest, tensors=sealed.tensors, bytes=sealed.bytes, draft_length=job.drafts.tokens,
         draft_reason=job.drafts.reason, seconds=sealed.seconds, created=sealed.created, made_from=sealed.made_from,
     )  # fmt: skip

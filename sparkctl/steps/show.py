@@ -15,9 +15,9 @@ from sparkctl.manifest.store import Run
 from sparkctl.merge.seal import sealed_as
 from sparkctl.model import mtp
 from sparkctl.mtp.inject import ServedSeal
-from sparkctl.steps.injection import recorded
+from sparkctl.steps import injection, merge
 from sparkctl.steps.inputs import TOKENS, analyze_command, recommend_command
-from sparkctl.steps.merge import FOLDERS, TABLES, Request
+from sparkctl.steps.merge import TABLES
 from sparkctl.steps.mtp_training import Request as HeadRequest
 from sparkctl.steps.training import Job, check_fresh, complete, planned
 from sparkctl.words import counted, here, quoted
@@ -145,19 +145,12 @@ def _job(run: Run) -> Job | None:
 def _merges(run: Run, shown: Path, trained: Step) -> list[Step]:
     """The merged model, and each adapter that was written: of the multimodal class, of the text-only one."""
     steps = []
-    for kind, name in (("merge", "merge"), ("adapter", "adapter"), ("adapter_text", "adapter, text")):
+    for adapter, kind in TABLES.items():
         table: MergeTable | None = getattr(run.manifest, kind)
-        if table or kind == "merge":
-            steps.append(_merge(name, run, table, trained, _merge_command(run, shown, kind, table)))
+        if table or adapter is None:
+            mend = merge.recorded(run, shown, adapter).again()
+            steps.append(_merge(kind.replace("_", ", "), run, table, trained, mend))
     return steps
-
-
-def _merge_command(run: Run, shown: Path, kind: str, table: MergeTable | None) -> str:
-    """The command that writes it again, where it was written."""
-    adapter = next(adapter for adapter, name in TABLES.items() if name == kind)
-    elsewhere = table is not None and table.folder != FOLDERS[adapter]
-    out = Path(here(run.resolve(table.folder))) if table and elsewhere else None
-    return Request(shown, out=out, adapter=adapter).again()
 
 
 def _heads(run: Run, shown: Path, merged: Step) -> list[Step]:
@@ -168,7 +161,9 @@ def _heads(run: Run, shown: Path, merged: Step) -> list[Step]:
         return []
     steps = [_head(run, manifest.mtp, merged, HeadRequest.recorded(run, shown).again())]
     if manifest.served:
-        steps.append(_served(run, manifest.served, merged, steps[0], recorded(run, shown, manifest.served).again))
+        steps.append(
+            _served(run, manifest.served, merged, steps[0], injection.recorded(run, shown, manifest.served).again)
+        )
     return steps
 
 

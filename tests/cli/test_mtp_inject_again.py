@@ -18,7 +18,8 @@ def test_show_names_the_command_that_wrote_it(run: Run, tmp_path: Path) -> None:
     """Into which model, with whose head, where."""
     tiny.hybrid(tmp_path / "other", seed=4)
     written = ["r1", "--mode", "default", "--into", "other", "--from", "base", "--out", "made"]
-    for command in (written, [*written[:5], "--out", "made"], ["r1", "--mode", "default", "--from", "other2"]):
+    own = ["r1", "--mode", "default"]
+    for command in (written, [*written[:5], "--out", "made"], [*own, "--from", "other2"], [*own, "--link"], own):
         if "other2" in command:
             tiny.qwen35(tmp_path / "other2", seed=9)
         inject(*command, "--force")
@@ -30,6 +31,7 @@ def test_show_names_the_command_that_wrote_it(run: Run, tmp_path: Path) -> None:
         words = step.mend.split()
         assert words[-1] == "--force"
         assert set(words) >= set(command) - {"--from", "base"}
+        assert ("--link" in words) == ("--link" in command)
         assert sparkctl(words[1:]) == 0
         assert show(Path("r1")).steps[-1].problem != step.problem
 

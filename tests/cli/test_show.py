@@ -19,6 +19,7 @@ from sparkctl.cli.app import run as command
 from sparkctl.manifest.schema import MtpTable
 from sparkctl.manifest.store import Run
 from sparkctl.merge.seal import read_seal
+from sparkctl.steps.show import show
 
 Say = Callable[..., str]
 
@@ -240,6 +241,29 @@ def test_a_training_begun_anew_leaves_the_merge_stale(merged: Run, say: Say) -> 
     found = states(say, merged)
     assert [found[name] for name in LATER] == ["done", "stale", "stale"]
     assert "the merged model is another one by now" in say("show", merged.root)
+
+
+def test_a_stale_merge_is_mended_from_the_checkpoint_that_was_asked_for(merged: Run, say: Say) -> None:
+    first = min(c.step for c in merged.manifest.checkpoints if c.kind == "step" and c.step is not None)
+    for asked in (f"step-{first:06d}", "last", "best"):
+        say("merge", merged.root, "--checkpoint", asked, "--force")
+        (merged.root / "merged" / "config.json").write_text("{}")
+        mend = next(step.mend for step in show(merged.root).steps if step.name == "merge")
+        option = "" if asked == "best" else f" --checkpoint {asked}"
+        assert mend == f"sparkctl merge {merged.root}{option} --force"
+        before = Run.open(merged.root).manifest.merge
+        say(*mend.split()[1:])
+        after = Run.open(merged.root).manifest.merge
+        assert before
+        assert after
+        assert (after.checkpoint, after.asked) == (before.checkpoint, asked)
+
+
+def test_a_checkpoint_that_is_gone_is_not_asked_for_again(merged: Run, say: Say) -> None:
+    with merged.edit() as manifest:
+        assert manifest.merge
+        manifest.merge.asked = manifest.merge.checkpoint = "step-000099"
+    assert f"sparkctl merge {merged.root} --force" in "".join(say("show", merged.root).splitlines())
 
 
 LINKS = ["r2 ", "step-000003", "merged-000003"]  # each the child of the one before it
