@@ -54,6 +54,8 @@ def verdict(found: Report) -> Text:
         return Text(f"{name}: has what training needs, {how}", style="bold")
     if slow:
         return Text(f"{name}: trains, and {counted(slow, 'thing')} may hold it back", style="bold yellow")
+    if gpu is None and found.quick and found.device.fitted:
+        return Text("a GPU that did not answer a quick look", style="bold yellow")
     if gpu is None:
         return Text("no GPU: trains small models on the CPU", style="bold yellow")
     depth = " (a quick look)" if found.quick else ", on the fast path"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from sparkctl.doctor.device import Device
 from sparkctl.doctor.findings import Finding, Weight
@@ -18,12 +19,26 @@ CAPPED = 0.95  # share of its usual power below which a limit was set by someone
 SPARK = "https://github.com/parallelArchitect/spark-gpu-throttle-check"
 SUPPLY = "a Spark's supply that is unplugged from wall and machine for a minute often ends it"
 NEEDED, CONTAINER = "NVIDIA's driver 580 or newer is needed", "a container sees a GPU with `--gpus all`"
+OVERTIME = "did not end"  # in the problem of a driver that was given up on
 USUAL = "software power cap"  # of a large GPU at work: it says nothing by itself
 
 
-def judge(device: Device) -> list[Finding]:
-    """Everything that is wrong with the machine."""
-    return [finding for rule in RULES for finding in rule(device)]
+def judge(device: Device, *, quick: bool = False) -> list[Finding]:
+    """Everything that is wrong with the machine.
+
+    quick: its driver had so little time that silence is no fault. One that sleeps, without persistence mode, takes
+    about 2 s a GPU to wake up.
+    """
+    found = [finding for rule in RULES for finding in rule(device)]
+    if quick and OVERTIME in (device.problem or ""):
+        return [
+            replace(one, weight=Weight.NOTE, what=_unasked(device)) if one.subject == "driver" else one for one in found
+        ]
+    return found
+
+
+def _unasked(device: Device) -> str:
+    return f"a GPU is fitted, and its driver did not answer a quick look: {device.problem}"
 
 
 def _driver(device: Device) -> Iterator[Finding]:
@@ -44,7 +59,7 @@ def _unusable(problem: str) -> tuple[str, str | None]:
     """Why a driver does not serve the GPU that is fitted, and the command that mends it, where one does."""
     if "mismatch" in problem:
         return "it was updated while it was loaded", "`sudo reboot`"
-    if "did not end" in problem:
+    if OVERTIME in problem:
         return "without `--quick` it is given longer", "`nvidia-smi` says why"
     if "died" in problem:
         return "a restart of the machine may mend it", "`sudo dmesg | grep -i nvrm` says why"

@@ -60,7 +60,7 @@ def doctor(target: str | None = None, *, quick: bool = False, progress: Progress
     if named:
         return _of_target(named, assemblers, quick, progress)
     seen = device.look(seconds=QUICK_SECONDS if quick else device.SECONDS, toolkit=_toolkit(assemblers))
-    if quick and seen.claims and seen.claims.problem and "did not end" in seen.claims.problem:
+    if quick and seen.claims and seen.claims.problem and device_rules.OVERTIME in seen.claims.problem:
         seen = replace(seen, claims=None)
     here = targets.of_capability(seen.gpu.capability) if seen.gpu else None
     report = Report(here, seen, assemblers, software.look(), quick=quick)
@@ -69,7 +69,7 @@ def doctor(target: str | None = None, *, quick: bool = False, progress: Progress
         report = replace(report, features=features)
     else:
         report, wrong = _side_by_side(report, progress)
-    wrong += device_rules.judge(seen) + list(rules.missing(report.software, seen.gpu is not None))
+    wrong += device_rules.judge(seen, quick=quick) + list(rules.missing(report.software, seen.gpu is not None))
     wrong += rules.judge(_facts(report)) + (fastpath.judge(report.fast_path) if report.fast_path else [])
     return replace(report, findings=findings.by_weight(wrong))
 

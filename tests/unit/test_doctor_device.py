@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fake_machine import build, drivers, no_drivers  # noqa: F401  # a fixture
 
+from sparkctl.cli.diagnosis import verdict
 from sparkctl.doctor import device, device_rules
 from sparkctl.doctor.device import Device, Disk
 from sparkctl.doctor.findings import Finding, Weight, by_weight
@@ -16,6 +17,7 @@ from sparkctl.doctor.launch import Claims
 from sparkctl.errors import SparkError
 from sparkctl.hardware import machine, nvml
 from sparkctl.hardware.nvml import Gpu, Process, Reading
+from sparkctl.steps import doctor as steps
 
 GIB, GB = 1 << 30, 10**9
 GB10 = Gpu("NVIDIA GB10", "12.1", 1, driver="580.95.05", cuda=(13, 0))
@@ -34,6 +36,25 @@ def gpu(**changes: object) -> Device:
 
 def test_nothing_is_wrong_with_a_spark() -> None:
     assert device_rules.judge(SPARK) == []
+
+
+def test_a_quick_look_forgives_a_driver_its_silence_alone() -> None:
+    asleep, dead = (replace(NO_GPU, problem=f"NVML {what}") for what in ("did not end within 2 s", "died of SIGABRT"))
+    assert [one.weight for one in device_rules.judge(asleep, quick=True)] == [Weight.NOTE]
+    assert [one.weight for one in device_rules.judge(asleep)] == [Weight.NEEDED]
+    assert [one.weight for one in device_rules.judge(dead, quick=True)] == [Weight.NEEDED]
+
+
+@pytest.mark.parametrize(("what", "ok", "says"), [
+    ("did not end within 2 s", True, "a GPU that did not answer a quick look"),
+    ("died of SIGABRT", False, "no GPU: does not train yet, 1 thing to mend"),
+])  # fmt: skip
+def test_the_quick_look_at_a_sleeping_driver(monkeypatch: pytest.MonkeyPatch, what: str, ok: bool, says: str) -> None:
+    """Without persistence mode a healthy driver takes 2 s a GPU."""
+    monkeypatch.setattr(device, "look", lambda **_: replace(NO_GPU, problem=f"NVML {what}"))
+    found = steps.doctor(quick=True)
+    assert (found.ok, verdict(found).plain) == (ok, says)
+    assert found.about("driver")
 
 
 CASES = [
