@@ -16,10 +16,11 @@ FLA, TRITON = "https://github.com/fla-org/flash-linear-attention", "https://gith
 TRANSFORMERS, PYTORCH = "https://github.com/huggingface/transformers", "https://github.com/pytorch/pytorch"
 OURS = "locks: versions that were tested together"
 CUDA_EXTRA = "pip install 'dgx-sparkctl[cuda]'"
-CUDA_TORCH = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
-IMAGE = "docker pull nvcr.io/nvidia/pytorch:26.03-py3"  # the base of docker/Dockerfile.spark
+LOCKED_TORCH = "torch==2.11.*"  # as in locks/gpu.txt
+CUDA_TORCH = f"pip install --force-reinstall '{LOCKED_TORCH}' --index-url https://download.pytorch.org/whl/cu130"
 HOPPER, BLACKWELL = (9,), (10, 12)
 NGC = re.compile(r"\d+\.\d+\.\d+a0\+")  # how NVIDIA's images number their torch
+NVIDIAS = ("torch", "triton")  # that such an image builds itself: never to be replaced in it
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Facts:
     target: Target | None = None
     assembler: Assembler | None = None
     others: Sequence[Assembler] = ()
+
+    def mend(self, library: str, command: str) -> str | None:
+        """The command that installs another version of a library; None where it is the image's own."""
+        return None if library in NVIDIAS and NGC.match(self.versions.get("torch", "")) else command
 
     def version(self, name: str) -> tuple[int, ...]:
         """Of a library, as numbers; () where it is not installed."""
@@ -65,7 +70,7 @@ class Rule:
     weight: Weight
     source: str
     judge: Callable[[Facts], str | None]
-    mend: str | Callable[[Facts], str] | None
+    mend: str | Callable[[Facts], str | None] | None
 
     def finding(self, facts: Facts) -> Finding | None:
         """What it finds."""
@@ -82,6 +87,7 @@ def judge(facts: Facts) -> list[Finding]:
 
 def missing(installed: Sequence[Installed], gpu: bool) -> Iterator[Finding]:
     """Libraries that training needs and that are not here, or cannot be imported."""
+    own = NVIDIAS if any(one.library.name == "torch" and NGC.match(one.version or "") for one in installed) else ()
     for one in installed:
         needed = one.library.need == "always" or (one.library.need == "gpu" and gpu)
         if one.version is None and needed:
@@ -90,14 +96,19 @@ def missing(installed: Sequence[Installed], gpu: bool) -> Iterator[Finding]:
             )
         elif one.imports is False:
             what = f"{one.library.name} {one.version} cannot be imported: {one.problem}"
-            yield Finding(one.library.name, Weight.NEEDED if needed else Weight.NOTE, what, _again(one))
+            yield Finding(
+                one.library.name, Weight.NEEDED if needed else Weight.NOTE, what, _again(one, one.library.name in own)
+            )
 
 
-def _again(one: Installed) -> str:
-    """Where an import does not end, installing it again does not help: which module it is in does."""
+def _again(one: Installed, nvidias: bool) -> str | None:
+    """Where an import does not end, installing it again does not help: which module it is in does.
+
+    nvidias: it is the image's own build, which no registry has.
+    """
     if "did not end" in (one.problem or ""):
         return f"`python -X importtime -c 'import {one.library.module}'`"
-    return f"pip install --force-reinstall --no-deps '{one.library.name}=={one.version}'"
+    return None if nvidias else f"pip install --force-reinstall --no-deps '{one.library.name}=={one.version}'"
 
 
 def _install(library: Library) -> str:
@@ -123,7 +134,8 @@ def unmet(facts: Facts) -> Iterator[Finding]:
             if not asked.specifier.contains(here, prereleases=True):
                 wants = f"{asked.name}{asked.specifier}"
                 what = f"{name} {facts.versions.get(name, '')} wants {wants}, and {here} is here"
-                yield Finding(name, Weight.SLOW, what, f"pip install '{wants}'", f"the metadata of {name}")
+                mend = facts.mend(canonicalize_name(asked.name), f"pip install '{wants}'")
+                yield Finding(name, Weight.SLOW, what, mend, f"the metadata of {name}")
 
 
 def _cpu_torch(facts: Facts) -> str | None:
@@ -168,14 +180,18 @@ def _ptxas(facts: Facts) -> str | None:
     return None
 
 
-def _other_ptxas(facts: Facts) -> str:
+def _cuda_torch(facts: Facts) -> str | None:
+    return facts.mend("torch", CUDA_TORCH)
+
+
+def _other_ptxas(facts: Facts) -> str | None:
     able = next((one for one in facts.others if facts.target and one.knows(facts.target)), None)
     variable = (
         "TRITON_PTXAS_BLACKWELL_PATH"
         if facts.target and facts.target.number >= BLACKWELL_PTXAS
         else "TRITON_PTXAS_PATH"
     )
-    return f"`export {variable}={able.path}`" if able else "pip install 'triton>=3.6'"
+    return f"`export {variable}={able.path}`" if able else facts.mend("triton", "pip install 'triton>=3.6'")
 
 
 def _hopper(facts: Facts) -> str | None:
@@ -229,8 +245,8 @@ def _dropped_ends(facts: Facts) -> str | None:
     return None
 
 
-def _kernels_for_it(facts: Facts) -> str:
-    return CUDA_EXTRA if facts.capability else "sparkctl verify leaks"
+def _kernels_for_it(facts: Facts) -> str | None:
+    return CUDA_EXTRA if facts.capability else None
 
 
 def _fla_without_gpu(facts: Facts) -> str | None:
@@ -248,8 +264,8 @@ def _interpreter(facts: Facts) -> str | None:
 INSTALLING = "https://pytorch.org/get-started/locally"
 CUDA_COMPATIBILITY = "https://docs.nvidia.com/deploy/cuda-compatibility"
 RULES = (
-    Rule("torch", Weight.NEEDED, INSTALLING, _cpu_torch, CUDA_TORCH),
-    Rule("torch", Weight.NEEDED, INSTALLING, _architectures, CUDA_TORCH),
+    Rule("torch", Weight.NEEDED, INSTALLING, _cpu_torch, _cuda_torch),
+    Rule("torch", Weight.NEEDED, INSTALLING, _architectures, _cuda_torch),
     Rule("driver", Weight.NEEDED, CUDA_COMPATIBILITY, _old_driver, None),
     Rule(
         "torch", Weight.NEEDED, INSTALLING, _blind_torch, "`python -c 'import torch; torch.zeros(1).cuda()'` says why"
@@ -269,7 +285,7 @@ RULES = (
         _race,
         "pip install 'flash-linear-attention>=0.6'",
     ),
-    Rule("triton", Weight.NEEDED, f"{PYTORCH}/issues/127271", _old_image, IMAGE),
+    Rule("triton", Weight.NEEDED, f"{PYTORCH}/issues/127271", _old_image, None),
     Rule("unsloth", Weight.SLOW, "https://github.com/unslothai/unsloth", _unsloth, "pip install bitsandbytes"),
     Rule("transformers", Weight.SLOW, OURS, _old_transformers, "pip install 'transformers>=5.17'"),
     Rule("transformers", Weight.NOTE, f"{TRANSFORMERS}/issues/46851", _dropped_ends, _kernels_for_it),
