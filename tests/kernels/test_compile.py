@@ -50,6 +50,13 @@ def test_all_of_them_fit_a_gb10(reports: dict[str, dict[str, Any]]) -> None:
     assert all(kernel["warps"] <= 4 for kernel in kernels if kernel["dot"])
 
 
+def test_the_docs_say_how_many_they_are_and_what_they_take(reports: dict[str, dict[str, Any]]) -> None:
+    kernels = reports["sm_121a"]["kernels"]
+    names, shared = {kernel["kernel"] for kernel in kernels}, max(kernel["shared"] for kernel in kernels)
+    said = f"sm_121a: {len(names)} kernels, {len(kernels)} configurations, at most {shared:,} of 101,376 bytes"
+    assert said in (Path(__file__).parents[2] / "docs" / "doctor.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_operator_is_among_them(reports: dict[str, dict[str, Any]], target: str) -> None:
     found = {kernel["kernel"].partition(".")[0] for kernel in reports[target]["kernels"]}
