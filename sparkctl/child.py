@@ -1,4 +1,8 @@
-"""Work in a process of its own: a crash, a hang or a trap there costs one answer, and its memory ends with it."""
+"""Work in a process of its own: a crash, a hang or a trap there costs one answer, and its memory ends with it.
+
+Two ways to hear from it: `answers` is for probes that may die at any word, where what was said before counts; `telling`
+is for long work, whose progress is shown as it comes and whose error is the user's.
+"""
 
 from __future__ import annotations
 

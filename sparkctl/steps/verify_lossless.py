@@ -13,7 +13,7 @@ from sparkctl.manifest.store import Run
 from sparkctl.manifest.table import EngineName
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.certificate import certified, made_from
-from sparkctl.steps.certifying import certificate_of
+from sparkctl.steps.certificate_process import certificate_of
 from sparkctl.steps.inputs import recommend_command
 from sparkctl.steps.training import Job, claimed, planned
 from sparkctl.train.ranks import Ranks

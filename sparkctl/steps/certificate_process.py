@@ -1,4 +1,5 @@
-"""The certificate that `train` begins with, in a process of its own: `python -m sparkctl.steps.certifying RUN STEPS`.
+"""The certificate that `train` begins with, in a process of its own:
+`python -m sparkctl.steps.certificate_process RUN STEPS`.
 
 What it loads is gone before the training begins: the memory of its models, and the libraries that an engine wants to
 be imported before.

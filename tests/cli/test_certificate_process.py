@@ -20,7 +20,7 @@ from sparkctl.manifest.store import Run
 from sparkctl.steps import verify_lossless
 
 TESTS = Path(__file__).parents[1]
-CHILD = "sparkctl.steps.certifying"
+CHILD = "sparkctl.steps.certificate_process"
 
 
 @pytest.fixture
