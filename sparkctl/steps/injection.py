@@ -28,7 +28,8 @@ from sparkctl.progress import Progress
 from sparkctl.steps.inputs import analysed
 from sparkctl.steps.merged import merged_model
 from sparkctl.steps.mtp_eval import SHIPPED, TRAINED
-from sparkctl.words import here, quoted
+from sparkctl.steps.mtp_training import Request as HeadRequest
+from sparkctl.words import here
 
 FORMAT = 1  # of what an injection writes: a change here makes every served folder stale
 FOLDER = "served"
@@ -184,7 +185,7 @@ def _head(run: Run, request: Request, model: Model, wanted: mtp.Shapes, look: bo
     """The head that the mode means."""
     base = analysed(run)[0]
     if request.mode == "trained":
-        mend = f"sparkctl mtp train {quoted(request.run)} --force"
+        mend = HeadRequest.recorded(run, request.run).again("--force")
         return from_file(_trained(run, request, model, progress), wanted, mend)
     mend = request.other_head
     if request.source:
@@ -196,18 +197,21 @@ def _head(run: Run, request: Request, model: Model, wanted: mtp.Shapes, look: bo
 
 def _trained(run: Run, request: Request, model: Model, progress: Progress) -> Path:
     """The file that `mtp train` left. Raises SparkError where it has not ended, or was for another merged model."""
-    recorded, train = run.manifest.mtp, f"sparkctl mtp train {quoted(request.run)}"
+    recorded, train = run.manifest.mtp, HeadRequest.recorded(run, request.run)
     if recorded is None or recorded.mode == "training" or recorded.head is None:
         raise UsageError(
-            f"`{request.run}` has no trained MTP head yet", f"`{train}` trains one; `--mode default` takes the base's"
+            f"`{request.run}` has no trained MTP head yet",
+            f"`{train.again()}` trains one; `--mode default` takes the base's",
         )
     if model.merged and recorded.merged not in (None, model.identity):
-        raise UsageError(f"the MTP head of `{request.run}` was trained for another merged model", f"{train} --force")
+        raise UsageError(
+            f"the MTP head of `{request.run}` was trained for another merged model", train.again("--force")
+        )
     if recorded.mode == "shipped":
         progress.say("training the MTP head did not help: `mtp train` kept the base's own")
     path = run.resolve(recorded.head)
     if not path.is_file() or sha256_file(path) != recorded.digest:
-        raise SparkError(f"`{here(path)}` is not what `mtp train` wrote there", f"{train} --force")
+        raise SparkError(f"`{here(path)}` is not what `mtp train` wrote there", train.again("--force"))
     return path
 
 

@@ -154,7 +154,7 @@ def test_killed_between_training_and_measuring_only_that_is_done(
 def test_the_hint_of_an_interrupted_training_goes_on_with_it(
     run: Run, capsys: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one of `show`, which knows the options by the plan alone; a bare `mtp train` is refused."""
+    """The one of `show` and `mtp inject`, which know the options by the plan alone; a bare `mtp train` is refused."""
     micro_step, calls = HeadEngine.micro_step, 0
 
     def stopped(*arguments: Any) -> Any:
@@ -174,11 +174,17 @@ def test_the_hint_of_an_interrupted_training_goes_on_with_it(
     hint = "sparkctl mtp train r1" + shown.partition("sparkctl mtp train r1")[2].partition("0.0003")[0] + "0.0003"
     for options in ("--steps 2", "--loss ce", "--pack-length 48", "--max-steps 6"):
         assert options in hint
+    assert sparkctl(["mtp", "inject", "r1", "--mode", "trained"]) == 2
+    assert f"hint: `{hint}` trains one; `--mode default`" in capsys.readouterr().err
     assert sparkctl(["mtp", "train", "r1"]) == 2
     assert sparkctl([*hint.split()[1:], "--prompts", "4"]) == 0
     table = Run.open(run.root).manifest.mtp
     assert table
     assert (table.mode in ("trained", "shipped"), len(table.resumes)) == (True, 1)
+    (run.root / "mtp" / "head.safetensors").unlink()
+    capsys.readouterr()
+    assert sparkctl(["mtp", "inject", "r1", "--mode", "trained"]) == 1
+    assert f"hint: {hint} --force\n" in capsys.readouterr().err
 
 
 def test_under_torchrun_the_ranks_share_a_step_and_the_first_writes(
