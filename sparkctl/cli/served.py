@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 
 from sparkctl.cli import console
+from sparkctl.cli.heads import KEPT
 from sparkctl.words import counted, heading, size
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def as_text(result: Result, dry_run: bool) -> RenderableType:
     linked = f", {counted(result.linked, 'shard')} linked" if result.linked else ""
     return console.rows(
         title,
-        ("head", f"{result.mode}, from {result.source}"),
+        ("head", f"{KEPT['shipped'] if result.shipped else result.mode}, from {result.source}"),
         ("model", result.model),
         ("folder", result.folder),
         ("tensors", f"{result.tensors:,}"),

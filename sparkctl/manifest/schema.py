@@ -327,6 +327,7 @@ class ServedTable(Table):
     """The model with an MTP head in it, as vLLM serves it."""
 
     mode: Literal["trained", "default"]
+    shipped: bool = Field(False, description="under `trained` the base's head, since training did not help")
     source: str = Field(description="where the head is from: a file, a folder, or a hub id")
     model: str = Field(description="the folder that got it")
     merged: str | None = Field(None, description="digest of the merged model, where that is the folder")

@@ -112,6 +112,12 @@ class Job:
         return (self.request.out or self.run.root / FOLDER).absolute()
 
     @property
+    def shipped(self) -> bool:
+        """Whether the head that `mtp train` left is the base's, since training did not help."""
+        table = self.run.manifest.mtp
+        return self.request.mode == "trained" and table is not None and table.mode == "shipped"
+
+    @property
     def shown(self) -> Path:
         """`out` in the user's own words."""
         return self.request.out or self.request.run / FOLDER

@@ -31,8 +31,9 @@ CARD = "README.md"
 @dataclass(frozen=True)
 class Result:
     """`serve`: the command that serves the folder; `reason`: why it drafts so many tokens; `created`: when it was
-    written. `unlinked`: why `--link` left shards that are no links, and what makes them. `skipped`: why there is no
-    head, where `folder` is the merged model. Under --dry-run the folder need not be there.
+    written. `shipped`: the head of mode `trained` is the base's, since training did not help. `unlinked`: why
+    `--link` left shards that are no links, and what makes them. `skipped`: why there is no head, where `folder` is the
+    merged model. Under --dry-run the folder need not be there.
     """
 
     mode: str
@@ -40,6 +41,7 @@ class Result:
     serve: str
     model: str = ""
     source: str = ""
+    shipped: bool = False
     tensors: int = 0
     linked: int = 0
     unlinked: str = ""
@@ -85,6 +87,7 @@ def _result(job: Job, sealed: ServedSeal, up_to_date: bool = False, written: boo
         serve=job.serve(str(job.shown)),
         model=here(job.target.folder),
         source=job.head.origin if job.head.revision else here(Path(job.head.origin)),
+        shipped=job.shipped,
         tensors=sealed.tensors,
         linked=links,
         unlinked=_unlinked(job, links, up_to_date, written) if job.request.link else "",
@@ -161,8 +164,7 @@ def _write(job: Job, force: bool, progress: Progress) -> Result:
 
 def _described(job: Job) -> str:
     """The head, for the model card: without a path of this machine."""
-    mtp = job.run.manifest.mtp
-    trained = job.request.mode == "trained" and mtp is not None and mtp.mode == "trained"
+    trained = job.request.mode == "trained" and not job.shipped
     origin = "trained for this model" if trained else "as the base was published with it"
     return f"The MTP head ({origin}, digest `{job.head_digest[:16]}`). {counted(job.drafts.tokens, 'token')} to draft."
 
@@ -189,7 +191,7 @@ def _record(job: Job, sealed: ServedSeal) -> None:
     """[served], and the folder among [[checkpoints]]; nothing where they say so already."""
     path, merged = job.run.relative(job.out), job.model.merged
     table = ServedTable(
-        mode=sealed.mode, source=job.source, model=job.run.relative(job.target.folder),
+        mode=sealed.mode, shipped=job.shipped, source=job.source, model=job.run.relative(job.target.folder),
         merged=None if job.request.into else job.model.identity, folder=path, link=job.request.link,
         head_digest=sealed.head_digest, tensors=sealed.tensors, bytes=sealed.bytes, draft_length=job.drafts.tokens,
         draft_reason=job.drafts.reason, seconds=sealed.seconds, created=sealed.created, made_from=sealed.made_from,

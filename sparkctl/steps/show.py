@@ -198,7 +198,8 @@ def _another_model(run: Run, digest: str | None, merged: Step) -> str:
 
 def _served(run: Run, table: ServedTable, merged: Step, head: Step, again: Callable[..., str]) -> Step:
     folder, mend = run.resolve(table.folder), again("--force")
-    detail = f"{table.mode} head, {counted(table.draft_length, 'token')} to draft → {here(folder)}"
+    whose = "the base's head, since training did not help" if table.shipped else f"{table.mode} head"
+    detail = f"{whose}, {counted(table.draft_length, 'token')} to draft → {here(folder)}"
     if sealed_as(folder, table.made_from, ServedSeal) is None:
         return Step("mtp inject", "stale", detail, mend, "; the folder is not what was written")
     own = run.manifest.merge is not None and table.model == run.manifest.merge.folder

@@ -37,8 +37,8 @@ def test_the_trained_head_is_injected_recorded_and_served(run: Run, said: Said) 
     table, entry = manifest.served, manifest.checkpoint("served-000003")
     assert table
     assert entry
-    assert (table.mode, table.source, table.model, table.folder) == (
-        "trained", "mtp/head.safetensors", "merged", "served",
+    assert (table.mode, table.shipped, table.source, table.model, table.folder) == (
+        "trained", False, "mtp/head.safetensors", "merged", "served",
     )  # fmt: skip
     assert (table.tensors, table.bytes, table.head_digest) == (
         result["tensors"], result["bytes"], result["head_digest"],
@@ -250,12 +250,18 @@ def test_a_shipped_head_that_was_kept(run: Run, said: Said) -> None:
         manifest.mtp.mode = "shipped"
     said.readouterr()
     inject(*TRAINED)
-    assert "did not help" in said.readouterr().err
+    text = said.readouterr()
+    assert "training the MTP head did not help: `mtp train` kept the base's own" in text.err
+    assert "the base's, since training did not help, from r1/mtp/head.safetensors" in " ".join(text.out.split())
     assert heads.equal(heads.own(Path("r1/served")), load_file(head))
     assert Run.open(run.root).manifest.served.draft_length == 1  # measured as the shipped head's
     card = (run.root / "served" / "README.md").read_text()
     assert "as the base was published with it" in card
     assert " 1 token to draft." in card
+    assert sparkctl(["show", "r1"]) == 0
+    shown = " ".join(said.readouterr().out.split())
+    assert "the base's head, since training did not help, 1 token to draft → r1/served" in shown
+    assert "trained head" not in shown
 
 
 def test_a_head_of_another_merged_model(run: Run, said: Said) -> None:
