@@ -50,13 +50,18 @@ def as_text(result: Result, dry_run: bool) -> RenderableType:
     """The rows, and what is not there."""
     if result.skipped:
         return console.rows("mtp eval", ("skipped", result.skipped))
-    title = f"Accepted drafts, over {counted(len(result.prompts), 'held-out prompt')}"
+    title = heading(len(result.prompts))
     if dry_run and not result.up_to_date:
         wanted = [("row", name) for name in result.names]
         return Group(console.rows(f"{title} (dry run: nothing measured)", *wanted), *map(escape, result.notes))
     if result.up_to_date:
         title = earlier(title, max((row.created for row in result.rows if row.created), default=None))
     return Group(console.titled(title, table(result.rows)), *map(escape, result.notes))
+
+
+def heading(prompts: int) -> str:
+    """The title of the rows."""
+    return f"Accepted drafts, over {counted(prompts, 'held-out prompt')}"
 
 
 def table(rows: list[Acceptance]) -> Table:

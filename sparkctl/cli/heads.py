@@ -40,7 +40,9 @@ def as_text(result: Result, dry_run: bool) -> RenderableType:
     assert result.mtp
     assert result.mtp.train
     title = earlier("mtp train", result.made) if result.up_to_date else "mtp train"
-    parts = [trained(result.mtp.train, title=title), acceptance.table(result.mtp.acceptance)]
+    parts, rows = [trained(result.mtp.train, title=title)], result.mtp.acceptance
+    if rows:
+        parts.append(console.titled(acceptance.heading(rows[0].prompts), acceptance.table(rows)))
     kept = KEPT.get(result.mtp.mode, result.mtp.mode)
     notes = [("note", note) for note in result.notes if note != NOT_HELPED]
     return Group(*parts, console.rows("", ("head", f"{kept}: {result.mtp.head}"), *notes))

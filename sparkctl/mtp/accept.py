@@ -193,6 +193,10 @@ def acceptance(subject: Subject, answers: Sequence[Answer], hits: Sequence[np.nd
     )
 
 
-def helps(shipped: Acceptance, trained: Acceptance) -> bool:
-    """Whether a server accepts more of the trained head's drafts than of the shipped one's, over the same answers."""
+def helps(shipped: Acceptance, trained: Acceptance, losses: tuple[float, float] | None = None) -> bool:
+    """Whether a server accepts more of the trained head's drafts than of the shipped one's, over the same answers;
+    where it accepts as many, whether the held-out loss fell. losses: the shipped head's, the trained one's.
+    """
+    if losses and trained.mean_accepted == shipped.mean_accepted:
+        return losses[1] < losses[0]
     return trained.mean_accepted > shipped.mean_accepted

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from sparkctl.errors import Interrupted, Terminated, UsageError
 from sparkctl.files import sha256_file, staged_file
 from sparkctl.manifest.evidence import Acceptance
-from sparkctl.manifest.schema import HeadPlan, Manifest, MtpTable
+from sparkctl.manifest.schema import HeadPlan, Manifest, MtpTable, TrainTable
 from sparkctl.manifest.store import Run
 from sparkctl.plan.heads import plan_head
 from sparkctl.progress import Progress, silent
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from sparkctl.model.weights import TensorFile
     from sparkctl.mtp.source import HeadSource
     from sparkctl.train.ranks import Ranks
+
+ALIKE = "as many drafts are accepted of both heads, and the held-out loss fell from {:.4g} to {:.4g}"
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,10 @@ def _settle(job: HeadJob, request: Request, progress: Progress) -> tuple[str, ..
     if before and not before.drafts:  # answers of one token
         notes.append("no answer has a draft in it, so nothing tells whether training helped: the trained head is kept")
         before = None
-    helped = before is None or (after is not None and helps(before, after))  # None: it is the base's, to the bit
+    losses = _losses(job, trained)
+    helped = before is None or (after is not None and helps(before, after, losses))  # None: the base's, to the bit
+    if helped and losses and before and after and before.mean_accepted == after.mean_accepted:
+        notes.append(ALIKE.format(*losses))
     if not helped and job.shipped:
         _write(job, job.shipped.tensors)
         notes.append(mtp_eval.NOT_HELPED)
@@ -191,6 +196,14 @@ def _settle(job: HeadJob, request: Request, progress: Progress) -> tuple[str, ..
         manifest.mtp.head, manifest.mtp.digest = HEAD, sha256_file(job.head)
         manifest.mtp.acceptance = rows
     return tuple(notes)
+
+
+def _losses(job: HeadJob, trained: TrainTable) -> tuple[float, float] | None:
+    """Held-out loss of the shipped head and of the best trained one; None where they were not measured."""
+    before, best = trained.first_eval_loss, trained.best_eval_loss
+    if job.plan.fresh or before is None or best is None:  # fresh: the loss before is that of random weights
+        return None
+    return before, best
 
 
 def _write(job: HeadJob, tensors: Mapping[str, TensorFile]) -> None:

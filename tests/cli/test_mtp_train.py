@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import merging_run
+import numpy as np
 import pytest
 import ready
 import torch
@@ -79,7 +80,9 @@ def test_a_head_is_trained_measured_and_left_in_the_run(run: Run, capsys: Said, 
     assert answer(capsys)["up_to_date"]
     assert answer(capsys, "--dry-run")["up_to_date"]
     assert sparkctl(["mtp", "train", "r1", *FEW]) == 0
-    assert "mtp train (up to date: nothing was done, this is the result of 20" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "mtp train (up to date: nothing was done, this is the result of 20" in text
+    assert "Accepted drafts, over 3 held-out prompts" in text
 
 
 def test_where_training_does_not_help_the_shipped_head_stays(run: Run, capsys: Said, qwen35_folder: Path) -> None:
@@ -88,6 +91,20 @@ def test_where_training_does_not_help_the_shipped_head_stays(run: Run, capsys: S
     assert "training did not help: the base's head is kept" in said["notes"]
     left = load_file(run.root / said["mtp"]["head"])
     assert all(left[name].equal(value) for name, value in read_head(qwen35_folder).items())
+
+
+def test_where_acceptance_is_a_tie_the_held_out_loss_decides(
+    run: Run, capsys: Said, monkeypatch: pytest.MonkeyPatch, qwen35_folder: Path
+) -> None:
+    monkeypatch.setattr("sparkctl.mtp.accept.compared", lambda _, guesses_NG: np.ones_like(guesses_NG, dtype=bool))
+    said = answer(capsys)
+    train = said["mtp"]["train"]
+    assert len({row["mean_accepted"] for row in said["mtp"]["acceptance"][1:]}) == 1
+    assert said["mtp"]["mode"] == "trained"
+    fell = f"fell from {train['first_eval_loss']:.4g} to {train['best_eval_loss']:.4g}"
+    assert any(fell in note for note in said["notes"])
+    left = load_file(run.root / said["mtp"]["head"])
+    assert not all(left[name].equal(value) for name, value in read_head(qwen35_folder).items())
 
 
 def test_answers_of_one_token_tell_nothing(run: Run, capsys: Said, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,3 +153,7 @@ def test_a_head_helps_where_more_is_accepted() -> None:
     assert helps(row(0.4), row(0.41))
     assert not helps(row(0.4), row(0.4))
     assert not helps(row(0.4), row(0.39))
+    assert helps(row(0.4), row(0.4), losses=(2.0, 1.9))
+    assert not helps(row(0.4), row(0.4), losses=(2.0, 2.0))
+    assert not helps(row(0.4), row(0.39), losses=(2.0, 0.1))
+    assert helps(row(0.4), row(0.41), losses=(2.0, 2.1))
