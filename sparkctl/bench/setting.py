@@ -47,7 +47,7 @@ def setting(
 ) -> Setting:  # fmt: skip
     """The workload asked for; without a GPU the demo's tiny shape instead of a published one. Raises UsageError."""
     machine, note = this_machine(), None
-    config, name = (read_config(model), model.name) if model else (catalog.config(shape), shape)
+    config, name = (read_config(model, hub=False), model.name) if model else (catalog.config(shape), shape)
     if machine.device == "cpu" and model is None:
         from sparkctl.demo.model import config as tiny
 

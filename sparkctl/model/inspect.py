@@ -45,12 +45,13 @@ def lora_parameters(info: ModelInfo, r: int) -> int:
     return r * info.adapter_width
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, hub: bool = True) -> dict[str, Any]:
     """config.json as it stands. Raises UsageError where `folder` holds no model, or what it says of an MTP head is no
-    number of layers.
+    number of layers. hub: whether a hub id does as well where the folder was named.
     """
     folder = Path(folder)
-    path, another = folder / "config.json", "name a folder with config.json and safetensors weights, or a hub id"
+    path, another = folder / "config.json", "name a folder with config.json and safetensors weights"
+    another += ", or a hub id" if hub else ""
     if not folder.is_dir():
         raise UsageError(f"no folder `{folder}`", another)
     try:

@@ -10,5 +10,5 @@ def verify_model(folder: Path) -> list[str]:
     from sparkctl.model.audit import audit
     from sparkctl.model.inspect import read_config
 
-    read_config(folder)
+    read_config(folder, hub=False)
     return audit(folder)

@@ -10,6 +10,7 @@ import ready
 
 from sparkctl.bench import clock, step, workload
 from sparkctl.bench.predict import predict
+from sparkctl.cli import app
 
 
 def test_two_stacks_compute_the_same_on_a_tiny_shape(bench: Any) -> None:
@@ -31,6 +32,13 @@ def test_a_stack_that_fails_is_a_row(bench: Any) -> None:
     status, said = bench("step", "--stacks", "unsloth", "--steps", 1, "--pack", 32, "--documents", 1)
     assert (status, said["ok"]) == (1, False)
     assert said["stacks"][0]["failed"] == "stack `unsloth` failed: unsloth is not installed"
+
+
+def test_a_hub_id_is_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["bench", "step", "--model", "Qwen/X"]) == 2
+    said = capsys.readouterr().err
+    assert "error: no folder `Qwen/X`" in said
+    assert "hint: name a folder with config.json and safetensors weights\n" in said
 
 
 def test_what_is_not_installed_is_not_compared_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

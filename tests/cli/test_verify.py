@@ -235,7 +235,9 @@ def test_a_whole_model_and_one_that_lacks_a_tensor(
     assert json.loads(out)["problems"] == [f"config.json promises `{gone}`, and it is missing"]
     assert f"error: config.json promises `{gone}`" in err
     assert f"hint: hf download ORG/NAME --local-dir {folder}, or " in err
-    assert say("verify", "model", tmp_path / "nothing")[0] == 2
+    status, _, err = say("verify", "model", tmp_path / "nothing")
+    assert status == 2
+    assert "hint: name a folder with config.json and safetensors weights\n" in err
 
 
 def test_usage(run: Run, say: Callable[..., Said], tmp_path: Path) -> None:
