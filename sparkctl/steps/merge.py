@@ -184,14 +184,16 @@ def _checkpoint(run: Run, request: Request, progress: Progress) -> Path:
     if train is None:
         raise UsageError(f"`{run.root}` has not been trained yet", f"sparkctl train {quoted(run.root)}")
     if train.gate and not train.gate.passed:
-        progress.say(f"the gate of `{run.root}` did not let this training through: {train.gate.loss:.4f} held-out loss")
+        loss = f"{train.gate.loss:.4f} held-out loss"
+        progress.say(f"warning: the gate of `{run.root}` did not let this training through: {loss}")
     if train.status != "done":
         progress.say(
-            f"the training stopped at step {train.step} of {train.steps}: `sparkctl resume {quoted(run.root)}` ends it"
+            f"warning: the training stopped at step {train.step} of {train.steps}: "
+            f"`sparkctl resume {quoted(run.root)}` ends it"
         )
     id = {"best": train.best_checkpoint or train.last_checkpoint, "last": train.last_checkpoint}.get(wanted, wanted)
     if wanted == "best" and train.best_checkpoint is None and id:
-        progress.say(f"nothing was held out, so there is no best checkpoint: taking the last, {id}")
+        progress.say(f"note: nothing was held out, so there is no best checkpoint: taking the last, {id}")
     if id is None:
         raise UsageError(f"`{run.root}` has no checkpoint yet", f"sparkctl resume {quoted(run.root)}")
     if id not in there:
@@ -227,7 +229,7 @@ def _tell_stale(run: Run, progress: Progress) -> None:
         now_planned = None
     if run.manifest.train and run.manifest.train.made_from != now_planned:
         progress.say(
-            f"the training of `{run.root}` was by another plan or other data than it holds now: "
+            f"warning: the training of `{run.root}` was by another plan or other data than it holds now: "
             f"`sparkctl train {quoted(run.root)} --force` trains it anew"
         )
 

@@ -219,12 +219,24 @@ def test_a_merge_of_a_stale_training_says_so(merged: Run, capsys: pytest.Capture
         assert command(["merge", str(merged.root)]) == 0
         return capsys.readouterr().err
 
-    anew = f"`sparkctl train {merged.root} --force` trains it anew"
+    anew = (
+        f"warning: the training of `{merged.root}` was by another plan or other data than it holds now: "
+        f"`sparkctl train {merged.root} --force` trains it anew\n"
+    )
     assert anew not in said()
     with merged.edit() as manifest:
         assert manifest.plan
         manifest.plan.learning_rate *= 2
     assert anew in said()
+
+
+def test_a_merge_of_a_stopped_training_says_so(merged: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with merged.edit() as manifest:
+        assert manifest.train
+        manifest.train.status, manifest.train.step = "interrupted", 1
+    assert command(["merge", str(merged.root)]) == 0
+    hint = f"`sparkctl resume {merged.root}` ends it"
+    assert f"warning: the training stopped at step 1 of 2: {hint}\n" in capsys.readouterr().err
 
 
 def test_a_training_begun_anew_leaves_the_merge_stale(merged: Run, say: Say) -> None:
