@@ -26,7 +26,8 @@ RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue
 
 A_LINE_EACH = "write one chat a line: `jq -c '.[]' FILE > chats.jsonl`"  # of an array of chats
 SHAPE = 'write {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
-TEXT_ONLY = "training takes text alone: drop the example with `--skip-bad`, or describe the media in words"
+TEXT_ONLY = "training takes text alone: describe the media in words"
+SKIP = "`--skip-bad` leaves such lines out"
 
 
 @dataclass(frozen=True)

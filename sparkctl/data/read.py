@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sparkctl.data.messages import A_LINE_EACH, BadLine, Example, Refused, as_example
+from sparkctl.data.messages import A_LINE_EACH, SKIP, BadLine, Example, Refused, as_example
 from sparkctl.errors import SparkError, UsageError
 
 __all__ = ["BadLine", "Example", "read_examples"]
@@ -51,7 +51,7 @@ def read_examples(
                     raise record
                 yield as_example(record, place, folder)
             except Refused as refused:
-                bad = BadLine(f"{folder}{place}: {refused.message}", refused.hint, place)
+                bad = BadLine(f"{folder}{place}: {refused.message}", f"{refused.hint}; {SKIP}", place)
                 if not skip_bad:
                     raise bad from None
                 if on_bad:
@@ -169,10 +169,7 @@ def _parsed(line: bytes) -> Any:
         return Refused(f"not UTF-8: {where}", "save the file as UTF-8: `iconv -f latin1 -t utf-8 OLD > NEW`")
     except json.JSONDecodeError as error:
         hint = A_LINE_EACH if line.lstrip().startswith(b"[") else "write one JSON object a line, all on one line"
-        return Refused(
-            f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}",
-            f"{hint}; `--skip-bad` leaves such lines out",
-        )
+        return Refused(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}", hint)
     except RecursionError:
         return Refused("not usable JSON: nested too deeply", "write one chat a line")
     except ValueError as error:  # a number with more digits than Python takes

@@ -258,6 +258,7 @@ def test_what_is_no_example_is_named(tmp_path: Path, record: Any, message: str, 
     bad = refusal(tmp_path, record)
     assert message in bad.message
     assert hint in (bad.hint or "")
+    assert (bad.hint or "").endswith("; `--skip-bad` leaves such lines out")
     found: list[BadLine] = []
     path = write(tmp_path / "chats.jsonl", CHAT, record, CHAT)
     assert [e.place for e in read(path, skip_bad=True, on_bad=found.append)] == ["chats.jsonl:1", "chats.jsonl:3"]
