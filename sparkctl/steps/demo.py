@@ -137,7 +137,7 @@ def demo(folder: Path, *, progress: Progress = silent) -> Demo:
     with result.phase("mtp inject", progress):
         result.serve = inject(InjectRequest(run, "trained"), progress=progress).serve or ""
     result.drafts = head.acceptance if head else []
-    result.examples, result.parameters = analysed.analysis.train_examples, analysed.model.parameters
+    result.examples, result.parameters = analysed.analysis.examples, analysed.model.parameters
     result.resumed_from = Run.open(run).manifest.resumes[-1].step
     result.steps, result.final_loss = trained.steps, trained.final_loss or math.nan
     with result.phase("ask", progress):
