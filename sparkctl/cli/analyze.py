@@ -88,8 +88,10 @@ def _human(result: Result, dry_run: bool) -> RenderableType:
 
 
 def _dropped(dropped: Dropped) -> str:
-    counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in dropped.model_dump().items() if count]
-    return ", ".join(counts) or "none"
+    counts = dropped.model_dump()
+    bad = counts.pop("bad_lines")
+    told = [f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count]
+    return ", ".join(told + [counted(bad, "bad line")] * bool(bad)) or "none"
 
 
 def _markers(analysis: AnalysisTable) -> str:

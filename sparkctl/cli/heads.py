@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from sparkctl.cli import acceptance, console
 from sparkctl.cli.train import trained, whole_time
 from sparkctl.manifest.schema import HeadPlan
-from sparkctl.words import earlier, size
+from sparkctl.words import counted, earlier, size
 
 if TYPE_CHECKING:
     from sparkctl.steps.mtp_train import Result
@@ -51,7 +51,7 @@ def as_text(result: Result, dry_run: bool) -> RenderableType:
 def _planned(plan: HeadPlan) -> RenderableType:
     return console.rows(
         "mtp train (dry run: nothing written)",
-        ("steps", f"{plan.steps:,}, each {plan.gradient_accumulation} packs of {plan.pack_length:,} tokens"),
+        ("steps", f"{plan.steps:,}, each {counted(plan.gradient_accumulation, 'pack')} of {plan.pack_length:,} tokens"),
         ("drafts", f"{plan.draft_steps} a row, each weighing {plan.decay:g} of the one before; loss {plan.loss}"),
         ("learning rate", f"{plan.learning_rate:g}"),
         ("time", f"about {whole_time(plan.estimated_seconds, plan.estimated_start_seconds)}"),

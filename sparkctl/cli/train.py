@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from sparkctl.cli import console
 from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, RunArg, SlowOpt
 from sparkctl.manifest.schema import Gate, PlanTable, TrainTable
-from sparkctl.words import earlier, size
+from sparkctl.words import counted, earlier, size
 
 if TYPE_CHECKING:
     from sparkctl.steps.train import Result
@@ -87,7 +87,10 @@ def planned(plan: PlanTable) -> RenderableType:
     return console.rows(
         "would train (dry run: nothing written)",
         ("mode", f"{plan.mode}, engine {plan.engine}"),
-        ("steps", f"{plan.steps:,} of {plan.gradient_accumulation} packs of up to {plan.pack_length:,} tokens"),
+        (
+            "steps",
+            f"{plan.steps:,} of {counted(plan.gradient_accumulation, 'pack')} of up to {plan.pack_length:,} tokens",
+        ),
         ("time", f"{whole_time(plan.estimates.seconds, plan.estimates.start_seconds)} estimated"),
         ("peak memory", f"{size(plan.estimates.peak_memory)} estimated"),
         ("disk", f"{size(plan.estimates.disk)} estimated"),
