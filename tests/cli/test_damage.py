@@ -17,6 +17,7 @@ from sparkctl.files import sha256_file
 from sparkctl.manifest.store import Run
 from sparkctl.steps.train import train
 from sparkctl.train import state
+from sparkctl.words import here
 
 Said = pytest.CaptureFixture[str]
 
@@ -159,9 +160,9 @@ def test_a_shard_of_the_model_that_is_not_whole_is_named_at_once(
     for command in (analyze, (*analyze, "--dry-run"), ("recommend", run.root, "--force")):
         status, text = said(capsys, *command)
         assert status == 1, text
-        assert f"`{shard}`" in text
+        assert f"`{here(shard)}`" in text
         assert amiss in text
-        assert f"hint: hf download ORG/NAME --local-dir {base}" in text
+        assert f"hint: hf download ORG/NAME --local-dir {here(base)}" in text
     assert not (tmp_path / "r1").exists()
     for path in (*base.glob("*.safetensors"), base / "model.safetensors.index.json"):
         path.unlink()

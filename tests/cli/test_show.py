@@ -20,6 +20,7 @@ from sparkctl.manifest.schema import MtpTable
 from sparkctl.manifest.store import Run
 from sparkctl.merge.seal import read_seal
 from sparkctl.steps.show import show
+from sparkctl.words import here
 
 Say = Callable[..., str]
 
@@ -181,7 +182,7 @@ def test_a_merge_is_looked_into(merged: Run, say: Say) -> None:
     elsewhere = merged.root.parent / "my model"
     say("merge", merged.root, "--out", elsewhere)
     (elsewhere / "config.json").write_text("{}")
-    assert hint(say, merged, "merge") == f"sparkctl merge {merged.root} --out '{elsewhere}' --force"
+    assert hint(say, merged, "merge") == f"sparkctl merge {merged.root} --out '{here(elsewhere)}' --force"
 
 
 def with_head(run: Run, say: Say) -> None:
