@@ -28,6 +28,13 @@ def main(model: str, folder: str, mode: str) -> None:
     torch.set_num_threads(1)
     with joined() as ranks:
         training(Path(model), Path(folder), mode, ranks).run()
+    assert not _group_threads(), "the process group outlived its block: its threads may abort the process at its end"
+
+
+def _group_threads() -> list[str]:
+    """Threads of this process, by name, that work for gloo's process group."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if name.startswith("pt_gloo")]
 
 
 if __name__ == "__main__":
