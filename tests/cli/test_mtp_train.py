@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +13,8 @@ import merging_run
 import numpy as np
 import pytest
 import ready
-import torch
 from safetensors.torch import load_file
+from two_ranks import two_ranks
 
 from sparkctl.cli.app import run as sparkctl
 from sparkctl.errors import Interrupted
@@ -204,19 +202,11 @@ def test_the_hint_of_an_interrupted_training_goes_on_with_it(
     assert f"hint: {hint} --force\n" in capsys.readouterr().err
 
 
-def test_under_torchrun_the_ranks_share_a_step_and_the_first_writes(
-    run: Run, capsys: Said, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_under_torchrun_the_ranks_share_a_step_and_the_first_writes(run: Run, tmp_path: Path) -> None:
     shutil.copytree(run.root, tmp_path / "alone")
     four = [*FEW, "--max-steps", "4"]
     assert sparkctl(["mtp", "train", "alone", *four]) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    spawn = torch.multiprocessing.start_processes
-    spawn(_rank, args=(four, str(tmp_path)), nprocs=2, start_method="fork")
+    two_ranks(_rank, four, str(tmp_path))
     assert [(tmp_path / f"{rank}.out").read_text().count('"ok": true') for rank in (0, 1)] == [1, 0]
     table, alone = (Run.open(root).manifest.mtp for root in (run.root, tmp_path / "alone"))
     assert (table.train.status, table.train.step) == ("done", 4)
@@ -232,7 +222,6 @@ def test_under_torchrun_the_ranks_share_a_step_and_the_first_writes(
 
 
 def _rank(rank: int, few: list[str], folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     with open(f"{folder}/{rank}.out", "w") as sys.stdout:
         assert sparkctl(["mtp", "train", "r1", *few, "--json"]) == 0
 

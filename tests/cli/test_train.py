@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import ready
 import torch
+from two_ranks import two_ranks
 
 from sparkctl.cli import app
 from sparkctl.manifest.store import Run
@@ -333,16 +332,8 @@ def test_the_gate(say: Say, straight: Run, tmp_path: Path, llama_folder: Path) -
     assert Run.open(worse.root).manifest.train.gate.passed
 
 
-def test_under_torchrun_the_ranks_share_a_step_and_the_first_writes(
-    run: Run, straight: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    spawn = torch.multiprocessing.start_processes
-    spawn(_rank, args=(str(run.root), str(tmp_path)), nprocs=2, start_method="fork")
+def test_under_torchrun_the_ranks_share_a_step_and_the_first_writes(run: Run, straight: Run, tmp_path: Path) -> None:
+    two_ranks(_rank, str(run.root), str(tmp_path))
     assert [(tmp_path / f"{rank}.out").read_text().count('"ok": true') for rank in (0, 1)] == [1, 0]
     assert Run.open(run.root).manifest.train.status == "done"
     got, wanted = lines(run), lines(straight)
@@ -352,7 +343,6 @@ def test_under_torchrun_the_ranks_share_a_step_and_the_first_writes(
 
 
 def _rank(rank: int, root: str, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     with open(f"{folder}/{rank}.out", "w") as sys.stdout:
         assert app.run(["train", root, "--json"]) == 0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import socket
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,11 +13,12 @@ import pytest
 import ready
 import torch
 from looping import Training
+from two_ranks import two_ranks
 
 from sparkctl.data.batches import Pack
 from sparkctl.errors import Interrupted, SparkError
 from sparkctl.train import metrics, state
-from sparkctl.train.ranks import Ranks
+from sparkctl.train.ranks import joined
 
 
 def test_held_out_loss_at_the_start_at_each_checkpoint_and_at_the_end(tmp_path: Path) -> None:
@@ -195,27 +195,19 @@ def test_metrics_are_cut_at_a_step_and_a_torn_last_line_goes(tmp_path: Path) -> 
     metrics.truncate(tmp_path / "absent", 3)
 
 
-def _rank(rank: int, folder: str, port: int) -> None:
-    import torch.distributed as dist
-
+def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    training = Training(Path(folder), plan=ready.plan(learning_rate=0.3), ranks=Ranks.current())
-    training.run()
+    with joined() as ranks:
+        training = Training(Path(folder), plan=ready.plan(learning_rate=0.3), ranks=ranks)
+        training.run()
     assert (rank == 0) == bool(training.saved)
-    dist.destroy_process_group()
 
 
 def test_two_ranks_give_the_losses_of_one_process(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     alone = Training(tmp_path / "alone", plan=ready.plan(learning_rate=0.3))
     ready.store(tmp_path / "two" / "tokens", ready.documents(40))
     alone.run()
-    spawn = torch.multiprocessing.start_processes  # forked: a fresh import of torch in each would take seconds
-    spawn(_rank, args=(str(tmp_path / "two"), port), nprocs=2, start_method="fork")
+    two_ranks(_rank, str(tmp_path / "two"))
     two = Training(tmp_path / "two")
     for key in ("loss", "eval_loss", "grad_norm"):
         assert two.lines(key) == pytest.approx(alone.lines(key), rel=1e-6)  # observed 2e-7

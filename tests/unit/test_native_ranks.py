@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import ranked
 import ready
+from two_ranks import free_port
 
 from sparkctl.train import state
 from sparkctl.train.ranks import Ranks
@@ -21,13 +21,9 @@ FAR = 2e-6  # of a parameter after six steps of 1e-3; observed 1.2e-7
 
 def torchrun(*arguments: str) -> None:
     """Run the script on two ranks of this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
-    done = subprocess.run(
-        [*command, "--master-port", str(port), str(SCRIPT), *arguments], capture_output=True, text=True, timeout=200
-    )
+    command += ["--master-port", str(free_port()), str(SCRIPT), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
