@@ -1,5 +1,5 @@
 #!/bin/sh
-# One round of retraining, for a person or for cron: new chats in, a merged model out.
+# One round of retraining, for a person or for cron: new chats in, a model with its MTP head out.
 #   docs/retrain.sh runs/support-r3 runs/support-r4 new.jsonl old.jsonl
 # Model, recipe and plan come from the parent round, and what was held out there stays held out.
 # The round stops before the merge where the new model is worse than the parent's by more than 2 % of held-out loss.
@@ -19,4 +19,6 @@ running | interrupted | failed) sparkctl resume "$run" ;;
 *) sparkctl train "$run" --gate 0.02 ;; # of a finished training the gate alone
 esac
 sparkctl merge "$run"
+sparkctl mtp train "$run" # the head that drafts for a server; a model that has none is skipped
+sparkctl mtp inject "$run" --mode trained
 sparkctl show "$run"

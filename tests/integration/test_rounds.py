@@ -16,6 +16,7 @@ from sparkctl.cli.app import run
 from sparkctl.demo import chats, model
 from sparkctl.manifest.store import Run
 
+AFTERWARDS = ["merge r4", "mtp train r4", "mtp inject r4 --mode trained", "show r4"]
 SCRIPT = Path(__file__).parents[2] / "docs" / "retrain.sh"
 
 
@@ -56,7 +57,10 @@ def test_a_round_takes_model_and_plan_from_its_parent(tmp_path: Path) -> None:
     assert parent.model
     assert child.model
     assert child.model.config_sha256 == parent.model.config_sha256
-    assert (r2 / "merged" / "config.json").exists()
+    assert child.mtp
+    assert child.mtp.head
+    assert child.served
+    assert (r2 / "served" / "config.json").exists()
 
     with Run.open(r2).edit() as manifest:  # as a training that was interrupted leaves it
         assert manifest.train
@@ -69,6 +73,7 @@ def test_a_round_takes_model_and_plan_from_its_parent(tmp_path: Path) -> None:
     assert again.train
     assert (again.train.status, again.train.gate) == ("done", child.train.gate)
     assert (r2 / "merged" / "config.json").exists()
+    assert again.mtp == child.mtp  # of the same merged model: up to date
 
 
 def test_a_round_ends_where_the_gate_closes(tmp_path: Path) -> None:
@@ -94,7 +99,7 @@ def test_a_round_goes_on_where_it_stopped(tmp_path: Path, status: str, command: 
     stand_in.write_text(f'#!/bin/sh\necho "$@" >>{log}\n[ "$1 $3" != "show --get" ] || echo {status}\n')
     stand_in.chmod(0o755)
     assert retrain(tmp_path, "r3", "r4", "new.jsonl").returncode == 0
-    assert log.read_text().splitlines()[3:] == [command, "merge r4", "show r4"]
+    assert log.read_text().splitlines()[3:] == [command, *AFTERWARDS]
 
 
 @pytest.mark.parametrize("arguments", [(), ("r3",), ("r3", "r4")])
