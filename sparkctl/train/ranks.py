@@ -79,8 +79,8 @@ def joined() -> Iterator[Ranks]:
     import torch
     import torch.distributed as dist
 
-    # These take the group of the moment as an argument's default. Imported later, by fla or transformers, they would keep
-    # it beyond its end, and its threads would abort the process (SIGABRT, now and then) once Python has shut down.
+    # These take the group of the moment as an argument's default. Imported later, by fla or transformers, they would
+    # keep it beyond its end, and its threads would abort the process (SIGABRT, now and then) once Python has shut down.
     import torch.distributed.fsdp
     import torch.distributed.nn
     import torch.distributed.optim
