@@ -5,7 +5,8 @@
 Served are the demo's base, its merged model and its served folder (the trained MTP head in it), two copies of that
 with a broken head, its untied twin with the right head and a broken one, and the adapter on the base. The prompts are
 those that `mtp eval` takes. Checked is that
-- the merged model says the same whatever drafts for it, token for token, and past the end of its answers too;
+- the merged model says the same whatever drafts for it, token for token, and past the end of its answers too: as where
+  no draft is accepted, and, but where two tokens have the same logit, as where none are made, by other kernels of vLLM;
 - vLLM accepts of each position of a draft what `sparkctl mtp eval` foretells, within 3 points;
 - a head whose mtp.fc has its halves swapped changes no token, and next to none of its drafts is accepted, where
   embeddings are not tied: the twin computes what the served model does, with an lm_head of its own;
@@ -160,16 +161,18 @@ class Check:
         found.no_sense(found.same_model(name, LONGEST, ask(name, broken, LONGEST), without_sense, as_said=plain))
 
     def drop(self, found: Findings, ask: Any) -> None:
-        """The audit refuses a head that lacks a tensor; what vLLM makes of it is noted beside it."""
+        """The audit refuses a head that lacks a tensor; vLLM loads it, and accepts none of its drafts."""
         name, folder = f"{FC} dropped", without(self.run / "served", self.out / "dropped")
         audit = sparkctl("verify", "model", folder, status=1)["problems"]
         found.notes.append(f"verify model, {name}: {'; '.join(audit)}")
         if not any(FC in problem and "missing" in problem for problem in audit):
             found.problems.append(f"the audit does not say that `{FC}` is missing")
         try:
-            found.same_model(name, LONGEST, ask(name, folder, LONGEST))
+            said = ask(name, folder, LONGEST)
         except SparkError as error:
             found.notes.append(f"vLLM, {name}: {error.message.splitlines()[-1].strip()}")
+        else:
+            found.drafts_change_nothing(found.same_model(name, LONGEST, said))
 
     def connect(self, found: Findings, prompts: Sequence[np.ndarray], rates: list[list[float]]) -> None:
         """The served folder over HTTP, with as many drafts as the printed line says."""

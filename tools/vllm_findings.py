@@ -49,6 +49,7 @@ class Findings:
     tokens: int
     reference: Said
     rows: list[Row] = field(default_factory=list)
+    drafting: list[Row] = field(default_factory=list)  # of them, those whose texts are to be the reference's
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -65,7 +66,28 @@ class Findings:
         same = [a == b for a, b in zip(reference.answers, said.answers, strict=True)]
         self.problems += [f"{what}: answer {i + 1} is another" for i, equal in enumerate(same) if not equal]
         row = Row(name, draft_length, said, kinds.count("equal"), kinds.count("tied"), sum(same), foretold)
+        self.drafting += [row] * bool(draft_length and as_said is None)
         return self._add(row)
+
+    def drafts_change_nothing(self, refused: Row) -> None:
+        """What is said where drafts are accepted is what is said where none ever is, token for token, ties and all.
+
+        vLLM's steps that check drafts may run other kernels than its steps without, so that texts part at a tie between
+        the two; between these rows drafts are all that differs.
+        """
+        if sum(refused.said.accepted):
+            self.problems.append(f"{refused.name}: {refused.said.accepted[0]} drafts were accepted, and none should be")
+        differ: set[int] = set()
+        for row in self.drafting:
+            pairs = enumerate(zip(refused.said.texts, row.said.texts, strict=True))
+            others = [number for number, (text, other) in pairs if text != other]
+            differ.update(others)
+            self.problems += [
+                f"{row.name}, N = {row.draft_length}: text {number + 1} is another where no draft is accepted"
+                for number in others
+            ]
+        same = f"{self.prompts - len(differ)} of {self.prompts} texts are the same to the last token"
+        self.notes.append(f"{same} in all {len(self.drafting)} rows with drafts, whether drafts are accepted or not")
 
     def other_model(self, name: str, draft_length: int, said: Said, foretold: list[float] | None = None) -> Row:
         """A row of a model whose texts are its own."""

@@ -195,7 +195,7 @@ def test_a_run_without_a_trained_head_is_refused(tmp_path: Path, monkeypatch: py
     assert check.foretold()[vllm_check.TRAINED] == [[0.6], [0.5, 0.4]]
 
 
-ACCEPTED = {"swapped": (20, 0, 0), "dropped": (20, 0, 0), "twin-swapped": (2, 0, 0)}  # of 100 drafts, else these:
+ACCEPTED = {"swapped": (20, 0, 0), "dropped": (0, 0, 0), "twin-swapped": (2, 0, 0)}  # of 100 drafts, else these:
 USUAL = (80, 50, 10)
 
 
@@ -247,6 +247,7 @@ AUDIT = [f"config.json promises `{FC}`, and it is missing"]
 def test_everything_is_served(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, standin = standin_check(served, tmp_path, monkeypatch, AUDIT)
     assert found.problems == []
+    assert "2 of 2 texts are the same to the last token in all 6 rows with drafts" in found.notes[-1]
     served_with = [length for name, length in standin.asked if name.startswith("served")]
     assert served_with == [0, 1, 2, 3]
     assert [(row.name, row.draft_length) for row in found.rows if row.foretold] == [
@@ -267,6 +268,8 @@ def test_everything_is_served(served: Path, tmp_path: Path, monkeypatch: pytest.
         (AUDIT, {"twin": said([[5, 6, 7, 9], TEXTS[1]], USUAL)}, "untied twin, N = 3: text 1 parts"),
         (AUDIT, {"twin": said(accepted=(80, 50, 14))}, "14.0 % accepted, 80.0 / 50.0 / 10.0 % of served"),
         (AUDIT, {"swapped": said([[5, 6, 7, 9], TEXTS[1]], (20, 0, 0))}, "swapped, N = 3: text 1 parts"),
+        (AUDIT, {"dropped": said([[5, 2, 7, 8], TEXTS[1]], (0, 0, 0))}, "served, N = 1: text 1 is another where no"),
+        (AUDIT, {"dropped": said(accepted=(20, 0, 0))}, "20 drafts were accepted, and none should be"),
         (AUDIT, {"http": said(accepted=(80, 54))}, "served, over HTTP, N = 2: 80.0 / 50.0 % were foretold"),
         (AUDIT, {"model": said(answers=[[5, 7], ANSWERS[1]], accepted=(80, 50, 10))}, "1 of 2 answers"),
     ],
