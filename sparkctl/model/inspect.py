@@ -14,6 +14,9 @@ from typing import Any
 from sparkctl.errors import UsageError
 from sparkctl.model import mtp
 from sparkctl.model.families import FAMILIES, count
+from sparkctl.words import quoted
+
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def read_config(folder: Path, hub: bool = True) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if (folder / "adapter_config.json").exists():
+        if (folder / ADAPTER).exists():
             raise UsageError(f"`{folder}` is an adapter, not a model", "name the model it belongs to") from None
         raise UsageError(f"`{folder}` is no model: it has no config.json", another) from None
     except ValueError as error:  # JSON's and UTF-8's
@@ -70,11 +73,16 @@ def read_config(folder: Path, hub: bool = True) -> dict[str, Any]:
 
 
 def inspect(folder: Path, allow_unknown: bool = False) -> ModelInfo:
-    """The model in `folder`. Raises UsageError where it is none, is quantised, or is of a type that cannot be trained;
-    `allow_unknown` lets pass one that lacks some of the usual projections.
+    """The model in `folder`. Raises UsageError where it is none, is quantised, has an adapter beside its weights, or is
+    of a type that cannot be trained; `allow_unknown` lets pass one that lacks some of the usual projections.
     """
     folder = Path(folder)
     config = read_config(folder)
+    if (folder / ADAPTER).exists():  # transformers adds it to the weights that it loads, unasked
+        raise UsageError(
+            f"`{folder}` holds an adapter beside a model: which of the two is to be trained on?",
+            f"on the model alone: `mv {quoted(folder / ADAPTER)} ELSEWHERE`; on both: merge them into another folder",
+        )
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise UsageError(

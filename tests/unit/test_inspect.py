@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -252,6 +253,16 @@ def test_no_folder_and_a_file_and_an_adapter(tmp_path: Path) -> None:
     assert "is an adapter" in refused(tmp_path).message
     with pytest.raises(UsageError, match="is an adapter"):
         read_config(tmp_path)
+
+
+def test_an_adapter_beside_a_model_is_not_loaded_on_top_of_it(llama_folder: Path, tmp_path: Path) -> None:
+    """transformers would add it to the base, and a merge would leave it out again."""
+    shutil.copytree(llama_folder, tmp_path, dirs_exist_ok=True)
+    assert inspect(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    error = refused(tmp_path)
+    assert "holds an adapter beside a model" in error.message
+    assert f"mv {tmp_path}/adapter_config.json ELSEWHERE" in (error.hint or "")
 
 
 def test_read_config_gives_the_file_as_it_stands(qwen35_folder: Path) -> None:
