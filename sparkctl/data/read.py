@@ -15,10 +15,14 @@ from typing import Any
 
 from sparkctl.data.messages import A_LINE_EACH, SKIP, BadLine, Example, Refused, as_example
 from sparkctl.errors import SparkError, UsageError
+from sparkctl.words import quoted
 
 __all__ = ["BadLine", "Example", "read_examples"]
 
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
+UNREAD = {  # the first bytes of other compressed files, and who unpacks them
+    b"\x28\xb5\x2f\xfd": "zstd -d", b"\xfd7zX": "xz -dk", b"BZh": "bunzip2 -k", b"PK\x03\x04": "unzip",
+}  # fmt: skip
 BOM = b"\xef\xbb\xbf"
 BUFFER = 1 << 18
 REPORT = 1 << 20  # bytes between two calls of `on_bytes`
@@ -73,6 +77,10 @@ def _records(path: Path, on_bytes: OnBytes | None) -> Iterator[Record]:
                 yield from _unzipped_lines(path, counted)
             elif path.suffix.lower() == ".gz" and start:
                 raise SparkError(f"`{path}` is not a gzip file", "compress it again, or name it as what it is")
+            elif command := next((UNREAD[magic] for magic in UNREAD if start.startswith(magic)), None):
+                raise SparkError(
+                    f"`{path}` is packed in a way that is not read here", f"unpack it first: `{command} {quoted(path)}`"
+                )
             else:
                 yield from _lines(path, io.BufferedReader(counted, BUFFER))
             counted.finish()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import random
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,22 @@ def test_a_name_that_lies(tmp_path: Path) -> None:
         with pytest.raises(SparkError, match=message) as caught:
             read(write(tmp_path / name, CHAT))
         assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["zip", "bz2", "xz", "zst"])
+def test_what_another_program_packed_is_not_taken_for_text(tmp_path: Path, name: str) -> None:
+    """`iconv` would make nonsense of it."""
+    line, path = (json.dumps(CHAT) + "\n").encode(), tmp_path / f"my chats.jsonl.{name}"
+    if name == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("chats.jsonl", line)
+    else:
+        zst = b"\x28\xb5\x2f\xfd\x04\x00"  # as every such file begins
+        path.write_bytes({"bz2": bz2.compress, "xz": lzma.compress, "zst": zst.__add__}[name](line))
+    for skip_bad in (False, True):
+        with pytest.raises(SparkError, match="packed in a way that is not read here") as caught:
+            read(path, skip_bad=skip_bad)
+        assert f"'{path}'`" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
