@@ -230,13 +230,13 @@ class _Analysis:
     def _held_out(self, tally: Tally) -> np.ndarray:
         from sparkctl.data.split import choose_held_out
 
-        keys = np.frombuffer(tally.prompt_keys, dtype=np.uint64)
-        held_out = choose_held_out(keys, self._inputs.eval_fraction, self._inputs.inherited())
+        keys, inherited = np.frombuffer(tally.prompt_keys, dtype=np.uint64), self._inputs.inherited()
+        held_out = choose_held_out(keys, self._inputs.eval_fraction, inherited)
         if held_out.all():
-            raise SparkError(
-                "every example is held out, so none is left to train on",
-                "give more data: what an earlier round held out is never trained",
-            )
+            hint = "give more data: what an earlier round held out is never trained"
+            if not np.isin(keys, inherited).all():
+                hint = "give a lower `--eval-fraction`: examples with the same prompt are held out together"
+            raise SparkError("every example is held out, so none is left to train on", hint)
         return held_out
 
     def _result(self, root: Path, tally: Tally, held_out: np.ndarray, digest: str | None, shown: list[Shown]) -> Result:

@@ -286,7 +286,9 @@ def _files(paths: Sequence[Path], root: Path, run: Run | None) -> list[DataFile]
         if not path.exists():
             raise UsageError(f"no file `{path}`", "give JSONL, .jsonl.gz or Parquet files")
         if path.is_dir():
-            raise UsageError(f"`{path}` is a folder", f"name the files in it: `{path}/*.jsonl`")
+            raise UsageError(f"`{path}` is a folder", _files_in(path))
+        if not path.is_file():  # `<(zcat FILE)`, say: it has no size, and can be read but once
+            raise UsageError(f"`{path}` is not a regular file", "write what comes from it to a file first")
         status, name = path.stat(), os.path.relpath(path.absolute(), root)
         if status.st_size == 0:
             raise SparkError(f"`{path}` is empty", "give a file with one chat a line")
@@ -298,6 +300,15 @@ def _files(paths: Sequence[Path], root: Path, run: Run | None) -> list[DataFile]
             DataFile(path=name, sha256=digest, size=status.st_size, mtime_ns=status.st_mtime_ns, examples=examples)
         )
     return files
+
+
+def _files_in(folder: Path) -> str:
+    """How to give what lies in a folder."""
+    if any(folder.rglob("*.arrow")):
+        return "write the data set as Parquet: `load_from_disk(FOLDER)[SPLIT].to_parquet(FILE)`, with datasets"
+    kinds = ("jsonl", "jsonl.gz", "parquet")
+    kind = next((kind for kind in kinds if any(folder.glob(f"*.{kind}"))), "jsonl")
+    return f"name the files in it: `{folder}/*.{kind}`"
 
 
 def _model(request: Request, run: Run | None, parent: Run | None, progress: Progress) -> ModelSource:

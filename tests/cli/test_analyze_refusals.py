@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,6 +15,8 @@ import pytest
 import tiny
 from analyzing import Analyze, chat, lines, snapshot
 
+from sparkctl.data.messages import as_example
+from sparkctl.data.split import prompt_key
 from sparkctl.manifest.store import Run
 
 
@@ -76,6 +79,35 @@ def test_missing_and_empty_files(analyze: Analyze, tmp_path: Path) -> None:
     assert blank.status == 1
     assert all("hint:" in answer.err for answer in (missing, empty, blank))
     assert not (tmp_path / "r1").exists()
+
+
+def test_what_is_no_file_says_how_to_make_one(analyze: Analyze, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    pipe = analyze(tmp_path / "pipe.jsonl", "--run", tmp_path / "r1")
+    assert (pipe.status, pipe.json["error"]) == (2, f"`{tmp_path}/pipe.jsonl` is not a regular file")
+    for name, said in (
+        ("chats.parquet", f"`{tmp_path}/d/*.parquet`"),
+        ("chats.jsonl.gz", f"`{tmp_path}/d/*.jsonl.gz`"),
+        ("train/data-00000-of-00001.arrow", "to_parquet"),
+    ):
+        path = tmp_path / "d" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        folder = analyze(tmp_path / "d", "--run", tmp_path / "r1")
+        assert folder.status == 2
+        assert said in folder.json["hint"]
+
+
+def test_where_all_is_held_out_the_hint_is_about_the_reason(analyze: Analyze, tmp_path: Path) -> None:
+    """Two prompts, both in the lower nine tenths; then the same data in a round after one that held all of it out."""
+    prompts = [f"p{i}" for i in range(9) if prompt_key(as_example(chat(f"p{i}", "x"), ""), 0) < 0.8 * 2**64][:2]
+    data = lines(tmp_path / "d.jsonl", *(chat(prompts[i % 2], f"a {i}") for i in range(12)))
+    answer = analyze(data, "--run", tmp_path / "r1", "--eval-fraction", 0.8)
+    assert (answer.status, answer.json["error"][:29]) == (1, "every example is held out, so")
+    assert "lower `--eval-fraction`" in answer.json["hint"]
+    assert analyze(data, tiny.chats(tmp_path / "c.jsonl"), "--run", tmp_path / "r1", "--eval-fraction", 0.8).status == 0
+    child = analyze(data, "--run", tmp_path / "r2", "--parent", tmp_path / "r1")
+    assert "give more data" in child.json["hint"]
 
 
 def test_a_failure_leaves_an_earlier_analysis_as_it_was(analyze: Analyze, tmp_path: Path) -> None:
