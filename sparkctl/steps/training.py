@@ -20,7 +20,7 @@ from sparkctl.steps.bases import read_base, require_whole, same_base
 from sparkctl.steps.inputs import TOKENS, analysed, analyze_command, recommend_command, recorded_parent
 from sparkctl.train import state
 from sparkctl.train.ranks import Ranks, joined
-from sparkctl.words import quoted
+from sparkctl.words import counted, quoted
 
 if TYPE_CHECKING:
     from sparkctl.data.tokens import TokenStore
@@ -183,7 +183,9 @@ def complete(job: Job) -> bool:
 
 
 def parent_of(run: Run) -> tuple[Run, Path]:
-    """The round before and its best checkpoint. Raises UsageError where either is not there."""
+    """The round before and its best checkpoint. Raises UsageError where either is not there, or where the parent was
+    trained on what is held out here.
+    """
     parent = recorded_parent(run)
     if parent is None:
         raise UsageError(f"`{run.root}` has no parent", analyze_command(run, "--parent", "RUN"))
@@ -195,7 +197,28 @@ def parent_of(run: Run) -> tuple[Run, Path]:
         raise UsageError(
             f"the parent's best checkpoint `{checkpoint}` is gone", f"sparkctl resume {quoted(parent.root)}"
         )
+    _require_unseen(run, parent)
     return parent, checkpoint
+
+
+def _require_unseen(run: Run, parent: Run) -> None:
+    """Raise UsageError where examples held out here are the parent's to train on, so that their loss flatters it."""
+    import numpy as np
+
+    from sparkctl.data.tokens import TokenStore
+
+    if not (parent.root / TOKENS).is_dir():
+        return
+    ours, theirs = TokenStore.open(run.root / TOKENS), TokenStore.open(parent.root / TOKENS)
+    seen = np.isin(ours.prompt_keys[ours.held_out], theirs.prompt_keys[~theirs.held_out])
+    if not seen.any():
+        return
+    here, there = (owner.manifest.data.eval_fraction for owner in (run, parent) if owner.manifest.data)
+    raise UsageError(
+        f"the parent `{parent.root}` was trained on {np.count_nonzero(seen):,} of the "
+        f"{counted(len(seen), 'example')} that `{run.root}` holds out, so their loss would flatter it",
+        analyze_command(run, "--eval-fraction", f"{there if there < here else 0:g}", "--force"),
+    )
 
 
 def continued(run: Run, plan: PlanTable) -> tuple[Run, Path]:

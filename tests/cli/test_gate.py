@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 import ready
+import tiny
 
 from sparkctl.cli import app
 from sparkctl.errors import Interrupted
@@ -50,3 +52,32 @@ def test_a_gate_without_a_parent_is_refused_before_training(
     assert app.run(["train", str(root), "--gate", "0.02"]) == 2
     assert "has no parent" in capsys.readouterr().err
     assert not (root / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("option", ["--continue", "--gate"])
+def test_what_the_parent_was_trained_on_measures_nothing(
+    tmp_path: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    """A child that holds out more than its parent holds out what the parent has seen; its hint mends that."""
+
+    def say(*words: object) -> dict:
+        capsys.readouterr()
+        app.run([*map(str, words), "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    data, r1, r2 = tiny.chats(tmp_path / "chats.jsonl"), tmp_path / "r1", tmp_path / "r2"
+    plan = ("--epochs", 1, "--lora-r", 8, "--lora-alpha", 8)
+    train = ("train", r2, "--no-certificate", *(["--gate", "9"] if option == "--gate" else []))
+    say("analyze", data, "--run", r1, "--model", llama_folder, "--eval-fraction", 0.1)
+    say("recommend", r1, *plan)
+    assert say("train", r1, "--no-certificate")["ok"]
+    more = ["--continue"] if option == "--continue" else []
+    assert say("analyze", data, "--run", r2, "--parent", r1, "--eval-fraction", 0.5, *more)["ok"]
+    say("recommend", r2, *plan)
+    held_out = [Run.open(root).manifest.analysis.eval_examples for root in (r1, r2)]
+    refused = say(*train)
+    assert refused["exit_status"] == 2
+    assert f"was trained on {held_out[1] - held_out[0]} of the {held_out[1]} examples that" in refused["error"]
+    assert say(*shlex.split(refused["hint"])[1:])["analysis"]["eval_examples"] == held_out[0]
+    say("recommend", r2, *plan)
+    assert say(*train)["ok"]
