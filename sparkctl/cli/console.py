@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import codecs
 import json as jsonlib
+import os
 import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, TextIO
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import (
@@ -49,10 +50,35 @@ def _console(stream: TextIO) -> Console:
 
 
 def forgiving() -> None:
-    """Print `?` for what stdout's or stderr's encoding lacks: an error there would hide the answer."""
+    """Let no stream end the work: one that is closed leads nowhere, stdout and stderr print `?` for what their encoding
+    lacks, and what stderr no longer takes is dropped (its reader may have gone, or its disk be full)."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # else the next file that is opened would be taken for the stream
+            handle = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(handle, "w" if number else "r", closefd=False))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    sys.stderr = cast("TextIO", _Heedless(sys.stderr))
+
+
+class _Heedless:
+    """A stream that drops what cannot be written."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
 
 
 def answer(data: dict[str, Any], human: RenderableType, *, json: bool) -> None:
@@ -94,7 +120,8 @@ def failure(error: SparkError, *, json: bool) -> None:
     """`error:` and `hint:` on stderr; under --json also one object on stdout, what was found before it included."""
     if json:
         found = error.answer if isinstance(error, Interrupted) else {}
-        _json({**found, "ok": False, "error": error.message, "hint": error.hint, "exit_status": error.exit_status})
+        with suppress(OSError):  # stdout itself may be what fails
+            _json({**found, "ok": False, "error": error.message, "hint": error.hint, "exit_status": error.exit_status})
     _line(err(), error.message, "error:", "bold red")
     if error.hint:
         _line(err(), error.hint, "hint:", "bold cyan")
