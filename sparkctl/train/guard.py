@@ -69,10 +69,12 @@ class AtOnce(BaseException):
 
 
 class Signals:
-    """What asks a training to stop: SIGINT, SIGTERM, memory that runs low (`train/watch.py` looks at it).
+    """What asks a training to stop: SIGINT, SIGTERM, a terminal that is closed (SIGHUP, unless `nohup` has it ignored),
+    memory that runs low (`train/watch.py` looks at it).
 
-    The first is noted for the loop to act on; a second signal, or hardly any memory left, stops at once. The handlers
-    from before come back at the block's end. `say` tells the user; `hint` is how to go on.
+    The first is noted for the loop to act on; a second signal, or hardly any memory left, stops at once, but not a
+    second SIGHUP, since shell and kernel both send one. The handlers from before come back at the block's end. `say`
+    tells the user; `hint` is how to go on.
     """
 
     def __init__(self, hint: str, say: Callable[[str], None]) -> None:
@@ -96,6 +98,8 @@ class Signals:
         """Catch the signals inside the block, where `AtOnce` is raised; out of it comes its error. Call it in the main
         thread."""
         told = {signal.SIGINT: self._on_signal, signal.SIGTERM: self._on_signal, KNOCK: self._on_knock}
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            told[signal.SIGHUP] = self._on_hangup
         with _in_error(), _handled(told):
             yield self
 
@@ -129,6 +133,10 @@ class Signals:
         if not self._exhausted:  # it comes from without
             return self._on_signal(number, frame)
         raise AtOnce(self.stopped("stopped at once, without saving"))
+
+    def _on_hangup(self, number: int, frame: FrameType | None) -> None:
+        if not self.asked:
+            self._on_signal(number, frame)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:

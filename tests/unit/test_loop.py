@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -127,9 +128,20 @@ def test_a_gradient_norm_that_is_no_number_stops_too(tmp_path: Path) -> None:
     assert torch.equal(training.engine.table, torch.zeros_like(training.engine.table))
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+SAVING = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)]
+
+
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    """SIGHUP ends this process, as it does where nobody started it with `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("number", "status"), SAVING)
 def test_a_signal_saves_the_last_boundary_and_the_rest_follows_bit_for_bit(
-    tmp_path: Path, number: int, status: int
+    tmp_path: Path, hangup: None, number: int, status: int
 ) -> None:
     straight = Training(tmp_path / "straight")
     straight.run()
@@ -168,6 +180,24 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
         training.run()
     assert caught.value.exit_status == 143
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+
+
+def test_a_closed_terminal_is_told_of_twice_and_under_nohup_it_changes_nothing(tmp_path: Path, hangup: None) -> None:
+    training = Training(tmp_path / "closed")
+
+    def before(pack: Pack) -> None:
+        if training.state.step == 4:
+            signal.raise_signal(signal.SIGHUP)  # the kernel's
+            signal.raise_signal(signal.SIGHUP)  # the shell's
+
+    training.engine.before = before
+    with pytest.raises(Interrupted, match="after step 4 of 6; saved"), training.signals.caught():
+        training.run()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    training = Training(tmp_path / "nohup")
+    training.engine.before = before
+    with training.signals.caught():
+        training.run()
 
 
 def test_a_full_disk_takes_the_torn_line_back(small_disk: Path) -> None:
