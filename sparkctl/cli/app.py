@@ -76,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         if memory_ended(error):
             return _no_memory(error, json)
-        if error.errno is None or (error.filename is None and error.errno not in DISK_FULL):
+        if error.errno is None or (error.filename is None and error.errno not in DISK):
             raise
         console.failure(system_error(error), json=json)
         return 1
@@ -99,6 +99,7 @@ def _no_memory(error: BaseException, json: bool) -> int:
 
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+DISK = {*DISK_FULL, errno.EFBIG, errno.EIO, errno.ESTALE}  # what fails in an open file, whose name is not told then
 
 
 def system_error(error: OSError) -> SparkError:
@@ -108,6 +109,7 @@ def system_error(error: OSError) -> SparkError:
     hints = {
         **dict.fromkeys(DISK_FULL, f"free some space there, then {AGAIN}"),
         **dict.fromkeys((errno.EACCES, errno.EPERM), "check the permissions of that path"),
+        errno.EFBIG: "that file system, or `ulimit -f`, takes no file so large: lift the limit, or choose another place",
         errno.EEXIST: "choose another target, or `--force` to replace it",
         errno.ENOENT: "check the path",
         errno.EISDIR: "that is a folder: name a file in it",

@@ -92,6 +92,8 @@ def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureF
         (OSError(errno.EISDIR, "Is a directory", "/x"), 1, "hint: that is a folder"),
         (OSError(errno.ENOTDIR, "Not a directory", "/x"), 1, "hint: a part of that path is a file"),
         (OSError(errno.EIO, "Input/output error", "/x"), 1, "hint: mend what the system says there"),
+        (OSError(errno.EIO, "Input/output error"), 1, "error: input/output error\nhint: mend what the system says there"),
+        (OSError(errno.EFBIG, "File too large"), 1, "error: file too large\nhint: that file system, or `ulimit -f`"),
         (KeyboardInterrupt(), 130, "error: interrupted\nhint: run the same command again"),
         (Terminated(), 143, "error: interrupted\nhint: run the same command again"),
         (OUT_OF_MEMORY, 1, "error: not enough GPU memory: 2.00 GiB were asked for, 1.19 GiB of 139.81 GiB are free\n"),
