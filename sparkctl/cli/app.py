@@ -109,7 +109,7 @@ def system_error(error: OSError) -> SparkError:
     hints = {
         **dict.fromkeys(DISK_FULL, f"free some space there, then {AGAIN}"),
         **dict.fromkeys((errno.EACCES, errno.EPERM), "check the permissions of that path"),
-        errno.EFBIG: "that file system, or `ulimit -f`, takes no file so large: lift the limit, or choose another place",
+        errno.EFBIG: "that file system, or `ulimit -f`, takes no file so large: lift that, or choose another place",
         errno.EEXIST: "choose another target, or `--force` to replace it",
         errno.ENOENT: "check the path",
         errno.EISDIR: "that is a folder: name a file in it",

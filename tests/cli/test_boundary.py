@@ -92,7 +92,7 @@ def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureF
         (OSError(errno.EISDIR, "Is a directory", "/x"), 1, "hint: that is a folder"),
         (OSError(errno.ENOTDIR, "Not a directory", "/x"), 1, "hint: a part of that path is a file"),
         (OSError(errno.EIO, "Input/output error", "/x"), 1, "hint: mend what the system says there"),
-        (OSError(errno.EIO, "Input/output error"), 1, "error: input/output error\nhint: mend what the system says there"),
+        (OSError(errno.EIO, "Input/output error"), 1, "error: input/output error\nhint: mend what the system says"),
         (OSError(errno.EFBIG, "File too large"), 1, "error: file too large\nhint: that file system, or `ulimit -f`"),
         (KeyboardInterrupt(), 130, "error: interrupted\nhint: run the same command again"),
         (Terminated(), 143, "error: interrupted\nhint: run the same command again"),
