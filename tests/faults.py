@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +68,16 @@ class Fault:
         if not isinstance(result, tuple):
             return None if result is None else result * TIMES
         return tuple(x * TIMES if i == self.of and isinstance(x, torch.Tensor) else x for i, x in enumerate(result))
+
+
+def in_another_process(arguments: str) -> str:
+    """Lines that plant `Fault(ARGUMENTS)` in the process that runs them, to its end."""
+    return (
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from faults import Fault\n"
+        f"planted = Fault({arguments}).planted()\n"
+        "planted.__enter__()\n"
+    )
 
 
 def owner_of(operator: str) -> Any:

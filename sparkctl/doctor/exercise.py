@@ -58,7 +58,7 @@ def proof(device: torch.device) -> dict[str, Any]:
     from sparkctl.progress import silent
     from sparkctl.train.engines.native import engine as native
     from sparkctl.verify import lossless
-    from sparkctl.verify.gradients import ratio
+    from sparkctl.verify.gradients import Truth, ratio
     from sparkctl.verify.small import plan_for, write_model
 
     began = time.perf_counter()
@@ -66,10 +66,11 @@ def proof(device: torch.device) -> dict[str, Any]:
         small = write_model(Path(folder, "model"), catalog.config(SHAPE), "whole model")
         plan = plan_for("native", "lora", this_machine().model_copy(update={"device": device.type}))
         setting = lossless.Setting(plan, small, [pack(number) for number in range(PACKS)], [])
-        measure = partial(lossless.measure, setting, progress=silent, gradients_alone=True)
-        truth = measure(partial(lossless.load_judge, setting, _dtype("float32")), None, "the truth")
-        theirs = measure(partial(lossless.load_judge, setting, _dtype("bfloat16")), truth, "the reference")
-        ours = measure(partial(native.load, plan, small, {}, allow_slow=True), truth, "the native engine")
+        truth = Truth(Path(folder))
+        measure = partial(lossless.measure, setting, truth=truth, progress=silent, gradients_alone=True)
+        measure(partial(lossless.load_judge, setting, _dtype("float32")), what="the truth", making=True)
+        theirs = measure(partial(lossless.load_judge, setting, _dtype("bfloat16")), what="the reference")
+        ours = measure(partial(native.load, plan, small, {}, allow_slow=True), what="the native engine")
         differing = repeated(native.load(plan, small, {}, allow_slow=True))
     ratios = {name: ratio(ours.distances[name].relative, one.relative) for name, one in theirs.distances.items()}
     worst = max(ratios, key=lambda name: ratios[name])

@@ -1,4 +1,4 @@
-"""[lossless]: the certificate of a run's engine made in this process, and what it depends on."""
+"""[lossless]: the certificate of a run's engine, and what it depends on."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sparkctl.manifest.fingerprint import fingerprint
 from sparkctl.manifest.schema import PlanTable
 from sparkctl.manifest.store import now
 from sparkctl.progress import Progress
+from sparkctl.steps.certificate_process import certify
 from sparkctl.steps.record import versions
 from sparkctl.steps.training import Job
 from sparkctl.words import quoted
@@ -26,13 +27,14 @@ ENDLESS = 1e9  # stands for a ratio without bounds: an engine that gave no numbe
 
 
 def certified(job: Job, steps: int, choices: dict[str, str], progress: Progress) -> tuple[Lossless, Certificate]:
-    """The certificate of the job's engine, made in this process: as the manifest keeps it, and in full.
+    """The certificate of the job's engine: as the manifest keeps it, and in full. This process computes none of it.
 
     choices: what the engine is pinned to; none where the training begins anew.
+    Raises SparkError where it cannot be made, OSError where the system refuses something.
     """
     from sparkctl.data.batches import Schedule
     from sparkctl.train.watch import watched_alone
-    from sparkctl.verify.lossless import Setting, certify, chosen_packs
+    from sparkctl.verify.lossless import Setting, chosen_packs
 
     plan, began, folder = job.plan, time.monotonic(), job.model_folder(progress)
     schedule = Schedule(
@@ -44,7 +46,7 @@ def certified(job: Job, steps: int, choices: dict[str, str], progress: Progress)
     setting = Setting(plan, folder, packs, course, start, quoted(job.run.root), job.allow_slow, choices)
     depends_on = made_from(job, folder, choices)
     with watched_alone(plan.machine, "the certificate was made"):
-        found = certify(setting, progress)
+        found = certify(setting, job.run.root, progress)
     return _table(job, packs, found, depends_on, time.monotonic() - began), found
 
 

@@ -13,7 +13,6 @@ from sparkctl.manifest.store import Run
 from sparkctl.manifest.table import EngineName
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.certificate import certified, made_from
-from sparkctl.steps.certificate_process import certificate_of
 from sparkctl.steps.inputs import recommend_command
 from sparkctl.steps.training import Job, claimed, planned
 from sparkctl.train.ranks import Ranks
@@ -68,7 +67,7 @@ def require(job: Job, ranks: Ranks, progress: Progress) -> None:
     table, progress = job.run.manifest.lossless, progress if ranks.writes else silent
     if table is None or table.made_from != made_from(job, job.model_folder(progress), {}):
         progress.say("a training of more than an hour: first the certificate that its engine is lossless here")
-        table = certificate_of(job, affordable(job.plan), progress)
+        table, _ = certified(job, affordable(job.plan), {}, progress)
         _keep(job.run, table, ranks)
     if not table.passed:
         raise SparkError(

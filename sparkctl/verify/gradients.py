@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparkctl.errors import SparkError
+from sparkctl.files import naming
+from sparkctl.model.weights import ShardWriter, TensorFile
 
 if TYPE_CHECKING:
     import torch
@@ -42,12 +45,48 @@ def fill_adapters(parameters: Mapping[str, Parameter], seed: int) -> None:
                 parameter.copy_(ADAPTER_STD * torch.randn(parameter.shape, generator=generator))
 
 
-def host_gradients(engine: Engine, *, all: bool) -> dict[str, torch.Tensor]:
-    """What the engine's last micro-step left, on the host; without `all` the large tensors are left out."""
-    import torch
+class Truth:
+    """The truth's gradients in `folder`, a safetensors file a pack: other processes compare theirs with them.
 
-    kept = {n: p for n, p in engine.parameters().items() if all or p.numel() <= LARGE}
-    return {n: torch.zeros(p.shape) if p.grad is None else p.grad.to("cpu", copy=True) for n, p in kept.items()}
+    They are written and read a tensor at a time, so that no more than one is in the host's memory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def keep(self, number: int, engine: Engine) -> None:
+        """What the engine's last micro-step left is that of pack `number`; of the first alone the large tensors too."""
+        import torch
+
+        kept = {n: p for n, p in engine.parameters().items() if number == 0 or p.numel() <= LARGE}
+        layout = {name: (torch.float32, tuple(parameter.shape)) for name, parameter in kept.items()}
+        path = self._path(number)
+        with naming(path), ShardWriter(path, layout) as file:
+            for name, parameter in kept.items():
+                file.write(name, torch.zeros(parameter.shape) if parameter.grad is None else parameter.grad)
+
+    def of(self, number: int) -> Mapping[str, torch.Tensor]:
+        """Those of pack `number`."""
+        return _Gradients(TensorFile(self._path(number)))
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"gradients-{number}.safetensors"
+
+
+class _Gradients(Mapping[str, "torch.Tensor"]):
+    """A file's tensors, each read when it is asked for."""
+
+    def __init__(self, file: TensorFile) -> None:
+        self._file = file
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._file.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.names())
+
+    def __len__(self) -> int:
+        return len(self._file.names())
 
 
 @dataclass

@@ -8,6 +8,9 @@ questions are asked of an engine:
   error of that size in an operator; fp32 hides nothing. Asked of engines that compute in fp32 too.
 - course: over some optimiser steps on the same data, do loss and gradient norm stay as near to the truth's course as
   the reference's do?
+
+The reference (`judges`) and the engine (`judged`) are measured in processes of their own, one after the other: what
+either patches or imports is none of the other's.
 """
 
 from __future__ import annotations
@@ -28,10 +31,10 @@ from sparkctl.errors import SparkError
 from sparkctl.manifest.schema import PlanTable
 from sparkctl.progress import Progress
 from sparkctl.train import guard, random, state
-from sparkctl.train.engines import ENGINES, make_engine
+from sparkctl.train.engines import ENGINES, import_first, make_engine
 from sparkctl.train.optim import Optimizer, learning_rate
 from sparkctl.verify.certificate import COURSE_RATIO, Certificate, Point, TensorRow, compared
-from sparkctl.verify.gradients import Distance, add_distances, fill_adapters, host_gradients
+from sparkctl.verify.gradients import Distance, Truth, add_distances, fill_adapters
 
 if TYPE_CHECKING:
     import torch
@@ -96,26 +99,35 @@ def _cut(pack: Pack) -> Pack:
     return Pack(kept, sum(len(d.ids) for d in kept), sum(label_count(d.trained) for d in kept))
 
 
-def certify(setting: Setting, progress: Progress) -> Certificate:
-    """Compute all of it, one model at a time. Raises SparkError where memory does not suffice."""
+def judges(setting: Setting, truth: Truth, progress: Progress) -> Judges:
+    """The reference, one model at a time; its gradients in fp32 are left in `truth`.
+
+    Raises SparkError where memory does not suffice, as `judged` does.
+    """
     import torch
 
     guard.limit_memory(setting.plan.machine)
     with exactly():
         judge = partial(load_judge, setting)
-        truth = measure(setting, partial(judge, torch.float32), None, "the truth in fp32", progress)
+        exact = measure(setting, partial(judge, torch.float32), truth, "the truth in fp32", progress, making=True)
         theirs = measure(setting, partial(judge, torch.bfloat16), truth, "the reference in bf16", progress)
+    return Judges(exact, theirs)
+
+
+def judged(setting: Setting, truth: Truth, progress: Progress) -> Judged:
+    """The plan's engine beside `truth`, which `judges` has made."""
+    import_first(setting.plan.engine)
+    guard.limit_memory(setting.plan.machine)
+    with exactly():
         ours = measure(setting, partial(load_engine, setting), truth, f"the {setting.plan.engine} engine", progress)
         formula, skipped = in_fp32(setting, truth, progress)
-    return certificate(setting.plan, truth, theirs, ours, formula, skipped)
+    return Judged(ours, formula, skipped)
 
 
-def certificate(
-    plan: PlanTable, truth: Measured, theirs: Measured, ours: Measured, formula: Measured | None,
-    skipped: str | None = None,
-) -> Certificate:  # fmt: skip
-    """What the measurements of one setting come to. skipped: why there is no `formula`."""
+def certificate(plan: PlanTable, judges: Judges, judged: Judged) -> Certificate:
+    """What the measurements of one setting come to."""
     tf32 = plan.machine.device == "cuda"
+    truth, theirs, ours, formula = judges.truth, judges.theirs, judged.ours, judged.formula
     rows = [
         TensorRow(
             name, len(distance.tensors), ours.distances[name].relative, distance.relative,
@@ -135,25 +147,41 @@ def certificate(
             *([point.norm for point in one.course] for one in three), floor=COURSE_NORM_FLOOR, limit=COURSE_RATIO
         ),
         steps=list(zip(*(one.course for one in three), strict=True)),
-        formula_skipped=skipped,
+        formula_skipped=judged.skipped,
     )
 
 
 @dataclass
 class Measured:
-    """Of one engine. gradients: by pack, of the truth alone; distances: to them, of the others."""
+    """Of one engine. distances: of its gradients from the truth's, none of its own."""
 
-    gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
     distances: dict[str, Distance] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     course: list[Point] = field(default_factory=list)
 
 
+@dataclass
+class Judges:
+    """The reference in fp32 and in bf16."""
+
+    truth: Measured
+    theirs: Measured
+
+
+@dataclass
+class Judged:
+    """An engine as it trains, and its gradients in fp32. skipped: why there are none."""
+
+    ours: Measured
+    formula: Measured | None
+    skipped: str | None
+
+
 def measure(
-    setting: Setting, load: Callable[[], Engine], truth: Measured | None, what: str, progress: Progress,
-    gradients_alone: bool = False,
+    setting: Setting, load: Callable[[], Engine], truth: Truth, what: str, progress: Progress,
+    gradients_alone: bool = False, making: bool = False,
 ) -> Measured:  # fmt: skip
-    """Load an engine, compute what is asked of it, and let it go."""
+    """Load an engine, compute what is asked of it, and let it go. making: it is the truth, and leaves its gradients."""
     found, plan = Measured(), setting.plan
     documents, course = ([], []) if gradients_alone else (setting.documents, setting.course)
     hint = f"free memory, or go without a certificate: `sparkctl train {setting.name} --no-certificate`"
@@ -167,10 +195,10 @@ def measure(
         for number, pack in enumerate(setting.packs):
             _clear(engine)
             engine.micro_step(pack, 1 / pack.labels)
-            if truth is None:
-                found.gradients.append(host_gradients(engine, all=number == 0))
+            if making:
+                truth.keep(number, engine)
             else:
-                add_distances(found.distances, engine, truth.gradients[number], setting.name)
+                add_distances(found.distances, engine, truth.of(number), setting.name)
             task.advance()
         _clear(engine)
         for pack in documents:
@@ -217,7 +245,7 @@ def load_engine(setting: Setting) -> Engine:
     return make_engine(setting.plan, setting.folder, setting.choices, setting.name, setting.allow_slow)
 
 
-def in_fp32(setting: Setting, truth: Measured, progress: Progress) -> tuple[Measured | None, str | None]:
+def in_fp32(setting: Setting, truth: Truth, progress: Progress) -> tuple[Measured | None, str | None]:
     """(the engine's gradients in fp32, None) or (None, why there are none)."""
     import torch
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from analyzing import Analyze, Answer
 
 from sparkctl.cli import app
+from sparkctl.steps import certificate_process
 
 
 @pytest.fixture
@@ -24,6 +27,21 @@ def analyze(capsys: pytest.CaptureFixture[str], qwen35_folder: Path) -> Analyze:
         return Answer(status, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def in_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """These lines run first in the processes that measure a certificate's engines, and in no other."""
+
+    def plant(lines: str) -> None:
+        folder = tmp_path / "site"
+        folder.mkdir()
+        body = "".join(f"    {line}\n" for line in lines.strip().splitlines())
+        child = f"if {certificate_process.__name__!r} in sys.orig_argv:\n{body}"
+        (folder / "sitecustomize.py").write_text(f"import os, sys, time\n{child}")
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
+
+    return plant
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,14 +12,12 @@ from pathlib import Path
 
 import pytest
 import ready
+from faults import in_another_process as fault
 
 from sparkctl.cli import app
 from sparkctl.errors import AGAIN
 from sparkctl.manifest.store import Run
 from sparkctl.steps import verify_lossless
-
-TESTS = Path(__file__).parents[1]
-CHILD = "sparkctl.steps.certificate_process"
 
 
 @pytest.fixture
@@ -31,20 +28,6 @@ def run(tmp_path: Path, llama_folder: Path) -> Run:
         assert manifest.plan
         manifest.plan.estimates.seconds = 2 * verify_lossless.LONG
     return made
-
-
-@pytest.fixture
-def in_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """These lines run first in the process that makes the certificate, and in no other."""
-
-    def plant(lines: str) -> None:
-        folder = tmp_path / "site"
-        folder.mkdir()
-        body = "".join(f"    {line}\n" for line in lines.strip().splitlines())
-        (folder / "sitecustomize.py").write_text(f"import os, sys, time\nif {CHILD!r} in sys.orig_argv:\n{body}")
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
-
-    return plant
 
 
 def certificate(run: Run) -> dict[str, object]:
@@ -80,15 +63,48 @@ def test_the_training_s_process_has_not_imported_transformers_yet(run: Run) -> N
     assert json.loads(done.stdout) == [True, []], done.stderr
 
 
+PATCHING = """
+import json, sys
+from pathlib import Path
+
+Path({mark!r}).write_text(json.dumps(sorted({{"transformers", "peft"}} & set(sys.modules))))
+
+def language_model():
+    pass
+
+def load(plan, folder, choices, **_):
+    from sparkctl.train.engines import reference
+    return reference.load(plan, folder, choices)
+"""
+
+
+def test_an_engine_is_judged_in_a_process_that_has_imported_nothing_before_it(
+    run: Run, in_the_child: Callable[[str], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In Unsloth's place an engine that notes what was there as it was imported."""
+    mark = tmp_path / "mark"
+    (tmp_path / "patching.py").write_text(PATCHING.format(mark=str(mark)))
+    in_the_child(
+        f"sys.path.insert(0, {str(tmp_path)!r})\nfrom sparkctl.train.engines import ENGINES\n"
+        "ENGINES['unsloth'] = 'patching'\n"
+    )
+    status = app.run(["verify", "lossless", str(run.root), "--engine", "unsloth", "--steps", "1", "--json"])
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    assert json.loads(mark.read_text()) == []
+    assert json.loads(said.out)["lossless"]["engine"] == "unsloth"
+    assert left_behind(run) == []
+
+
+def left_behind(run: Run) -> list[Path]:
+    """Gradients that passed through the run's folder."""
+    return list(run.root.glob(".certificate*"))
+
+
 def test_a_wrong_engine_is_refused(
     run: Run, in_the_child: Callable[[str], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    in_the_child(
-        f"sys.path.insert(0, {str(TESTS)!r})\n"
-        "from faults import Fault\n"
-        "planted = Fault('silu_mul', 'forward', into='y_TF').planted()\n"
-        "planted.__enter__()\n"
-    )
+    in_the_child(fault("'silu_mul', 'forward', into='y_TF'"))
     assert app.run(["train", str(run.root)]) == 1
     err = capsys.readouterr().err
     assert "error: the native engine is not lossless with this model on this machine: a formula differs" in err
@@ -195,3 +211,4 @@ def test_a_signal_ends_both_processes(
     assert not Path("/proc", mark.read_text()).exists()
     with Run.open(run.root).step("train"):  # nobody holds it
         assert certificate(run) == {}
+    assert left_behind(run) == []

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import ready
-from faults import Fault
+from faults import in_another_process as fault
 
 from sparkctl.cli import app
 from sparkctl.manifest.store import Run
@@ -72,9 +72,14 @@ def test_the_certificate_is_shown_and_written(run: Run, say: Callable[..., Said]
     assert say("show", run.root, "--get", "lossless.passed")[1].strip() == "true"
 
 
-def test_a_wrong_operator_fails_the_certificate(run: Run, say: Callable[..., Said]) -> None:
-    with Fault("silu_mul", "forward", into="y_TF").planted():
-        status, out, err = say("verify", "lossless", run.root, "--steps", 1, "--json")
+@pytest.mark.parametrize(
+    "wrong", ["'silu_mul', 'forward', into='y_TF'", "'lora_linear', 'add_weight_gradients', master='lora_a'"]
+)
+def test_one_per_cent_in_an_operator_or_a_gradient_fails_the_certificate(
+    wrong: str, run: Run, say: Callable[..., Said], in_the_child: Callable[[str], None]
+) -> None:
+    in_the_child(fault(wrong))
+    status, out, err = say("verify", "lossless", run.root, "--steps", 1, "--json")
     assert status == 1
     said = json.loads(out)
     assert said["ok"] is False

@@ -18,6 +18,7 @@ from sparkctl.steps.train import train
 from sparkctl.steps.training import Job, planned
 from sparkctl.train.ranks import Ranks
 from sparkctl.verify import lossless
+from sparkctl.verify.certificate import Certificate
 
 PRODUCT, OTHER = "gemm nt 96x64x32", "gemm nn 96x32x64"
 LAYERS = Layers("llama", 32, 64, 4)  # of tests/tiny.py's, with the rank of ready.plan
@@ -74,11 +75,11 @@ def test_a_long_training_asks_for_the_certificate_of_its_ways(
 ) -> None:
     made = list[str]()
 
-    def certificate_of(at: Job, *_: object) -> Lossless:
+    def certified(at: Job, *_: object) -> tuple[Lossless, None]:
         made.append(made_from(at, llama_folder))
-        return Lossless.model_construct(passed=True, problems=[], engine="native", made_from=made[-1])
+        return Lossless.model_construct(passed=True, problems=[], engine="native", made_from=made[-1]), None
 
-    monkeypatch.setattr(verify_lossless, "certificate_of", certificate_of)
+    monkeypatch.setattr(verify_lossless, "certified", certified)
     monkeypatch.setattr(verify_lossless, "_keep", lambda run, table, ranks: setattr(run.manifest, "lossless", table))
     at = job(tmp_path / "run", llama_folder)
     for _ in range(2):
@@ -93,13 +94,13 @@ def test_a_long_training_asks_for_the_certificate_of_its_ways(
 def test_a_run_that_has_begun_is_judged_as_it_is_pinned(
     tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, real = list[dict[str, str]](), lossless.make_engine
+    seen, real = list[dict[str, str]](), certificate.certify
 
-    def make_engine(plan: Any, folder: Path, choices: dict[str, str], *others: Any) -> Any:
-        seen.append(choices)
-        return real(plan, folder, choices, *others)
+    def certify(setting: lossless.Setting, *others: Any) -> Certificate:
+        seen.append(setting.choices)
+        return real(setting, *others)
 
-    monkeypatch.setattr(lossless, "make_engine", make_engine)
+    monkeypatch.setattr(certificate, "certify", certify)
     monkeypatch.setattr(lossless, "PACKS", 1)
     run = ready.run(tmp_path / "run", llama_folder, count=24, engine="native")
     verify_lossless.verify_lossless(run.root, steps=1)

@@ -24,8 +24,8 @@ from sparkctl.data.tokens import label_count
 from sparkctl.progress import silent
 from sparkctl.train.engines.native import engine as native
 from sparkctl.verify.certificate import Certificate
-from sparkctl.verify.gradients import add_distances, fill_adapters
-from sparkctl.verify.lossless import Measured, Setting, certificate, exactly, load_judge, measure
+from sparkctl.verify.gradients import Truth, add_distances, fill_adapters
+from sparkctl.verify.lossless import Judged, Judges, Measured, Setting, certificate, exactly, load_judge, measure
 
 ALL = (
     "q_proj",
@@ -114,13 +114,16 @@ def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["full", "lora"])
-def judged(request: pytest.FixtureRequest, biased: Path) -> Iterator[tuple[str, Gradients]]:
+def judged(
+    request: pytest.FixtureRequest, biased: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Gradients]]:
     """The mode, and a call that gives the certificate of step 0 for the native engine as it is then, in fp32."""
     plan = ready.plan(engine="native", mode=request.param)
     setting = Setting(plan, biased, [pack(3, 1)], [])
     with exactly():
-        truth = measure(setting, partial(load_judge, setting, torch.float32), None, "", silent, gradients_alone=True)
-        theirs = measure(setting, partial(load_judge, setting, torch.bfloat16), truth, "", silent, gradients_alone=True)
+        truth, judge = Truth(tmp_path_factory.mktemp("truth")), partial(load_judge, setting)
+        ask = partial(measure, setting, truth=truth, what="", progress=silent, gradients_alone=True)
+        judges = Judges(ask(partial(judge, torch.float32), making=True), ask(partial(judge, torch.bfloat16)))
         made: Any = native.load(plan, biased, {}, torch.float32)
         fill_adapters(made.parameters(), plan.seed)
 
@@ -129,8 +132,8 @@ def judged(request: pytest.FixtureRequest, biased: Path) -> Iterator[tuple[str, 
             for parameter in made.parameters().values():
                 parameter.grad = None
             made.micro_step(one, 1 / one.labels)
-            add_distances(found.distances, made, truth.gradients[0])
-            return certificate(plan, truth, theirs, theirs, found)
+            add_distances(found.distances, made, truth.of(0))
+            return certificate(plan, judges, Judged(judges.theirs, found, None))
 
         yield request.param, gradients
 

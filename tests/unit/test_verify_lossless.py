@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,19 +21,20 @@ from sparkctl.data.batches import Document, Pack, Schedule
 from sparkctl.data.tokens import label_count
 from sparkctl.errors import SparkError
 from sparkctl.progress import silent
+from sparkctl.steps.certificate_process import read_setting, write_setting
 from sparkctl.train.engines import reference
-from sparkctl.verify import lossless
+from sparkctl.verify import gradients, lossless
 from sparkctl.verify.certificate import FORMULA, Certificate, Compared, Point, TensorRow, compared
 from sparkctl.verify.gradients import (
     ADAPTER_STD,
     Distance,
+    Truth,
     add_distances,
     fill_adapters,
-    host_gradients,
     ratio,
     together,
 )  # fmt: skip
-from sparkctl.verify.lossless import Setting, certify, chosen_packs
+from sparkctl.verify.lossless import Setting, certificate, chosen_packs, judged, judges
 
 
 def pack(count: int, seed: int, longest: int = 70) -> Pack:
@@ -47,9 +49,16 @@ def setting(llama_folder: Path) -> Setting:
     return Setting(ready.plan(engine="native"), llama_folder, packs, packs[:3])
 
 
+def certify(setting: Setting) -> Certificate:
+    """Both parts in this process, where a fault can be planted."""
+    with tempfile.TemporaryDirectory() as folder:
+        truth = Truth(Path(folder))
+        return certificate(setting.plan, judges(setting, truth, silent), judged(setting, truth, silent))
+
+
 @pytest.fixture(scope="module")
 def good(setting: Setting) -> Certificate:
-    return certify(setting, silent)
+    return certify(setting)
 
 
 def test_a_good_engine_passes(good: Certificate) -> None:
@@ -89,7 +98,7 @@ def rounded(bits: int) -> Iterator[None]:
 
 def test_less_precision_than_the_reference_is_seen(setting: Setting) -> None:
     with rounded(4):  # bf16 has 8
-        found = certify(replace(setting, course=[]), silent)
+        found = certify(replace(setting, course=[]))
     assert "times as far from fp32 as the reference's" in found.problems[0]
     assert found.worst.ratio > 2  # observed: 3.6
     assert found.worst.name.endswith("mlp.down_proj.lora_B.weight")
@@ -99,7 +108,7 @@ def test_less_precision_than_the_reference_is_seen(setting: Setting) -> None:
 
 def test_a_wrong_loss_is_seen_though_its_gradient_is_right(setting: Setting) -> None:
     with Fault("linear_cross_entropy", "forward", of=0).planted():
-        found = certify(replace(setting, packs=setting.packs[:4]), silent)
+        found = certify(replace(setting, packs=setting.packs[:4]))
     assert any(problem.startswith("the loss of single documents is") for problem in found.problems)
     assert any(problem.startswith("the loss over 3 steps is") for problem in found.problems)
     assert found.worst.ratio < 2
@@ -113,13 +122,13 @@ def test_an_engine_that_gives_no_number_is_refused(setting: Setting, monkeypatch
         y[-1] = math.nan
 
     monkeypatch.setattr(silu_mul, "forward", broken)
-    found = certify(replace(setting, packs=setting.packs[:1]), silent)
+    found = certify(replace(setting, packs=setting.packs[:1]))
     assert len(found.problems) == 5  # gradients, formula, documents, loss and norm of the course
     assert found.worst.ratio == math.inf
 
 
 def test_the_reference_is_as_far_from_the_truth_as_itself(llama_folder: Path) -> None:
-    found = certify(Setting(ready.plan(), llama_folder, [pack(2, 0)], []), silent)
+    found = certify(Setting(ready.plan(), llama_folder, [pack(2, 0)], []))
     assert {row.ratio for row in found.tensors} == {1.0}
     assert found.problems == []
     assert found.formula_skipped == "the reference in fp32 is the truth"
@@ -131,7 +140,7 @@ def test_memory_that_runs_out_is_said_with_the_way_on(setting: Setting, monkeypa
 
     monkeypatch.setattr(reference, "load", load)
     with pytest.raises(SparkError, match="not enough memory for the truth in fp32") as caught:
-        certify(setting, silent)
+        certify(setting)
     assert "sparkctl train RUN --no-certificate" in (caught.value.hint or "")
 
 
@@ -144,7 +153,7 @@ def test_a_tile_that_does_not_fit_in_fp32_is_said_and_is_no_fault(
         raise TritonError("out of resource: shared memory\nmore")
 
     monkeypatch.setattr(lossless, "measure", measure)
-    found, why = lossless.in_fp32(setting, lossless.Measured(), silent)
+    found, why = lossless.in_fp32(setting, Truth(Path()), silent)
     assert found is None
     assert why == "the native engine could not compute in fp32 (out of resource: shared memory)"
 
@@ -199,7 +208,7 @@ class Engine:
     name, device = "tiny", torch.device("cpu")
 
     def __init__(self, **tensors: torch.Tensor | None) -> None:
-        self._parameters = {name: torch.nn.Parameter(torch.zeros(2)) for name in tensors}
+        self._parameters = {n: torch.nn.Parameter(torch.zeros(2 if g is None else len(g))) for n, g in tensors.items()}
         for name, gradient in tensors.items():
             self._parameters[name].grad = gradient
 
@@ -207,8 +216,10 @@ class Engine:
         return self._parameters
 
 
-def test_a_gradient_that_is_missing_is_zero() -> None:
-    truth = host_gradients(Engine(a=torch.tensor([3.0, 4.0]), b=None), all=True)  # type: ignore[arg-type]
+def test_a_gradient_that_is_missing_is_zero(tmp_path: Path) -> None:
+    kept = Truth(tmp_path)
+    kept.keep(0, Engine(a=torch.tensor([3.0, 4.0]), b=None))  # type: ignore[arg-type]
+    truth = kept.of(0)
     found: dict[str, Distance] = {}
     add_distances(found, Engine(a=None, b=torch.ones(2)), truth)  # type: ignore[arg-type]
     assert found["a"].relative == 1.0
@@ -217,6 +228,31 @@ def test_a_gradient_that_is_missing_is_zero() -> None:
         add_distances({}, Engine(a=None), truth)  # type: ignore[arg-type]
     with pytest.raises(SparkError, match="train other tensors: `c`"):
         add_distances({}, Engine(a=None, b=None, c=None), truth)  # type: ignore[arg-type]
+
+
+def test_large_gradients_are_kept_of_the_first_pack_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "LARGE", 2)
+    kept, engine = Truth(tmp_path), Engine(b=torch.tensor([1.0, 2.0]), a=torch.tensor([3.0, 4.0, 5.0]))
+    for number in range(2):
+        kept.keep(number, engine)  # type: ignore[arg-type]
+    assert [list(kept.of(number)) for number in range(2)] == [["b", "a"], ["b"]]
+    assert torch.equal(kept.of(0)["a"], torch.tensor([3.0, 4.0, 5.0]))
+    add_distances({}, engine, kept.of(1))  # type: ignore[arg-type]
+
+
+def test_a_setting_goes_through_its_file_unchanged(setting: Setting, tmp_path: Path) -> None:
+    asked = replace(setting, start=tmp_path / "step-000002", choices={"device": "cpu"}, allow_slow=True, name="'a b'")
+    write_setting(asked, tmp_path)
+    read = read_setting(tmp_path)
+    assert (read.plan, read.folder, read.start) == (asked.plan, asked.folder, asked.start)
+    assert (read.choices, read.allow_slow, read.name) == (asked.choices, True, "'a b'")
+    for ours, theirs in zip((*read.packs, *read.course), (*asked.packs, *asked.course), strict=True):
+        assert (ours.tokens, ours.labels) == (theirs.tokens, theirs.labels)
+        for one, other in zip(ours.documents, theirs.documents, strict=True):
+            assert one.id == other.id
+            assert (one.ids.dtype, one.trained.dtype) == (other.ids.dtype, other.trained.dtype)
+            assert one.ids.tolist() == other.ids.tolist()
+            assert one.trained.tolist() == other.trained.tolist()
 
 
 def test_adapters_are_filled_alike_whatever_the_order() -> None:
