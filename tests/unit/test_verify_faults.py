@@ -189,5 +189,5 @@ def test_every_result_of_every_operator_is_in_the_table(biased: Path) -> None:
 
 def test_methods_that_are_watched_are_all_that_compute() -> None:
     layer = owner_of(LINEAR)
-    public = {name for name, value in vars(layer).items() if callable(value) and not name.startswith("_")}
+    public = {name for name in dir(layer) if callable(getattr(layer, name)) and not name.startswith("_")}
     assert public == {*METHODS, "buffer", "copies"}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -46,38 +47,15 @@ class Projection:
     trained: bool = False
 
 
-class SharedInputLinear:
-    """Their outputs stand side by side: [T, N] for x [T, K].
+class WideLinear:
+    """The products of [x, u] and [W, scale·B] in compute dtype. Without an adapter R is 0 and u None.
 
-    Masters stay where they are; `copies()` says what has to be rounded where after each optimiser step. A frozen weight
-    becomes a view of the one matrix, so that it is kept once.
+    weight [N, K + R], adapters [R, K], bias [N] or None.
     """
 
-    def __init__(self, projections: tuple[Projection, ...], scale: float, dtype: torch.dtype) -> None:
-        self.projections, self.scale, self.dtype = projections, scale, dtype
-        first = projections[0].weight
-        self.width, device = first.shape[1], first.device
-        self.outputs = [p.weight.shape[0] for p in projections]
-        ranks = [p.lora_a.shape[0] if p.lora_a is not None else 0 for p in projections]
-        self.ranks = -(-sum(ranks) // ALIGNED) * ALIGNED
-        self.rows, self.columns = _slices(self.outputs), _slices(ranks)
-        self.adapters = torch.zeros(self.ranks, self.width, dtype=dtype, device=device)
-        self.weight = torch.zeros(sum(self.outputs), self.width + self.ranks, dtype=dtype, device=device)
-        biased = any(p.bias is not None for p in projections)
-        self.bias = torch.zeros(sum(self.outputs), dtype=dtype, device=device) if biased else None
-        self._gradients = Together()  # of the A's or of the weights
-        self._fill()
-
-    def copies(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
-        """(compute copy, master, factor) of everything trained."""
-        for p, rows, columns in zip(self.projections, self.rows, self.columns, strict=True):
-            if p.lora_a is not None and p.lora_b is not None:
-                yield self.adapters[columns], p.lora_a, 1.0
-                yield self.weight[rows, self.width :][:, columns], p.lora_b, self.scale
-            if p.trained:
-                yield self.weight[rows, : self.width], p.weight, 1.0
-                if p.bias is not None and self.bias is not None:
-                    yield self.bias[rows], p.bias, 1.0
+    def __init__(self, weight: torch.Tensor, adapters: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.weight, self.adapters, self.bias = weight, adapters, bias
+        self.ranks, self.width = adapters.shape
 
     def buffer(self, tokens: int) -> torch.Tensor:
         """[T, K + R], not filled; x goes into its first K columns."""
@@ -106,6 +84,42 @@ class SharedInputLinear:
     def adapter_gradient(self, dy: torch.Tensor) -> torch.Tensor | None:
         """du alone, where nobody asks for dx."""
         return product(dy, self.weight[:, self.width :]) if self.ranks else None
+
+
+class SharedInputLinear(WideLinear):
+    """The projections of one input. Their outputs stand side by side: [T, N] for x [T, K].
+
+    Masters stay where they are; `copies()` says what has to be rounded where after each optimiser step. A frozen weight
+    becomes a view of the one matrix, so that it is kept once.
+    """
+
+    def __init__(self, projections: tuple[Projection, ...], scale: float, dtype: torch.dtype) -> None:
+        self.projections, self.scale, self.dtype = projections, scale, dtype
+        first = projections[0].weight
+        width, device = first.shape[1], first.device
+        self.outputs = [p.weight.shape[0] for p in projections]
+        ranks = [p.lora_a.shape[0] if p.lora_a is not None else 0 for p in projections]
+        together = -(-sum(ranks) // ALIGNED) * ALIGNED
+        self.rows, self.columns = _slices(self.outputs), _slices(ranks)
+        zeros = partial(torch.zeros, dtype=dtype, device=device)
+        biased = any(p.bias is not None for p in projections)
+        super().__init__(
+            zeros(sum(self.outputs), width + together), zeros(together, width),
+            zeros(sum(self.outputs)) if biased else None,
+        )  # fmt: skip
+        self._gradients = Together()  # of the A's or of the weights
+        self._fill()
+
+    def copies(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+        """(compute copy, master, factor) of everything trained."""
+        for p, rows, columns in zip(self.projections, self.rows, self.columns, strict=True):
+            if p.lora_a is not None and p.lora_b is not None:
+                yield self.adapters[columns], p.lora_a, 1.0
+                yield self.weight[rows, self.width :][:, columns], p.lora_b, self.scale
+            if p.trained:
+                yield self.weight[rows, : self.width], p.weight, 1.0
+                if p.bias is not None and self.bias is not None:
+                    yield self.bias[rows], p.bias, 1.0
 
     def add_weight_gradients(
         self, dy: torch.Tensor, x: torch.Tensor, u: torch.Tensor | None, du: torch.Tensor | None
@@ -154,7 +168,7 @@ class Together:
         present = [master for master in masters if master is not None]
         if all(master.grad is None for master in present):
             self._whole, self._parts = None, []  # the new one may take its place
-            self._whole = _weight_gradient(d_TN, x_TK)
+            self._whole = weight_gradient(d_TN, x_TK)
             self._parts = [self._whole[own] if m is not None else None for m, own in zip(masters, rows, strict=True)]
             for master, part in zip(masters, self._parts, strict=True):
                 if master is not None:
@@ -162,7 +176,7 @@ class Together:
         elif self._whole is not None and self._made(masters):
             add_product(self._whole, d_TN.T, x_TK)
         else:
-            whole = _weight_gradient(d_TN, x_TK)
+            whole = weight_gradient(d_TN, x_TK)
             for master, own in zip(masters, rows, strict=True):
                 if master is not None:
                     add_gradient(master, whole[own])
@@ -199,10 +213,10 @@ def add_gradient(master: torch.Tensor, gradient: torch.Tensor) -> None:
         master.grad += gradient.view(master.shape)
 
 
-def _weight_gradient(d_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
-    """dᵀ·x in fp32."""
+def weight_gradient(d_TN: torch.Tensor, x_TK: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """scale · dᵀ·x in fp32."""
     out = torch.empty(d_TN.shape[1], x_TK.shape[1], dtype=torch.float32, device=d_TN.device)
-    add_product(out, d_TN.T, x_TK, add=False)
+    add_product(out, d_TN.T, x_TK, scale, add=False)
     return out
 
 

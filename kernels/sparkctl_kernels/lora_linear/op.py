@@ -1,7 +1,4 @@
-"""One projection with an adapter as an operator with gradients; `layer` has the engine's, of several projections.
-
-The same GEMMs as there: x and u = x·Aᵀ stand side by side, and one product over [W, scale·B] adds the adapter in fp32.
-"""
+"""One projection with an adapter as an operator with gradients, by the products of the engine's layers (`layer`)."""
 
 from __future__ import annotations
 
@@ -10,28 +7,29 @@ from typing import Any
 import torch
 
 from sparkctl_kernels.dispatch import fused
-from sparkctl_kernels.gemm import add_product, add_to, product
 from sparkctl_kernels.lora_linear import reference
+from sparkctl_kernels.lora_linear.layer import WideLinear, weight_gradient
 
 # T tokens · K input width · N output width · r rank
 
 
-def _joined(weight: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """[W, scale·B], in W's dtype."""
-    return torch.cat([weight, (scale * b).to(weight.dtype)], dim=1)
+def _layer(
+    weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype
+) -> WideLinear:
+    joined = torch.cat([weight, (scale * b).to(weight.dtype)], dim=1)
+    return WideLinear(joined, a.to(dtype), None if bias is None else bias.to(dtype))
 
 
 @torch.library.custom_op("sparkctl::lora_linear", mutates_args=())
 def _operator(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = x.new_empty(len(x), x.shape[1] + len(a))
-    wide[:, : x.shape[1]] = x
-    u = wide[:, x.shape[1] :]
-    product(x, a.to(x.dtype).T, u)
-    joined = _joined(weight, b, scale)
-    y = product(wide, joined.T) if bias is None else torch.addmm(bias.to(x.dtype), wide, joined.T)
-    return y, u.contiguous()
+    layer = _layer(weight, bias, a, b, scale, x.dtype)
+    wide = layer.buffer(len(x))
+    wide[:, : layer.width] = x
+    y, u = layer.forward(wide)
+    assert u is not None
+    return y, u
 
 
 @_operator.register_fake
@@ -46,13 +44,10 @@ def _gradients(
     dy: torch.Tensor, x: torch.Tensor, u: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    wide = product(dy, _joined(weight, b, scale))
-    dx, du = wide[:, : x.shape[1]].contiguous(), wide[:, x.shape[1] :]
-    add_to(dx, du, a.to(x.dtype))
-    da, db = torch.empty_like(a, dtype=torch.float32), torch.empty_like(b, dtype=torch.float32)
-    add_product(da, du.T, x, add=False)
-    add_product(db, dy.T, u, scale, add=False)
-    return dx, da, db
+    layer = _layer(weight, None, a, b, scale, x.dtype)
+    wide, du = layer.input_gradient(dy)
+    assert du is not None
+    return wide[:, : layer.width].contiguous(), weight_gradient(du, x), weight_gradient(dy, u, scale)
 
 
 @_gradients.register_fake
