@@ -48,7 +48,10 @@ def draft_attention(
 
 
 class _DraftAttention(torch.autograd.Function):
-    """Rows without a query of their own get a zero: attention to it costs its time, and gives no gradient."""
+    """Rows without a query of their own get a zero: attention to it costs its time, and gives no gradient.
+
+    No torch.library operator: that takes 159 µs of host time a call with its backward instead of 35.
+    """
 
     @staticmethod
     def forward(
