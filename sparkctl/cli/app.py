@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -55,11 +55,28 @@ def register() -> typer.Typer:
     return app
 
 
+def command_line() -> Any:
+    """The same as what takes a command line (Typer's class for it has no public name)."""
+    made = typer.main.get_command(register())
+    _without_type(made)
+    return made
+
+
+def _without_type(command: Any, above: Any = None) -> None:
+    """Name no type beside a flag in a command's help: Typer calls it `<bool>`, which reads as if it took a value."""
+    context = typer.Context(command, parent=above, **command.context_settings)
+    for option in command.get_params(context):
+        if getattr(option, "is_flag", False):
+            option.metavar = ""
+    for part in getattr(command, "commands", {}).values():
+        _without_type(part, context)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit status; a bug's traceback is left to Python, with status 70."""
     json = "--json" in arguments
     try:
-        status = register()(args=list(arguments) or ["--help"], prog_name="sparkctl", standalone_mode=False)
+        status = command_line()(args=list(arguments) or ["--help"], prog_name="sparkctl", standalone_mode=False)
         if status == INTERRUPTED:  # what Typer makes of a Ctrl-C inside a command
             raise KeyboardInterrupt
         return status if isinstance(status, int) else 0

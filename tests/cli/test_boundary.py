@@ -51,6 +51,15 @@ def test_every_command_has_help_and_its_options_on_itself(words: list[str]) -> N
     assert "--json" in result.stdout
 
 
+@pytest.mark.parametrize("words", [[], ["mtp"], ["train"], ["recommend"], ["mtp", "train"]], ids=" ".join)
+def test_help_names_no_type_beside_a_flag(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run([*words, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--help" in shown
+    assert "bool" not in shown
+    assert ("<int" in shown) == (words not in ([], ["mtp"], ["train"]))  # what takes a value says of which type
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
