@@ -1,23 +1,15 @@
-"""`sparkctl analyze`: its options, and what a person sees of an analysis."""
+"""`sparkctl analyze`: its options."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Group, RenderableType
-from rich.text import Text
 
-from sparkctl.cli import console
+from sparkctl.cli import analysis, console
 from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, about
-from sparkctl.manifest.schema import AnalysisTable, DataTable, Dropped, ModelTable, RunTable
-from sparkctl.words import counted, heading
-
-if TYPE_CHECKING:
-    from sparkctl.steps.analyze import Result, Shown
-
-BAR = 40  # characters of the longest histogram bar
+from sparkctl.manifest.schema import DataTable, ModelTable, RunTable
 
 
 def register(app: typer.Typer) -> None:
@@ -55,66 +47,6 @@ def analyze(
     result = work(request, force=force, dry_run=dry_run, progress=progress)
     if result.up_to_date:
         progress.say(f"up to date: `{run}` holds these examples already")
-    for message in result.bad:
+    for message in result.data.bad:
         progress.say(f"skipped: {message}")
-    console.answer(_json(result, dry_run), _human(result, dry_run), json=json)
-
-
-def _json(result: Result, dry_run: bool) -> dict[str, Any]:
-    plain = {name: getattr(result, name).model_dump(mode="json") for name in ("model", "data", "analysis")}
-    shown = [{"place": s.place, "tokens": s.tokens, "pieces": s.pieces} for s in result.shown]
-    status = {"ok": True, "run": str(result.run), "up_to_date": result.up_to_date, "dry_run": dry_run}
-    return {**status, **plain, "bad_lines": result.bad, "shown": shown}
-
-
-def _human(result: Result, dry_run: bool) -> RenderableType:
-    a, model = result.analysis, result.model
-    title = f"analysis of {result.run.absolute().name}"
-    title = heading(title, dry_run=dry_run, up_to_date=result.up_to_date, made=result.made)
-    pairs: list[tuple[str, object]] = [
-        ("model", f"{model.model_type}, {model.parameters:,} parameters"),
-        ("examples", f"{a.examples:,}: {a.train_examples:,} to train on, {a.eval_examples:,} held out"),
-        ("tokens", f"{a.tokens:,}, of which {a.assistant_tokens:,} trained ({a.assistant_tokens / a.tokens:.0%})"),
-        ("length", f"mean {a.mean:,.0f} (rounded up to 128: {a.mean_length_128:,}), max {a.max:,}"),
-        ("percentiles", f"p50 {a.p50:,}  p90 {a.p90:,}  p95 {a.p95:,}  p99 {a.p99:,}"),
-        ("turns", f"{a.turns:.2f} of the model an example"),
-        ("duplicates", f"{a.duplicates:,}"),
-        ("dropped", _dropped(result.data.dropped)),
-        ("markers", _markers(a)),
-        ("reused", f"{a.reused:,} tokenised before"),
-        ("time", console.duration(a.seconds)),
-    ]
-    return Group(*map(_seen, result.shown), console.rows(title, *pairs), _histogram(a))
-
-
-def _dropped(dropped: Dropped) -> str:
-    counts = dropped.model_dump()
-    bad = counts.pop("bad_lines")
-    told = [f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count]
-    return ", ".join(told + [counted(bad, "bad line")] * bool(bad)) or "none"
-
-
-def _markers(analysis: AnalysisTable) -> str:
-    if not analysis.marker_examples:
-        return "no example holds the template's markers"
-    places = ", ".join(analysis.marker_places)
-    trained = "what others say is not trained, an answer up to its first end token"
-    return f"{counted(analysis.marker_examples, 'example')} with the template's markers in a text ({trained}): {places}"
-
-
-def _histogram(analysis: AnalysisTable) -> Text:
-    counts, edges = analysis.histogram.counts, analysis.histogram.edges
-    width, scale = len(f"{edges[-1]:,}"), BAR / max(counts)
-    lines = [
-        f"{low:>{width},} to {high - 1:<{width},} " + f"{'█' * max(round(count * scale), count > 0)} {count:,}".lstrip()
-        for low, high, count in zip(edges, edges[1:], counts, strict=False)
-    ]
-    return Text("\ntokens an example\n" + "\n".join(lines))
-
-
-def _seen(shown: Shown) -> Text:
-    """The example's text; what is trained is green, and between ⟦ ⟧ for those who see no colour."""
-    text = Text(f"{shown.place}, {shown.tokens} tokens, trained between ⟦ ⟧\n", style="dim")
-    for piece, trained in shown.pieces:
-        text.append(f"⟦{piece}⟧" if trained else piece, style="not dim bold green" if trained else "not dim")
-    return text.append("\n")
+    console.answer(analysis.as_json(result, dry_run), analysis.as_text(result, dry_run), json=json)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 PROMPT_ROLES = frozenset({"system", "developer", "user"})
 KEYS = 2**64
 FEWEST = 10  # examples below which nothing is held out
+# Held-out examples below which a choice is chance: where nothing tells two models apart, 12 of 16 examples or more are
+# on the side of the one in 4 % of the cases.
+FEW = 16
+ENOUGH = 23  # how many are to be expected, so that a split by hashes leaves FEW of them but for one case in twenty
 
 
 def prompt_key(example: Example, seed: int) -> int:

@@ -68,6 +68,7 @@ class DataTable(Table):
     skip_bad: bool = Field(False, description="drop bad lines, count them and show the first five")
     recipe: str | None = Field(None, description="recipe that `recommend` takes where no other is named")
     dropped: Dropped = Field(default_factory=Dropped)
+    bad: list[str] = Field(default_factory=list, description="file:line of the first five bad lines, and what is wrong")
 
 
 class Histogram(Table):

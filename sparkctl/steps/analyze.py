@@ -10,13 +10,14 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparkctl.data.split import ENOUGH, FEW
 from sparkctl.data.tokens import stored_digest
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.files import naming, staged_folder, sweep_stages, write_atomic
@@ -24,7 +25,7 @@ from sparkctl.manifest.schema import AnalysisTable, ChatTemplate, Checkpoint, Da
 from sparkctl.manifest.store import NAME, STEP_LOCK, Run, now
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.inputs import TOKENS, Inputs, Request, analysed, gather
-from sparkctl.words import quoted
+from sparkctl.words import counted, quoted
 
 if TYPE_CHECKING:
     from sparkctl.data.chat import ChatFormat
@@ -54,8 +55,8 @@ class Result:
     analysis: AnalysisTable
     up_to_date: bool = False
     made: str | None = None
-    bad: list[str] = field(default_factory=list)
     shown: list[Shown] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def analyze(request: Request, *, force: bool = False, dry_run: bool = False, progress: Progress = silent) -> Result:
@@ -65,7 +66,7 @@ def analyze(request: Request, *, force: bool = False, dry_run: bool = False, pro
         _refuse_foreign(request.run)
     inputs = gather(request, run, progress)
     if run and not force and _is_true(run, inputs):
-        return _up_to_date(run, inputs, request.show, dry_run)
+        return _up_to_date(run, inputs, request, dry_run)
     if run and run.manifest.train and not force:
         raise UsageError(
             f"`{request.run}` has been trained on the data it holds; other data would make that result untrue",
@@ -131,13 +132,15 @@ def _is_true(run: Run, inputs: Inputs) -> bool:
     return whole and (run.root / model.chat_template.file).exists()
 
 
-def _up_to_date(run: Run, inputs: Inputs, show: int, dry_run: bool) -> Result:
+def _up_to_date(run: Run, inputs: Inputs, request: Request, dry_run: bool) -> Result:
     """The tables as they are; wishes that change no token (recipe, --continue) are still recorded."""
     if not dry_run and inputs.wishes_differ(run.manifest):
         with run.edit() as manifest:
             inputs.record_wishes(manifest)
-    shown = _show(run.root / TOKENS, inputs.chat_format(), show) if show else []
-    return Result(run.root, *analysed(run), up_to_date=True, made=run.made("base"), shown=shown)
+    shown = _show(run.root / TOKENS, inputs.chat_format(), request.show) if request.show else []
+    model, data, analysis = analysed(run)
+    notes = _notes(request, inputs.eval_fraction, analysis, *["--force"] * (run.manifest.train is not None))
+    return Result(run.root, model, data, analysis, True, run.made("base"), shown, notes)
 
 
 class _Analysis:
@@ -261,8 +264,9 @@ class _Analysis:
             seconds=round(time.monotonic() - self._started, 2),
             made_from=inputs.made_from,
         )
-        data = inputs.data_table(self._request.skip_bad, tally.dropped)
-        return Result(root, self._model_table(), data, analysis, bad=tally.bad, shown=shown)
+        data = inputs.data_table(self._request.skip_bad, tally.dropped, tally.bad)
+        notes = _notes(self._request, inputs.eval_fraction, analysis)
+        return Result(root, self._model_table(), data, analysis, shown=shown, notes=notes)
 
     def _model_table(self) -> ModelTable:
         inputs, info = self._inputs, self._info
@@ -287,6 +291,23 @@ class _Analysis:
             id="base", kind="base", path=result.model.source, created=now(), digest=result.model.config_sha256
         )
         manifest.checkpoints = [base, *(c for c in manifest.checkpoints if c.id != "base")]
+
+
+def _notes(request: Request, fraction: float, analysis: AnalysisTable, *force: str) -> list[str]:
+    """Whether what is held out is too little to choose by, and what holds more out.
+
+    A `--eval-fraction` of 0 says that nothing is to be. force: what the command needs where the run is trained.
+    """
+    held_out, examples = analysis.eval_examples, analysis.examples
+    if held_out >= FEW or fraction <= 0:
+        return []
+    told = f"{counted(held_out, 'example')} held out" if held_out else "nothing is held out"
+    rests = "the best checkpoint and the choice between two MTP heads rest on what is held out, and below"
+    note = f"{told}: {rests} {FEW} that is chance"
+    if examples < 2 * ENOUGH:
+        return [f"{note}; more chats mend it"]
+    more = replace(request, eval_fraction=float(f"{ENOUGH / examples:.2g}")).again(*force)
+    return [f"{note}; `{more}` holds about {ENOUGH} out"]
 
 
 def _counts(tally: Tally) -> str:

@@ -111,7 +111,7 @@ class Inputs:
         """The model as [model] names it: a hub id, or the folder relative to the run."""
         return self.source.source if self.source.is_hub else os.path.relpath(self.source.folder.absolute(), self.root)
 
-    def data_table(self, skip_bad: bool, dropped: Dropped) -> DataTable:
+    def data_table(self, skip_bad: bool, dropped: Dropped, bad: list[str]) -> DataTable:
         """[data], once the files were read."""
         return DataTable(
             files=self.files,
@@ -121,6 +121,7 @@ class Inputs:
             skip_bad=skip_bad,
             recipe=self.recipe,
             dropped=dropped,
+            bad=bad,
         )
 
     def inherited(self) -> np.ndarray:

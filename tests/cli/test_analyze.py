@@ -6,6 +6,7 @@ import errno
 import gzip
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,9 +19,10 @@ import tiny
 from analyzing import Analyze, chat, lines, snapshot
 
 from sparkctl.cli import app
+from sparkctl.data.split import FEW
 from sparkctl.data.tokens import TokenStore
 from sparkctl.manifest.schema import TrainTable
-from sparkctl.manifest.store import Run
+from sparkctl.manifest.store import Run, read_manifest
 
 
 def test_a_run_is_made(analyze: Analyze, tmp_path: Path, qwen35_folder: Path) -> None:
@@ -107,6 +109,26 @@ def test_several_files_and_gzip(analyze: Analyze, tmp_path: Path) -> None:
     answer = analyze(one, two, "--run", tmp_path / "r1")
     assert [f["examples"] for f in answer.json["data"]["files"]] == [12, 15]
     assert answer.json["analysis"]["duplicates"] == 12
+    assert answer.json["analysis"]["examples"] == 27
+    shown = analyze(one, two, "--run", tmp_path / "r1", json=False).out
+    assert "12 examples equal to an earlier one; each is kept" in shown
+
+
+def test_too_little_held_out_is_noted_with_the_command_that_mends_it(analyze: Analyze, tmp_path: Path) -> None:
+    data, folder = tiny.chats(tmp_path / "chats.jsonl", 60), tmp_path / "r1"
+    (note,) = analyze(data, "--run", folder).json["notes"]
+    assert analyze(data, "--run", folder).json["notes"] == [note]  # also where it is up to date
+    assert "below 16 that is chance" in note
+    command = shlex.split(note.split("`")[1])
+    assert analyze(*command[2:], model=None).status == 0
+    analysis = read_manifest(folder).analysis
+    assert analysis
+    assert analysis.eval_examples >= FEW
+    assert analyze(data, "--run", folder).json["notes"] == []
+    assert analyze(data, "--run", folder, "--eval-fraction", 0).json["notes"] == []  # nothing is to be
+    few = analyze(tiny.chats(tmp_path / "few.jsonl", 9), "--run", tmp_path / "r2").json["notes"]
+    assert few[0].startswith("nothing is held out: ")
+    assert few[0].endswith("more chats mend it")
 
 
 def test_drops_are_counted(analyze: Analyze, tmp_path: Path) -> None:

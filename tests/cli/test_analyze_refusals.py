@@ -27,6 +27,9 @@ def test_skip_bad_counts_and_shows_five(analyze: Analyze, tmp_path: Path) -> Non
     assert answer.json["data"]["dropped"]["bad_lines"] == 7
     assert len(answer.json["bad_lines"]) == answer.err.count("skipped:") == 5
     assert "d.jsonl:1" in answer.err
+    again = analyze(data, "--run", tmp_path / "r1", "--skip-bad")
+    assert again.json["up_to_date"]
+    assert (again.json["bad_lines"], again.err.count("skipped:")) == (answer.json["bad_lines"], 5)
 
 
 BAD_LINES = {

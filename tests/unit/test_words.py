@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparkctl.cli.analyze import _dropped
+from sparkctl.cli.analysis import _dropped
 from sparkctl.manifest.schema import Dropped
 from sparkctl.words import heading
 
