@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparkctl.cli import analysis, console
+from sparkctl.cli import analysis, console, onward
 from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, about
 from sparkctl.manifest.schema import DataTable, ModelTable, RunTable
 
@@ -49,4 +49,5 @@ def analyze(
         progress.say(f"up to date: `{run}` holds these examples already")
     for message in result.data.bad:
         progress.say(f"skipped: {message}")
-    console.answer(analysis.as_json(result, dry_run), analysis.as_text(result, dry_run), json=json)
+    human = analysis.as_text(result, dry_run)
+    onward.answer(run, analysis.as_json(result, dry_run), human, json=json, more=not dry_run)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
+from rich.text import Text
 from typer.core import TyperCommand
 
-from sparkctl.cli import console
+from sparkctl.cli import console, onward
 from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, RunArg
 from sparkctl.words import heading, here, size
 
@@ -54,14 +55,13 @@ def merge(
         progress.say(f"up to date: `{result.folder}` was made from {result.checkpoint}")
     status = {"ok": True, "run": str(run), "dry_run": dry_run}
     answer = {**status, **asdict(result), "folder": str(result.folder)}
-    console.answer(answer, _human(result, dry_run), json=json)
-    if not json:
-        typer.echo(f"\n{result.serve}")  # whole, to be copied: a table would break it
+    more = not dry_run and adapter_only is None  # an adapter is served as it is
+    onward.answer(run, answer, _human(result, dry_run), json=json, more=more)
 
 
 def _human(result: Result, dry_run: bool) -> RenderableType:
     title = heading("merge", dry_run=dry_run, up_to_date=result.up_to_date, made=result.created)
-    return console.rows(
+    rows = console.rows(
         title,
         ("checkpoint", result.checkpoint),
         ("folder", here(result.folder)),
@@ -69,3 +69,4 @@ def _human(result: Result, dry_run: bool) -> RenderableType:
         ("size", size(result.bytes)),
         ("time", console.duration(result.seconds)),
     )
+    return Group(rows, Text(f"\n{result.serve}"))  # whole, to be copied: a table would break it

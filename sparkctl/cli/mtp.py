@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from sparkctl.cli import acceptance, console, heads, served
+from sparkctl.cli import acceptance, console, heads, onward, served
 from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, RunArg, SlowOpt, about
 from sparkctl.manifest.schema import Choices, HeadPlan
 from sparkctl.manifest.table import HeadLoss
@@ -52,7 +52,7 @@ def train(
         progress.say(f"up to date: the head of `{run}` is trained")
     if result.rank == 0:
         answer = {"ok": True, "run": str(run), "dry_run": dry_run, **heads.as_json(result)}
-        console.answer(answer, heads.as_text(result, dry_run), json=json)
+        onward.answer(run, answer, heads.as_text(result, dry_run), json=json, more=not dry_run)
 
 
 @group.command("eval")

@@ -12,14 +12,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from sparkctl.cli import console
+from sparkctl.cli import console, onward
 from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, RunArg
 from sparkctl.cli.train import whole_time
 from sparkctl.errors import UsageError
 from sparkctl.manifest.schema import Choices, PlanTable
 from sparkctl.manifest.store import describe
 from sparkctl.manifest.table import EngineName, Mode
-from sparkctl.words import heading, quoted, size
+from sparkctl.words import heading, size
 
 if TYPE_CHECKING:
     from sparkctl.steps.recommend import Result
@@ -74,7 +74,7 @@ def recommend(
     result = work(Request(run, flags, auto, recipe), force=force, dry_run=dry_run, progress=progress)
     if result.up_to_date:
         progress.say(f"up to date: `{run}` has this plan already")
-    console.answer(_json(result, dry_run), _human(result, dry_run), json=json)
+    onward.answer(run, _json(result, dry_run), _human(result, dry_run), json=json, more=not dry_run)
 
 
 def _json(result: Result, dry_run: bool) -> dict[str, Any]:
@@ -105,7 +105,6 @@ def _human(result: Result, dry_run: bool) -> Group:
         ("memory", f"{size(costs.peak_memory)} at its peak: {memory}"),
         ("disk", f"{size(costs.disk)}: tokens, checkpoints, the merged model{head}"),
         ("trained", f"{costs.trainable_parameters:,} parameters"),
-        *([] if dry_run else [("next", f"sparkctl train {quoted(result.run)}")]),
     )
     return Group(console.titled(title, table), "", estimates)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sparkctl.cli import console
+from sparkctl.cli import console, onward
 from sparkctl.cli.options import DryRunOpt, JsonOpt, RunArg, SlowOpt
 from sparkctl.cli.train import trained
 from sparkctl.words import earlier
@@ -42,4 +42,4 @@ def resume(
         "checkpoint": result.checkpoint, "train": result.train.model_dump(mode="json"),
     }  # fmt: skip
     if result.rank == 0:
-        console.answer(answer, human, json=json)
+        onward.answer(run, answer, human, json=json, more=not dry_run)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from sparkctl.cli import console
+from sparkctl.cli import console, onward
 from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, RunArg, SlowOpt
 from sparkctl.manifest.schema import Gate, PlanTable, TrainTable
 from sparkctl.words import counted, earlier, size
@@ -47,7 +47,7 @@ def train(
     else:
         human = trained(result.train) if result.train and not dry_run else planned(result.plan)
     if result.rank == 0:
-        console.answer(_json(result, dry_run), human, json=json)
+        onward.answer(run, _json(result, dry_run), human, json=json, more=not dry_run)
 
 
 def trained(table: TrainTable, title: str | None = None) -> RenderableType:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +23,18 @@ from sparkctl.steps.training import Job, check_fresh, complete, planned
 from sparkctl.words import counted, here, quoted
 
 Status = Literal["done", "not run", "running", "stopped", "stale"]
+# what is made from what: a step before the one that it needs would be refused, or made in vain
+NEEDS = {
+    "recommend": "analyze", "train": "recommend", "merge": "train", "adapter": "train", "adapter, text": "train",
+    "mtp train": "merge", "mtp inject": "merge",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a run. `mend`: the command that brings it further; None where there is nothing to do."""
+    """One step of a run. `mend`: the command that brings it further; None where there is nothing to do, or another
+    step comes first.
+    """
 
     name: str
     status: Status
@@ -61,7 +68,22 @@ def show(folder: Path) -> Shown:
         name = "train" if running == "resume" else running
         steps = [Step(s.name, "running", s.detail) if s.name == name else s for s in steps]
     rounds = [run, *ancestors(run)]
-    return Shown(run, steps, rounds, missing_parent(rounds[-1]))
+    return Shown(run, _in_order(steps), rounds, missing_parent(rounds[-1]))
+
+
+def next_command(folder: Path) -> str | None:
+    """The command that brings the run in `folder` further; None where every step is done."""
+    return next((step.mend for step in show(folder).steps if step.mend), None)
+
+
+def _in_order(steps: list[Step]) -> list[Step]:
+    """The steps, each with its command only where all that it needs is done."""
+    done, ordered = {""}, []
+    for step in steps:
+        ready = NEEDS.get(step.name, "") in done
+        done |= {step.name} if ready and step.status == "done" else set()
+        ordered.append(step if ready else replace(step, mend=None))
+    return ordered
 
 
 def get(shown: Shown, key: str) -> Any:
@@ -164,6 +186,9 @@ def _heads(run: Run, shown: Path, merged: Step) -> list[Step]:
         steps.append(
             _served(run, manifest.served, merged, steps[0], injection.recorded(run, shown, manifest.served).again)
         )
+    elif manifest.mtp is None or manifest.mtp.mode != "skipped":
+        mend = injection.Request(shown, "trained").again() if steps[0].status == "done" else None
+        steps.append(Step("mtp inject", "not run", mend=mend))
     return steps
 
 
@@ -197,7 +222,9 @@ def _another_model(run: Run, digest: str | None, merged: Step) -> str:
 
 
 def _served(run: Run, table: ServedTable, merged: Step, head: Step, again: Callable[..., str]) -> Step:
-    folder, mend = run.resolve(table.folder), again("--force")
+    folder, mend = run.resolve(table.folder), None
+    if table.mode == "default" or head.status == "done":
+        mend = again("--force")
     whose = "the base's head, since training did not help" if table.shipped else f"{table.mode} head"
     detail = f"{whose}, {counted(table.draft_length, 'token')} to draft → {here(folder)}"
     if sealed_as(folder, table.made_from, ServedSeal) is None:

@@ -19,7 +19,7 @@ from sparkctl.cli.app import run as command
 from sparkctl.manifest.schema import MtpTable
 from sparkctl.manifest.store import Run
 from sparkctl.merge.seal import read_seal
-from sparkctl.steps.show import show
+from sparkctl.steps.show import next_command, show
 from sparkctl.words import here
 
 Say = Callable[..., str]
@@ -62,7 +62,7 @@ def test_a_new_run(tmp_path: Path, say: Say) -> None:
 def test_hints_hold_for_a_folder_with_blanks(tmp_path: Path, llama_folder: Path, say: Say) -> None:
     """Copied into a shell, a hint names the run as one word."""
     run = ready.run(tmp_path / "my run", llama_folder, count=12, max_steps=3)
-    hints = [hint(say, run, step) for step in ("train", "merge")]
+    hints = [hint(say, run, "train")]
     hints += [say(step, run.root, status=2).partition("hint: ")[2] for step in ("merge", "resume")]
     assert all(str(run.root) in shlex.split(text) for text in hints), hints
     new = Run.create(tmp_path / "new run")
@@ -150,17 +150,6 @@ def test_a_mount_that_cannot_be_written_is_shown(
     assert states(say, trained)["train"] == "done"
 
 
-def test_each_adapter_has_a_row_of_its_own(tmp_path: Path, qwen35_folder: Path, say: Say) -> None:
-    run = merging_run.trained_run(tmp_path / "r1", qwen35_folder)
-    say("merge", run.root, "--adapter-only=text")
-    say("merge", run.root, "--adapter-only")
-    found = json.loads(say("show", run.root, "--json"))["steps"]
-    assert found["adapter"]["detail"].partition("; ")[0].endswith("/r1/adapter")
-    assert found["adapter, text"]["detail"].partition("; ")[0].endswith("/r1/adapter-text")
-    shutil.rmtree(run.root / "adapter-text")
-    assert hint(say, run, "adapter, text") == f"sparkctl merge {run.root} --adapter-only=text --force"
-
-
 @pytest.fixture
 def merged(tmp_path: Path, qwen35_folder: Path, say: Say) -> Run:
     """A run of a Qwen3.5 that is trained and merged."""
@@ -171,6 +160,46 @@ def merged(tmp_path: Path, qwen35_folder: Path, say: Say) -> Run:
     say("train", run.root)
     say("merge", run.root)
     return Run.open(run.root)
+
+
+def test_each_adapter_has_a_row_of_its_own(merged: Run, say: Say) -> None:
+    say("merge", merged.root, "--adapter-only=text")
+    assert json.loads(say("merge", merged.root, "--adapter-only", "--json"))["next"] is None
+    found = json.loads(say("show", merged.root, "--json"))["steps"]
+    assert found["adapter"]["detail"].endswith("/r1/adapter")
+    assert found["adapter, text"]["detail"].endswith("/r1/adapter-text")
+    shutil.rmtree(merged.root / "adapter-text")
+    assert hint(say, merged, "adapter, text") == f"sparkctl merge {merged.root} --adapter-only=text --force"
+
+
+def test_a_step_is_not_offered_before_the_one_that_it_needs(tmp_path: Path, llama_folder: Path, say: Say) -> None:
+    run = ready.run(tmp_path / "my run", llama_folder, count=12, max_steps=3)
+    named = shlex.quote(str(run.root))
+    with run.edit() as manifest:
+        plan, manifest.plan = manifest.plan, None
+    offered = {step.name: step.mend for step in show(run.root).steps}
+    assert offered == {"analyze": None, "recommend": f"sparkctl recommend {named}", "train": None, "merge": None}
+    with run.edit() as manifest:
+        manifest.plan = plan
+    assert f"\nnext: sparkctl merge {named}\n" in say("train", run.root)
+    with run.edit() as manifest:
+        assert manifest.train
+        manifest.train.status = "interrupted"
+    assert next_command(run.root) == f"sparkctl resume {named}"
+    assert "next" not in say("resume", run.root, "--dry-run")
+    assert f"\nnext: sparkctl merge {named}\n" in say("resume", run.root)
+    assert "next: " not in say("merge", run.root)  # the model has no head: the folder is there to be served
+    assert next_command(run.root) is None
+
+
+def test_a_head_is_trained_and_then_served(merged: Run, say: Say) -> None:
+    assert next_command(merged.root) == f"sparkctl mtp train {merged.root}"
+    assert f"\nnext: sparkctl mtp train {merged.root}\n" in say("merge", merged.root)
+    leave_head(merged)
+    assert next_command(merged.root) == f"sparkctl mtp inject {merged.root} --mode trained"
+    with merged.edit() as manifest:
+        manifest.mtp = MtpTable(mode="skipped", skipped="there is none", made_from="x")
+    assert next_command(merged.root) is None
 
 
 def test_a_merge_is_looked_into(merged: Run, say: Say) -> None:
@@ -185,14 +214,19 @@ def test_a_merge_is_looked_into(merged: Run, say: Say) -> None:
     assert hint(say, merged, "merge") == f"sparkctl merge {merged.root} --out '{here(elsewhere)}' --force"
 
 
-def with_head(run: Run, say: Say) -> None:
-    """As `mtp train` and `mtp inject` leave a run."""
+def leave_head(run: Run) -> None:
+    """As `mtp train` leaves a run."""
     (run.root / "mtp").mkdir()
     (run.root / "mtp" / "head.safetensors").touch()
     seal = read_seal(run.root / "merged")
     assert seal
     with run.edit() as manifest:
         manifest.mtp = MtpTable(mode="trained", head="mtp/head.safetensors", merged=seal.digest, made_from="x")
+
+
+def with_head(run: Run, say: Say) -> None:
+    """As `mtp train` and `mtp inject` leave a run."""
+    leave_head(run)
     say("mtp", "inject", run.root, "--mode", "default")
 
 
@@ -207,12 +241,9 @@ def test_what_was_made_from_a_stale_training_is_stale(merged: Run, say: Say) -> 
         manifest.analysis.made_from = "other data"
     found = states(say, merged)
     assert {found[name] for name in ("recommend", "train", *LATER)} == {"stale"}
-    assert [hint(say, merged, name) for name in LATER] == [
-        f"sparkctl merge {merged.root} --force",
-        f"sparkctl mtp train {merged.root} --force",
-        f"sparkctl mtp inject {merged.root} --mode default --force",
-    ]
     assert "its training is stale" in say("show", merged.root)
+    assert (next_command(merged.root) or "").startswith(f"sparkctl recommend {merged.root} ")
+    assert [hint(say, merged, name) for name in ("train", *LATER)] == [None] * 4
 
 
 def test_a_merge_of_a_stale_training_says_so(merged: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,7 +281,12 @@ def test_a_training_begun_anew_leaves_the_merge_stale(merged: Run, say: Say) -> 
     found = states(say, merged)
     assert found["train"] == "done"
     assert {found[name] for name in LATER} == {"stale"}
+    assert next_command(merged.root) == f"sparkctl merge {merged.root} --force"
     say("merge", merged.root, "--force")
+    assert [hint(say, merged, name) for name in LATER] == [
+        None, f"sparkctl mtp train {merged.root} --force",
+        f"sparkctl mtp inject {merged.root} --mode default --force",
+    ]  # fmt: skip
     found = states(say, merged)
     assert [found[name] for name in LATER] == ["done", "stale", "stale"]
     assert "the merged model is another one by now" in say("show", merged.root)
