@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from sparkctl.errors import UsageError
 from sparkctl.files import sha256_bytes, sha256_file, sweep_stages
 from sparkctl.manifest.fingerprint import fingerprint
-from sparkctl.manifest.schema import Checkpoint, MergeTable, ModelTable
+from sparkctl.manifest.schema import Checkpoint, MergeTable, ModelTable, TrainTable
 from sparkctl.manifest.store import Run, now
 from sparkctl.merge.companions import companions
 from sparkctl.merge.seal import Seal, SealedFile, intact, read_seal, sealed_files, write_seal
@@ -70,6 +70,23 @@ def recorded(run: Run, shown: Path, adapter: AdapterClass | None = None) -> Requ
     return Request(shown, table.asked if there else "best", out, adapter)
 
 
+def superseded(run: Run, table: MergeTable) -> str | None:
+    """The checkpoint that the command which wrote `table` takes by now, where it is another one of the same training.
+
+    What an earlier training gave is not superseded: the merge may be all that is left of it.
+    """
+    train = run.manifest.train
+    if train is None or table.created <= train.started:
+        return None
+    wanted = _wanted(train, table.asked)
+    return wanted if wanted != table.checkpoint else None
+
+
+def _wanted(train: TrainTable, asked: str) -> str | None:
+    """The id of a checkpoint that is named best, last or by its id; None where there is none yet."""
+    return {"best": train.best_checkpoint or train.last_checkpoint, "last": train.last_checkpoint}.get(asked, asked)
+
+
 @dataclass(frozen=True)
 class Result:
     """`serve`: the command line that puts the folder to use; `created`: when the folder was written. Under --dry-run it
@@ -98,7 +115,7 @@ def merge(request: Request, *, force: bool = False, dry_run: bool = False, progr
                 _record(job, sealed)
             _tell_stale(run, progress)
             return job.result(sealed, up_to_date=True)
-        _check_target(job, sealed, force)
+        _check_target(job, sealed, force, progress)
         state.verify(job.trained)
         if dry_run:
             return _dry_run(job)
@@ -191,7 +208,7 @@ def _checkpoint(run: Run, request: Request, progress: Progress) -> Path:
             f"warning: the training stopped at step {train.step} of {train.steps}: "
             f"`sparkctl resume {quoted(run.root)}` ends it"
         )
-    id = {"best": train.best_checkpoint or train.last_checkpoint, "last": train.last_checkpoint}.get(wanted, wanted)
+    id = _wanted(train, wanted)
     if wanted == "best" and train.best_checkpoint is None and id:
         progress.say(f"note: nothing was held out, so there is no best checkpoint: taking the last, {id}")
     if id is None:
@@ -202,8 +219,8 @@ def _checkpoint(run: Run, request: Request, progress: Progress) -> Path:
     return there[id]
 
 
-def _check_target(job: _Job, sealed: Seal | None, force: bool) -> None:
-    """Raise UsageError where the target exists, unless it is a merge's and `force` replaces it."""
+def _check_target(job: _Job, sealed: Seal | None, force: bool, progress: Progress) -> None:
+    """Raise UsageError where the target exists, unless it is a merge's that is outdated or that `force` replaces."""
     out, root = job.out, job.run.root.resolve()
     if not out.exists():
         return
@@ -213,12 +230,41 @@ def _check_target(job: _Job, sealed: Seal | None, force: bool) -> None:
         return
     if sealed is None:
         raise UsageError(f"`{job.target}` exists, and no merge wrote it", job.request.again("--out", "FOLDER"))
-    if not force:
-        stale = sealed.run == job.run.manifest.run.id and sealed.made_from != job.made_from
-        what = f"was made from {sealed.checkpoint}, or from another base" if stale else "exists already"
-        raise UsageError(f"`{job.target}` {what}", f"`{job.request.again('--force')}` replaces it; or `--out FOLDER`")
+    if not force and not _outdated(job, sealed):
+        again = job.request.again("--force")
+        raise UsageError(f"`{job.target}` {_kept(job, sealed)}", f"`{again}` replaces it; or `--out FOLDER`")
     if root.is_relative_to(out.resolve()) or job.base.resolve().is_relative_to(out.resolve()):
         raise UsageError(f"`{job.target}` holds what the merge reads", job.request.again("--out", "FOLDER"))
+
+    if not force:
+        progress.say(f"`{job.target}` was made from {sealed.checkpoint}: it is made anew from {job.trained.name}")
+
+
+def _outdated(job: _Job, sealed: Seal) -> bool:
+    """Whether this command wrote the target from an earlier checkpoint of the training, and nobody changed it since."""
+    table: MergeTable | None = getattr(job.run.manifest, TABLES[job.request.adapter])
+    if table is None or superseded(job.run, table) is None:
+        return False
+    asked = (sealed.made_from, job.run.relative(job.out), job.request.checkpoint)
+    return (table.made_from, table.folder, table.asked) == asked and intact(job.out, sealed)
+
+
+def _kept(job: _Job, sealed: Seal) -> str:
+    """Why the target, a merge's, is not replaced: the one thing that tells it from what would be written."""
+    run, train, path = job.run, job.run.manifest.train, job.run.relative(job.out)
+    if sealed.run != run.manifest.run.id:
+        return "is the merge of another run"
+    if not intact(job.out, sealed):
+        return "was changed since it was written"
+    for adapter, name in TABLES.items():
+        table: MergeTable | None = getattr(run.manifest, name)
+        if adapter != job.request.adapter and table and (table.made_from, table.folder) == (sealed.made_from, path):
+            return f"was written by `{recorded(run, job.request.run, adapter).again()}`"
+    if train and sealed.created <= train.started:
+        return f"was made from {sealed.checkpoint} of an earlier training"
+    if sealed.checkpoint != job.trained.name:
+        return f"was made from {sealed.checkpoint}, not from {job.trained.name}"
+    return f"was made from {sealed.checkpoint} with other files of the base"
 
 
 def _tell_stale(run: Run, progress: Progress) -> None:

@@ -246,6 +246,8 @@ def _merge(name: str, run: Run, table: MergeTable | None, training: Step, mend: 
     detail = f"{table.checkpoint}{gone} → {here(folder)}"
     if sealed_as(folder, table.made_from) is None:
         return Step(name, "stale", detail, f"{mend} --force", "; the folder is not what was written")
+    if better := merge.superseded(run, table):
+        return Step(name, "stale", detail, mend, f"; the {table.asked} checkpoint is {better} by now")
     if trained and not run.manifest.checkpoint(table.checkpoint):
         return Step(name, "stale", detail, f"{mend} --force", "; that checkpoint is gone")
     if entry and table.digest not in (None, entry.digest):

@@ -81,7 +81,7 @@ def test_a_second_run_is_up_to_date_until_something_changes(run: Run, said: Said
     merge("r1")
     assert "merge (up to date: nothing was done, this is the result of 20" in said.readouterr().out
     assert ((run.root / "merged" / "config.json").stat().st_mtime_ns, (run.root / "run.toml").read_bytes()) == written
-    assert "step-000003, or from" in refused(said, 2, "r1", "--checkpoint", "last")
+    assert "error: `r1/merged` was made from step-000003" in refused(said, 2, "r1", "--checkpoint", "last")
     assert answer(said, "r1", "--checkpoint", "last", "--force")["up_to_date"] is False
     kinds = [c.id for c in Run.open(run.root).manifest.checkpoints if c.kind == "merged"]
     assert kinds == ["merged-000006"]
@@ -93,6 +93,61 @@ def test_a_second_run_is_up_to_date_until_something_changes(run: Run, said: Said
     refused(said, 2, "r1", "--checkpoint", "last")
     assert answer(said, "r1", "--checkpoint", "last", "--force")["up_to_date"] is False
     assert answer(said, "r1", "--checkpoint", "last")["up_to_date"] is True
+
+
+def train_on(run: Run, best: str) -> None:
+    """As a resume leaves it that found a better checkpoint; its training began before any merge."""
+    with run.edit() as manifest:
+        assert manifest.train
+        manifest.train.started, manifest.train.best_checkpoint = "2026-01-01T00:00:00Z", best
+
+
+def test_what_the_training_went_past_is_made_anew(run: Run, said: Said) -> None:
+    merge("r1")
+    train_on(run, "step-000006")
+    assert answer(said, "r1", "--dry-run")["checkpoint"] == "step-000006"
+    said.readouterr()
+    merge("r1")
+    assert "`r1/merged` was made from step-000003: it is made anew from step-000006\n" in said.readouterr().err
+    assert answer(said, "r1")["up_to_date"] is True
+    table = Run.open(run.root).manifest.merge
+    assert table
+    assert (table.checkpoint, table.asked) == ("step-000006", "best")
+
+
+def test_one_true_reason_keeps_a_merge(run: Run, said: Said) -> None:
+    def kept(*arguments: str) -> str:
+        return refused(said, 2, "r1", *arguments).splitlines()[0].partition("` ")[2]
+
+    merge("r1")
+    train_on(run, "step-000003")
+    assert kept("--checkpoint", "last") == "was made from step-000003, not from step-000006"
+    train_on(run, "step-000006")
+    (run.root / "merged" / "config.json").write_text("{}")
+    assert kept() == "was changed since it was written"
+    merge("r1", "--force")
+    with run.edit() as manifest:
+        assert manifest.train
+        manifest.train.started, manifest.train.best_checkpoint = "2100-01-01T00:00:00Z", "step-000003"
+    assert kept() == "was made from step-000006 of an earlier training"
+    train_on(run, "step-000006")
+    merge("r1", "--adapter-only", "--out", "m")
+    assert kept("--out", "m") == "was written by `sparkctl merge r1 --adapter-only --out m`"
+    with run.edit() as manifest:
+        manifest.run.id = "another"
+    assert kept("--checkpoint", "step-000003") == "is the merge of another run"
+
+
+def test_a_base_with_other_files_is_the_reason(run: Run, said: Said, qwen35_folder: Path) -> None:
+    base = Path("base")
+    shutil.copytree(qwen35_folder, base)
+    with run.edit() as manifest:
+        assert manifest.model
+        manifest.model.source = "../base"
+    merge("r1")
+    train_on(run, "step-000003")
+    (base / "generation_config.json").write_text('{"temperature": 0.5}')
+    assert "was made from step-000003 with other files of the base\n" in refused(said, 2, "r1")
 
 
 def test_up_to_date_is_said_without_torch(run: Run) -> None:

@@ -292,6 +292,23 @@ def test_a_training_begun_anew_leaves_the_merge_stale(merged: Run, say: Say) -> 
     assert "the merged model is another one by now" in say("show", merged.root)
 
 
+def test_a_merge_that_the_training_went_past_is_stale(tmp_path: Path, llama_folder: Path, say: Say) -> None:
+    run = ready.run(tmp_path / "r1", llama_folder, count=12, max_steps=3, save_every=1)
+    say("train", run.root)
+    with run.edit() as manifest:
+        assert manifest.train
+        best, manifest.train.started = manifest.train.best_checkpoint, "2026-01-01T00:00:00Z"
+        manifest.train.best_checkpoint = next(c.id for c in manifest.checkpoints if c.kind == "step" and c.id != best)
+    say("merge", run.root)
+    with run.edit() as manifest:
+        assert manifest.train
+        manifest.train.best_checkpoint = best
+    assert f"; the best checkpoint is {best} by now" in say("show", run.root)
+    assert next_command(run.root) == f"sparkctl merge {run.root}"
+    say("merge", run.root)
+    assert next_command(run.root) is None
+
+
 def test_a_stale_merge_is_mended_from_the_checkpoint_that_was_asked_for(merged: Run, say: Say) -> None:
     first = min(c.step for c in merged.manifest.checkpoints if c.kind == "step" and c.step is not None)
     for asked in (f"step-{first:06d}", "last", "best"):
