@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sparkctl.errors import SparkError
+from sparkctl.files import sha256_file
 from sparkctl.words import quoted
 
 if TYPE_CHECKING:
@@ -167,8 +168,10 @@ class TokenStoreWriter:
     def _describe(self, digest: str) -> None:
         from datasets import DatasetInfo
 
-        size = (self._folder / ARROW).stat().st_size
-        DatasetInfo(features=self._features, dataset_size=size).write_to_directory(str(self._folder))
+        path = self._folder / ARROW
+        sums = {ARROW: {"num_bytes": path.stat().st_size, "checksum": sha256_file(path)}}
+        info = DatasetInfo(features=self._features, dataset_size=path.stat().st_size, download_checksums=sums)
+        info.write_to_directory(str(self._folder))
         state: dict[str, Any] = {
             "_data_files": [{"filename": ARROW}],
             "_fingerprint": digest,
@@ -270,11 +273,17 @@ class _Lists:
         return self._values[chunk][start:end]
 
 
+def intact(folder: Path) -> bool:
+    """Whether every byte of a store is as it was written: its file is read. True where no checksum was noted."""
+    sums = json.loads((folder / INFO).read_text()).get("download_checksums") or {}
+    return ARROW not in sums or sha256_file(folder / ARROW) == sums[ARROW]["checksum"]
+
+
 def stored_digest(folder: Path) -> str | None:
     """The digest of a whole store, read without Arrow; None where there is none or its file was cut."""
     try:
         if (folder / ARROW).stat().st_size != json.loads((folder / INFO).read_text())["dataset_size"]:
             return None
         return str(json.loads((folder / STATE).read_text())["_fingerprint"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -204,6 +204,7 @@ class _Analysis:
         from sparkctl.data.ingest import Ingest
 
         inputs = self._inputs
+        inputs.inherited()  # a parent without tokens is said before any work
         ingest = Ingest(
             self._format, add, seed=inputs.seed, max_seq_length=inputs.max_seq_length,
             skip_bad=self._request.skip_bad, earlier=self._earlier(run),
@@ -216,18 +217,25 @@ class _Analysis:
         return tally
 
     def _earlier(self, run: Run | None) -> list[Earlier]:
-        """Stores to take known rows from: this run's own and the parent's, where whole and made of the same tokens."""
+        """Stores to take known rows from: this run's own and the parent's, where made of the same tokens.
+
+        One that is damaged gives none; the parent's has to be mended, since it says what was held out.
+        """
         from sparkctl.data.ingest import Earlier
-        from sparkctl.data.tokens import TokenStore
+        from sparkctl.data.tokens import TokenStore, intact
+        from sparkctl.steps.training import whole_store
 
         wanted = (self._format.tokenizer_sha256, self._format.template_sha256)
+        parent = self._inputs.parent
+        known = [(parent, whole_store(parent))] if parent else []
+        if run and stored_digest(run.root / TOKENS) and intact(run.root / TOKENS):
+            known.insert(0, (run, TokenStore.open(run.root / TOKENS)))
         stores = []
-        for known in (run, self._inputs.parent):
-            if known and known.manifest.model and known.manifest.analysis:
-                model, digest = known.manifest.model, known.manifest.analysis.digest
-                same = (model.tokenizer_sha256, model.chat_template.sha256) == wanted
-                if same and digest and stored_digest(known.root / TOKENS) == digest:
-                    stores.append(Earlier(TokenStore.open(known.root / TOKENS)))
+        for owner, store in known:
+            model, analysis = owner.manifest.model, owner.manifest.analysis
+            same = model and (model.tokenizer_sha256, model.chat_template.sha256) == wanted
+            if same and analysis and analysis.digest == store.digest:
+                stores.append(Earlier(store))
         return stores
 
     def _held_out(self, tally: Tally) -> np.ndarray:

@@ -15,7 +15,7 @@ from sparkctl.manifest.table import CheckpointKind, EngineName
 from sparkctl.plan.heads import HeadWishes, wishes_of
 from sparkctl.progress import Progress
 from sparkctl.steps.inputs import TOKENS
-from sparkctl.steps.training import CHECKPOINTS, METRICS
+from sparkctl.steps.training import CHECKPOINTS, METRICS, whole_store
 from sparkctl.train.ranks import Ranks
 from sparkctl.words import quoted
 
@@ -155,7 +155,7 @@ class HeadJob:
             disk="take away what is not needed on that disk",
             rate=f"{self.again} --force --learning-rate",
         )
-        return Session.of(plan, self.store(), engine, State(mode="mtp"), advice, ranks)
+        return Session.of(plan, whole_store(self.run), engine, State(mode="mtp"), advice, ranks)
 
 
 def head_fingerprint(plan: HeadPlan, tokens: str | None, merged: str, shipped: HeadSource | None) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from sparkctl.errors import UsageError
+from sparkctl.errors import SparkError, UsageError
 from sparkctl.files import sha256_file
 from sparkctl.hardware.measurements import Kind
 from sparkctl.manifest.fingerprint import fingerprint
@@ -106,7 +106,7 @@ class Job:
         from sparkctl.train.session import Session, advice
 
         session = Session.open(
-            self.plan, self.model_folder(progress), self.store(), choices=choices, ranks=ranks,
+            self.plan, self.model_folder(progress), whole_store(self.run), choices=choices, ranks=ranks,
             name=quoted(self.run.root), allow_slow=self.allow_slow,
             advice=advice(recommend_command(self.run), analyze_command(self.run), analysed(self.run)[2].max),
         )  # fmt: skip
@@ -123,6 +123,19 @@ class Job:
     def model_folder(self, progress: Progress) -> Path:
         """The base model with its weights, as it was analysed. Raises UsageError where it is another by now."""
         return model_folder(self.run, self.model, progress)
+
+
+def whole_store(run: Run) -> TokenStore:
+    """The run's tokens, each byte of them as `analyze` wrote it. Raises SparkError where one is not."""
+    from sparkctl.data.tokens import TokenStore, intact
+
+    store = TokenStore.open(run.root / TOKENS)
+    if not intact(store.folder):
+        raise SparkError(
+            f"`{store.folder}` is damaged: its rows are not those that `analyze` wrote",
+            analyze_command(run, "--force"),
+        )
+    return store
 
 
 def model_folder(run: Run, model: ModelTable, progress: Progress) -> Path:

@@ -13,6 +13,7 @@ import tiny
 from analyzing import chat, lines
 
 from sparkctl.cli import app
+from sparkctl.data import tokens
 from sparkctl.files import sha256_file
 from sparkctl.manifest.store import Run
 from sparkctl.steps.train import train
@@ -96,6 +97,27 @@ def test_a_flipped_bit_in_a_finished_run(folder: Path, finished: Path, capsys: S
     assert status == 0, text
     assert trained_weights(folder) == trained_weights(finished)
     assert said(capsys, "train", folder / "run")[0] == 0
+
+
+def test_a_flipped_bit_among_the_tokens(
+    llama_folder: Path, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is trained on it, no round follows it, and analysing again takes no row from it."""
+    data, run = tiny.chats(tmp_path / "chats.jsonl"), tmp_path / "run"
+    assert said(capsys, "analyze", data, "--run", run, "--model", llama_folder)[0] == 0
+    assert said(capsys, "recommend", run)[0] == 0
+    arrow = run / "tokens" / tokens.ARROW
+    whole = arrow.read_bytes()
+    flip(arrow)
+    status, text = said(capsys, "train", run, "--no-certificate")
+    assert status == 1
+    assert "not those that `analyze` wrote" in text
+    assert not (run / "metrics.jsonl").exists()
+    status, text = said(capsys, "analyze", data, "--run", tmp_path / "child", "--parent", run)
+    assert (status, f"--run {run} --force" in text) == (1, True)
+    status, text = said(capsys, "analyze", data, "--run", run, "--force", "--json")
+    assert (status, json.loads(text)["analysis"]["reused"]) == (0, 0)
+    assert arrow.read_bytes() == whole
 
 
 def test_nothing_goes_on_from_behind_a_damaged_best_checkpoint(folder: Path) -> None:

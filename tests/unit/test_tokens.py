@@ -120,3 +120,12 @@ def test_a_cut_store_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(SparkError, match="is damaged"):
         TokenStore.open(tmp_path / "tokens")
+
+
+@pytest.mark.parametrize("name", [tokens.INFO, tokens.STATE])
+def test_a_store_whose_json_is_of_another_kind_is_named(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "tokens", rows(5))
+    (tmp_path / "tokens" / name).write_text("[1]")
+    assert tokens.stored_digest(tmp_path / "tokens") is None
+    with pytest.raises(SparkError, match="is damaged"):
+        TokenStore.open(tmp_path / "tokens")
