@@ -119,11 +119,12 @@ class TensorFile:
 class Checkpoint:
     """The safetensors of a model folder: one file, or shards and their index.
 
-    Raises SparkError where there are none, or where index and shards do not agree on where a listed tensor is.
+    but: how the names begin of tensors that are looked past, whether or not the index is right about them. Raises
+    SparkError where there are none, or where index and shards do not agree on where a listed tensor is.
     """
 
-    def __init__(self, folder: Path) -> None:
-        layout = read_layout(folder)
+    def __init__(self, folder: Path, *, but: str | None = None) -> None:
+        layout = read_layout(folder, but=but)
         if layout.problems:
             raise SparkError("; ".join(layout.problems), folder_anew(folder))
         self.folder, self.sharded = folder, layout.sharded
@@ -161,10 +162,13 @@ class Layout:
     problems: list[str]
 
 
-def read_layout(folder: Path) -> Layout:
-    """Headers and index of a model folder, with every problem in them. Raises SparkError where there are no weights."""
+def read_layout(folder: Path, *, but: str | None = None) -> Layout:
+    """Headers and index of a model folder, with every problem in them. Raises SparkError where there are no weights.
+
+    but: as in `Checkpoint`; of a single file nothing is looked past.
+    """
     if (folder / INDEX).is_file():
-        return _sharded(folder)
+        return _sharded(folder, but)
     if (folder / SINGLE).is_file():
         file = TensorFile(folder / SINGLE)
         return Layout(False, [file], dict.fromkeys(file.names(), file), [])
@@ -176,8 +180,9 @@ def read_layout(folder: Path) -> Layout:
     raise SparkError(f"`{folder}` holds no weights: neither `{SINGLE}` nor `{INDEX}` is there", folder_anew(folder))
 
 
-def _sharded(folder: Path) -> Layout:
+def _sharded(folder: Path, but: str | None) -> Layout:
     weight_map = read_weight_map(folder / INDEX)
+    weight_map = {name: shard for name, shard in weight_map.items() if but is None or not name.startswith(but)}
     shards: dict[str, TensorFile] = {}
     problems = []
     for shard in sorted(set(weight_map.values())):

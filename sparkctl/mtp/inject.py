@@ -30,7 +30,7 @@ from sparkctl.model.format import Entry, finite, header_bytes
 from sparkctl.model.inspect import inspect, quantised, read_config, text_part
 from sparkctl.model.promise import promising
 from sparkctl.model.weights import INDEX, SINGLE, Checkpoint, ShardWriter, TensorFile
-from sparkctl.mtp.source import HeadSource
+from sparkctl.mtp.source import HeadSource, some
 from sparkctl.progress import Progress, Task, silent
 
 ATTENTION = ".self_attn."
@@ -97,7 +97,7 @@ def read_target(folder: Path, mend: str = "name a Qwen3.5: `--into FOLDER`") -> 
         raise UsageError(f"`{folder}` {how}; an MTP head goes beside weights that are not", mend)
     info = inspect(folder)
     changed = _promise_head(folder, config)
-    checkpoint, head = Checkpoint(folder), mtp.shapes(text_part(info.config))
+    checkpoint, head = Checkpoint(folder, but=mtp.PREFIX), mtp.shapes(text_part(info.config))
     _require_described(checkpoint, head, config)
     files = [TensorFile(path) for path in checkpoint.shards()]
     shards = [Shard(file, BODY_SHARD if file.path.name == SINGLE else file.path.name, _body(file)) for file in files]
@@ -204,7 +204,7 @@ def _not_whole(problems: list[str], target: Target, out: Path) -> SparkError:
     ours = [problem for problem in problems if problem not in own]
     hint = "this is a bug" if ours else f"`{target.folder}` is not whole either: {folder_anew(target.folder)}"
     return SparkError(
-        f"the model with its head is not whole: {'; '.join(problems)}", f"{hint}; nothing was written to `{out}`"
+        f"the model with its head is not whole: {some(problems, '; ')}", f"{hint}; nothing was written to `{out}`"
     )
 
 
@@ -291,10 +291,11 @@ def _index(target: Target, head: HeadSource) -> bytes:
     """The model's own index, its metadata kept, with the head's tensors in their shard."""
     path = target.folder / INDEX
     metadata = json.loads(path.read_bytes()).get("metadata") if path.is_file() else None
+    metadata = metadata if isinstance(metadata, dict) else {}
     where = {name: shard.name for shard in target.shards for name in shard.kept}
     body = sum(shard.file.nbytes(name) for shard in target.shards for name in shard.kept)
     values = {
-        "metadata": {**(metadata or {}), "total_size": body + head.bytes},
+        "metadata": {**metadata, "total_size": body + head.bytes},
         "weight_map": where | dict.fromkeys(sorted(head.tensors), HEAD_SHARD),
     }
     return (json.dumps(values, indent=2) + "\n").encode()

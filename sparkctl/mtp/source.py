@@ -102,18 +102,19 @@ def require_fit(origin: str, found: Specs, wanted: mtp.Shapes, anew: str, mend: 
         raise NoHead(f"`{origin}` has no MTP head: {lost}", mend)
     absent = [f"`{name}`" for name in wanted if name not in found]
     if absent:
-        raise SparkError(f"the MTP head of `{origin}` is not whole: it lacks {_some(absent)}", anew)
+        raise SparkError(f"the MTP head of `{origin}` is not whole: it lacks {some(absent)}", anew)
     strange = [f"`{name}`" for name in found if name not in wanted]
     if strange:
-        raise SparkError(f"the MTP head of `{origin}` has tensors that are unknown here: {_some(strange)}", mend)
+        raise SparkError(f"the MTP head of `{origin}` has tensors that are unknown here: {some(strange)}", mend)
     other = [f"`{n}` {list(found[n][1])} for {list(shape)}" for n, shape in wanted.items() if found[n][1] != shape]
     if other:
-        raise SparkError(f"the MTP head of `{origin}` has other dimensions than the model: {_some(other)}", mend)
+        raise SparkError(f"the MTP head of `{origin}` has other dimensions than the model: {some(other)}", mend)
     stored = [f"`{name}` in {dtype}" for name, (dtype, _) in found.items() if dtype not in FLOATS]
     if stored:
-        raise SparkError(f"the MTP head of `{origin}` is quantised: {_some(stored)}", mend)
+        raise SparkError(f"the MTP head of `{origin}` is quantised: {some(stored)}", mend)
 
 
-def _some(items: list[str]) -> str:
+def some(items: list[str], between: str = ", ") -> str:
+    """The first of them, and how many more there are."""
     more = len(items) - NAMED
-    return ", ".join(items[:NAMED]) + (f" and {more} more" if more > 0 else "")
+    return between.join(items[:NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -181,7 +181,7 @@ def _foreign(request: Request, folder: Path) -> Model:
     if not folder.is_dir():
         what = f"`{folder}` is a file" if folder.exists() else f"no folder `{folder}`"
         raise UsageError(f"{what}, and `--into` names the folder of a model", request.other_model)
-    weights = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
+    weights = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors")) if path.is_file()]
     files = {name: sha256_file(folder / name) for name in companions(folder)}
     identity = fingerprint([(name, status.st_size, status.st_mtime_ns) for name, status in weights], files)
     return Model(folder, {}, identity, None)

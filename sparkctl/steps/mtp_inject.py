@@ -148,8 +148,9 @@ def _write(job: Job, force: bool, progress: Progress) -> Result:
     def finish(stage: Path, digests: dict[str, SealedFile]) -> None:
         card = job.target.folder / CARD
         if card.is_file():
-            text = with_head(card.read_text(encoding="utf-8"), job.serve("."), _described(job))
-            (stage / CARD).write_text(text, encoding="utf-8")
+            as_it_is = {"encoding": "utf-8", "errors": "surrogateescape"}  # another tool's may be in any encoding
+            text = with_head(card.read_text(**as_it_is), job.serve("."), _described(job))
+            (stage / CARD).write_text(text, **as_it_is)
         seals.append(_seal(job, sealed_files(stage, digests)))
         write_seal(stage, seals[0])
 
