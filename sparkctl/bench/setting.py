@@ -65,7 +65,9 @@ def setting(
 def require_room(documents: int, pack: int) -> None:
     """Raise UsageError unless so many documents of two tokens and more fit."""
     if not 0 < documents <= pack // 2:
-        raise UsageError(f"{documents} documents do not fill a pack of {pack}", "give `--documents` or `--pack`")
+        raise UsageError(
+            f"{documents} documents do not fill a pack of {pack}", "give fewer `--documents`, or more tokens"
+        )
 
 
 def without_gpu() -> str:

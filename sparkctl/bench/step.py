@@ -66,13 +66,15 @@ def bench_step(
 ) -> Iterator[Row]:
     """Measure each stack; its row comes when it is there. One that fails is a row that says why.
 
-    The native engine's rate is kept for plans of the same model at once. Raises UsageError at a name that is no stack.
+    The native engine's rate is kept for plans of the same model at once. Raises UsageError at a name that is no stack,
+    or without any.
     """
     known = stacks_of(at.work)
     unknown = [name for name in stacks if name not in known]
-    if unknown:
+    if unknown or not stacks:
+        what = f"no stack `{unknown[0]}`" if unknown else "no stack is named"
         command = f"sparkctl bench {'mtp' if at.work.draft_steps else 'step'} --help"
-        raise UsageError(f"no stack `{unknown[0]}`; there are {', '.join(known)}", command)
+        raise UsageError(f"{what}; there are {', '.join(known)}", command)
     for name in stacks:
         progress.say(f"measuring {name}")
         try:

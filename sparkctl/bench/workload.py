@@ -77,9 +77,9 @@ class Workload:
 
 
 def synthetic(config: dict[str, Any], mode: Mode, pack: int, documents: int, **rest: Any) -> Workload:
-    """`documents` of uneven lengths that fill `pack` to the token, labels on the last 35 % of each."""
+    """`documents` of uneven lengths that fill `pack` to the token, labels on the last 35 % of each, one at least."""
     lengths = spread(pack, documents)
-    return Workload(config, mode, lengths, tuple(int(n * LABEL_SHARE) for n in lengths), **rest)
+    return Workload(config, mode, lengths, tuple(max(1, int(n * LABEL_SHARE)) for n in lengths), **rest)
 
 
 def spread(total: int, count: int, seed: int = 1) -> tuple[int, ...]:

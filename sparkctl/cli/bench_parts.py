@@ -71,12 +71,13 @@ def products(
     """Each matrix product of a step by every way to compute it; trainings that start here later take the fastest."""
     from sparkctl.bench.mtp import mtp_setting
     from sparkctl.bench.products import bench_products
-    from sparkctl.bench.setting import setting
+    from sparkctl.bench.setting import DOCUMENTS, setting
 
+    documents = min(DOCUMENTS, tokens // 2)
     if mode == "mtp":
-        at = mtp_setting(shape=shape, pack=tokens, model=model)
+        at = mtp_setting(shape=shape, pack=tokens, documents=documents, model=model)
     else:
-        at = setting(shape=shape, mode=mode, pack=tokens, model=model, rank=rank)
+        at = setting(shape=shape, mode=mode, pack=tokens, documents=documents, model=model, rank=rank)
     progress, kept = console.progress(), False
 
     def work(tell: Callable[[Row], None]) -> None:

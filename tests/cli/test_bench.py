@@ -57,7 +57,14 @@ def test_lengths_come_from_a_run(bench: Any, tmp_path: Path, llama_folder: Path)
 
 @pytest.mark.parametrize(
     "arguments",
-    [("step", "--stacks", "fastest"), ("step", "--pack", 16, "--documents", 9), ("predict", "--device", "x")],
+    [
+        ("step", "--stacks", "fastest"),
+        ("step", "--stacks", ""),
+        ("synthetic", "--stacks", ","),
+        ("mtp", "--stacks", ","),
+        ("step", "--pack", 16, "--documents", 9),
+        ("predict", "--device", "x"),
+    ],
 )
 def test_wrong_usage(bench: Any, arguments: tuple[object, ...]) -> None:
     status, said = bench(*arguments)
@@ -80,6 +87,11 @@ def test_documents_fill_the_pack_to_the_token() -> None:
     for total, count in ((5376, 12), (5376, 40), (5376, 1), (64, 32)):
         lengths = workload.spread(total, count)
         assert (sum(lengths), len(lengths), min(lengths) >= 2) == (total, count, True)
+
+
+def test_documents_of_two_tokens_have_a_label_each(bench: Any) -> None:
+    status, said = bench("step", "--stacks", "native", "--steps", 1, "--pack", 16, "--documents", 8)
+    assert (status, said["lengths"], said["labels"]) == (0, [2] * 8, 8)
 
 
 def test_overlapping_intervals_count_once() -> None:

@@ -159,6 +159,11 @@ def test_a_cpu_has_nothing_to_choose_among_products(bench: Any, capsys: pytest.C
     assert "nothing to choose from" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("mode", ["lora", "mtp"])
+def test_products_of_as_few_tokens_as_can_be_asked_for(bench: Any, mode: str) -> None:
+    assert bench("products", "--tokens", 16, "--mode", mode)[0] == 0
+
+
 def test_products_of_a_step_are_measured_kept_and_taken(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
