@@ -48,14 +48,15 @@ class Fault:
     """What happens to requests whose line ("GET /org/name/…") holds `where`, `times` times.
 
     status: the answer, with the hub's `code` (X-Error-Code). cut: bytes of the body after which the connection breaks.
-    page: a web page in place of the answer. whole: the file, whatever Range was asked for. said: a Content-Range of
-    other numbers. damaged: the last byte is another. surplus: bytes of the body beyond what it should be (fewer where
-    negative), and a length to match.
+    body: of a refusal. page: a web page in place of the answer. whole: the file, whatever Range was asked for. said: a
+    Content-Range of other numbers. damaged: the last byte is another. surplus: bytes of the body beyond what it should
+    be (fewer where negative), and a length to match.
     """
 
     where: str
     status: int = 0
     code: str = ""
+    body: bytes = b"{}"
     cut: int | None = None
     page: bool = False
     whole: bool = False
@@ -154,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.page:
             return self._send(200, b"<html>a web page</html>", {"Content-Type": "text/html"})
         if fault and fault.status:
-            return self._refuse(fault.status, fault.code)
+            return self._refuse(fault.status, fault.code, body=fault.body)
         if self.hub.token and shown != f"Bearer {self.hub.token}":
             return self._refuse(401, "" if shown else "RepoNotFound")
         parts = path.strip("/").split("/")
@@ -219,8 +220,8 @@ class _Handler(BaseHTTPRequestHandler):
         commit = next(reversed(commits)) if revision == "main" else revision
         return (commit, commits[commit]) if commit in commits else self._refuse(404, "RevisionNotFound")
 
-    def _refuse(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
-        self._send(status, b"{}", {"X-Error-Code": code, **(headers or {})} if code else headers or {})
+    def _refuse(self, status: int, code: str, headers: dict[str, str] | None = None, body: bytes = b"{}") -> None:
+        self._send(status, body, {"X-Error-Code": code, **(headers or {})} if code else headers or {})
 
     def _send(self, status: int, body: bytes, headers: dict[str, str], cut: int | None = None) -> None:
         self.send_response(status)

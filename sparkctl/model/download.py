@@ -143,7 +143,7 @@ class Hub:
                 f"no space left in `{self.cache}` for `{self.id}`",
                 "free some space there, or set HF_HUB_CACHE to a folder on a larger disk, and run it again",
             )
-        if isinstance(error, errors.FileMetadataError | JSONDecodeError):
+        if isinstance(error, errors.FileMetadataError | JSONDecodeError | UnicodeDecodeError):
             return SparkError(f"`{self.shown}` does not answer as a hub does", "check HF_ENDPOINT")
         if isinstance(error, OSError) and error.filename is not None:
             return None  # the command line names the place

@@ -128,7 +128,7 @@ class RemoteFile:
             raise self._strange(f"HTTP 416: it has no bytes {start:,} to {stop - 1:,}")
         try:
             hf_raise_for_status(answer)
-        except HfHubHTTPError as error:
+        except (HfHubHTTPError, UnicodeDecodeError) as error:  # the latter at a page that is not in UTF-8
             if answer.status_code in BUSY:
                 raise _Busy(error, answer.status_code) from error
             raise

@@ -78,6 +78,15 @@ def test_what_the_hub_refuses(
     assert names(locate(ID)) == SMALL
 
 
+@pytest.mark.parametrize("where", ["GET /api/", "GET /org/"])
+def test_a_refusal_that_is_not_in_utf_8(where: str, hub: HubServer, commit: str) -> None:
+    """As the page of a proxy may be."""
+    hub.fail(where, status=403, body="accès refusé".encode("latin-1"))
+    with pytest.raises(SparkError, match="does not answer as a hub does") as raised:
+        locate(ID, weights=True)
+    assert "HF_ENDPOINT" in (raised.value.hint or "")
+
+
 def test_a_file_of_another_size_is_no_file(hub: HubServer, commit: str) -> None:
     hub.fail(f"GET /{ID}/resolve/{commit}/tokenizer.json", page=True)
     error = refused(ID)

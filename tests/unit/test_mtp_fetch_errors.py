@@ -56,6 +56,7 @@ REFUSALS: list[tuple[dict[str, Any], int, str, str]] = [
     (dict(status=404, code="EntryNotFound"), 1, "has no `model.safetensors`", "only safetensors"),
     (dict(status=416), 1, "HTTP 416: it has no bytes", "same command again"),
     (dict(status=429), 1, "answered HTTP 429", "wait"),
+    (dict(status=403, body=b"refus\xe9"), 1, "does not answer as a hub does", "HF_ENDPOINT"),
     (dict(status=503), 1, "answered HTTP 503", "wait"),
     (dict(cut=0), 1, "broke off", "same command again"),
     (dict(surplus=-10**9), 1, "broke off: the connection closed half way", "same command again"),
@@ -82,7 +83,7 @@ def test_what_the_hub_refuses(
 
 def test_a_busy_hub_is_asked_again(hub: HubServer, commit: str, folder: Path) -> None:
     for status in (429, 503):
-        hub.fail(f"{BYTES}{commit}/{SINGLE}", status=status, times=TRIES // 2)
+        hub.fail(f"{BYTES}{commit}/{SINGLE}", status=status, body=b"trop occup\xe9", times=TRIES // 2)
     assert heads.equal(heads.values(find_head(ID, WANTED)), heads.own(folder))
     hub.fail(f"{BYTES}{commit}/{SINGLE}", status=401)
     hub.requests.clear()
