@@ -10,6 +10,7 @@ from typing import Any
 from sparkctl_kernels.limits import SHARED
 
 from sparkctl import child
+from sparkctl.doctor.ptx import TOO_NEW
 from sparkctl.doctor.rules import CUDA_EXTRA
 from sparkctl.doctor.targets import GB10
 from sparkctl.errors import SparkError, UsageError
@@ -68,15 +69,21 @@ def compile_all(target: str | None) -> Compiled:
     ended = child.module(MODULE, name, "--json", seconds=SECONDS)
     said = _answer(ended.out)
     if said is None:
-        raise SparkError(
-            f"the kernels could not be compiled for {name}: {ended.problem or 'no answer'}",
-            _mend(name, ended.problem or ""),
-        )
+        problem = _said_by_ptxas(ended.err) or ended.problem or "no answer"
+        raise SparkError(f"the kernels could not be compiled for {name}: {problem}", _mend(name, problem))
     return Compiled(name, SHARED[name], [Kernel(**row) for row in said["kernels"]], said["faults"])
 
 
+def _said_by_ptxas(err: str) -> str | None:
+    """Why it made nothing; behind that Triton puts its own words and a command line."""
+    said = re.search(r"^ptxas fatal\s*: (.+)$", err, re.MULTILINE)
+    return f"ptxas: {said[1].strip()}" if said else None
+
+
 def _mend(name: str, problem: str) -> str:
-    """What installs the library that is missing, or shows all of the problem."""
+    """What installs the library that is missing, names a ptxas that knows the target, or shows all of the problem."""
+    if TOO_NEW.search(problem):
+        return f"sparkctl doctor --target {name}"
     missing = re.search(r"No module named '(\w+)", problem)
     if missing and missing[1] in EXTRAS:
         return EXTRAS[missing[1]]

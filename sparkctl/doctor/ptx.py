@@ -71,10 +71,10 @@ def _places() -> list[tuple[str, Path]]:
 
 
 def of_triton() -> list[tuple[str, Path]]:
-    """(name, path) of the two that Triton calls: its own, or what the environment puts in their place."""
+    """(name, path) of the two that Triton calls: its own, or the file that the environment puts in their place."""
     spec = find_spec("triton")
     folder = Path(spec.origin).parent / "backends" / "nvidia" / "bin" if spec and spec.origin else None
-    chosen = env.triton_ptxas()
+    chosen = {name: path for name, path in env.triton_ptxas().items() if path.is_file()}
     places = {name: chosen.get(name) or (folder / name if folder else None) for name in TRITON}
     return [(TRITON[name], path) for name, path in places.items() if path]
 

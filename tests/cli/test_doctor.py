@@ -253,6 +253,19 @@ def test_a_kernel_that_does_not_fit(
     assert "error: too much: a fault" in err
 
 
+def test_a_ptxas_that_does_not_know_the_target(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said = "ptxas fatal   : Value 'sm_121a' is not defined for option 'gpu-name'\n\nRepro command: ptxas -v x.ptx\n"
+    (tmp_path / "fake_compiler.py").write_text(f"import sys\nsys.exit({said!r})\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(kernels, "MODULE", "fake_compiler")
+    status, _, err = run(capsys, "--kernels")
+    assert status == 1
+    assert "for sm_121a: ptxas: Value 'sm_121a' is not defined for option 'gpu-name'\n" in err
+    assert "hint: sparkctl doctor --target sm_121a\n" in err
+
+
 def test_kernels_that_cannot_be_compiled(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -127,9 +127,12 @@ def test_no_assembler_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         ptx.choose(HOPPER, [])
 
 
-def test_triton_s_own_assemblers_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_PTXAS_BLACKWELL_PATH", "/opt/cuda/bin/ptxas")
-    assert dict(ptx.of_triton())["triton's ptxas-blackwell"] == Path("/opt/cuda/bin/ptxas")
+def test_triton_s_own_assemblers_can_be_replaced_by_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own, other = dict(ptx.of_triton())["triton's ptxas-blackwell"], tmp_path / "ptxas"
+    monkeypatch.setenv("TRITON_PTXAS_BLACKWELL_PATH", str(other))
+    assert dict(ptx.of_triton())["triton's ptxas-blackwell"] == own  # as Triton does where nothing is there
+    other.touch()
+    assert dict(ptx.of_triton())["triton's ptxas-blackwell"] == other
 
 
 @pytest.mark.parametrize("name", ["sm_999", "sm_121x", "121a", "", "sm_89a", "sm_90f"])
