@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-CHUNK = 1 << 22  # bytes read at a time: large enough for full disk speed, small beside any memory
+CHUNK = 1 << 20  # bytes read at a time: large enough for full disk speed, small beside any memory
 
 
 def sha256_bytes(data: bytes) -> str:
