@@ -16,12 +16,12 @@ from sparkctl.files import sha256_file, staged_file
 from sparkctl.manifest.evidence import Acceptance
 from sparkctl.manifest.schema import HeadPlan, Manifest, MtpTable, TrainTable
 from sparkctl.manifest.store import Run
-from sparkctl.plan.heads import plan_head
+from sparkctl.plan.heads import HeadWishes, plan_head
 from sparkctl.progress import Progress, silent
 from sparkctl.steps import mtp_eval
 from sparkctl.steps.inputs import TOKENS, analysed, analyze_command
 from sparkctl.steps.merged import merged_model
-from sparkctl.steps.mtp_training import HEAD, HeadJob, Request, head_fingerprint, note_skip
+from sparkctl.steps.mtp_training import HEAD, HeadJob, Request, head_fingerprint, note_skip, plan_settings
 from sparkctl.steps.record import carry_out, newest_whole, resumed
 from sparkctl.steps.training import claimed, model_folder
 from sparkctl.train import state
@@ -59,6 +59,7 @@ def mtp_train(request: Request, *, force: bool = False, dry_run: bool = False, p
 
     run = Run.open(request.run)
     with claimed(run, "mtp train") as ranks:
+        request = request if force else _as_before(run, request)
         try:
             job = _planned(run, request, progress)
         except NoHead as missing:
@@ -74,6 +75,12 @@ def mtp_train(request: Request, *, force: bool = False, dry_run: bool = False, p
         with _trained(request):
             notes = _settle(job, request, progress) if ranks.writes else ()
         return Result(job.plan, run.manifest.mtp, notes, rank=ranks.rank)
+
+
+def _as_before(run: Run, request: Request) -> Request:
+    """Where no flag says how, the head that there is, or goes on, is meant."""
+    bare = request.wishes == HeadWishes()
+    return replace(request, wishes=Request.recorded(run, request.run).wishes) if bare else request
 
 
 def _planned(run: Run, request: Request, progress: Progress) -> HeadJob:
@@ -133,10 +140,18 @@ def _done(job: HeadJob, request: Request) -> bool:
         if not state.listed(job.checkpoints):
             return False
         raise UsageError(
-            f"`{request.run}` has a head that was trained otherwise, or for another merged model",
+            f"`{request.run}` has a head that was trained {_otherwise(job, table)}",
             f"`{request.again('--force')}` begins anew",
         )
     return table.head is not None and job.head.is_file() and sha256_file(job.head) == table.digest
+
+
+def _otherwise(job: HeadJob, table: MtpTable) -> str:
+    """What tells the head that is there from the one that is asked for."""
+    if table.merged != job.merged_digest:
+        return "for another merged model"
+    alike = table.plan and plan_settings(table.plan) == plan_settings(job.plan)
+    return "on other data" if alike else f"with other flags: bare, `sparkctl mtp train {quoted(job.run.root)}` keeps it"
 
 
 def _train(job: HeadJob, ranks: Ranks, force: bool, progress: Progress) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparkctl.hardware.measurements import Kind
 from sparkctl.manifest.fingerprint import fingerprint
@@ -158,10 +158,14 @@ class HeadJob:
         return Session.of(plan, whole_store(self.run), engine, State(mode="mtp"), advice, ranks)
 
 
+def plan_settings(plan: HeadPlan) -> dict[str, Any]:
+    """What of a plan decides what comes of it."""
+    return {name: value for name, value in plan.model_dump(mode="json").items() if name not in FREE}
+
+
 def head_fingerprint(plan: HeadPlan, tokens: str | None, merged: str, shipped: HeadSource | None) -> str:
     """What a trained head is made from: how, on which tokens, for which model, from which head."""
-    settings = {name: value for name, value in plan.model_dump(mode="json").items() if name not in FREE}
-    return fingerprint(settings, tokens, merged, shipped.digest() if shipped and not plan.fresh else None)
+    return fingerprint(plan_settings(plan), tokens, merged, shipped.digest() if shipped and not plan.fresh else None)
 
 
 def note_skip(run: Run, why: str) -> None:

@@ -169,7 +169,7 @@ def test_killed_between_training_and_measuring_only_that_is_done(
 def test_the_hint_of_an_interrupted_training_goes_on_with_it(
     run: Run, capsys: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one of `show` and `mtp inject`, which know the options by the plan alone; a bare `mtp train` is refused."""
+    """That of `mtp inject`, which knows the options by the plan alone; a bare `mtp train` takes them too."""
     micro_step, calls = HeadEngine.micro_step, 0
 
     def stopped(*arguments: Any) -> Any:
@@ -184,14 +184,12 @@ def test_the_hint_of_an_interrupted_training_goes_on_with_it(
         patch.setattr(HeadEngine, "micro_step", stopped)
         assert sparkctl(["mtp", "train", "r1", *others]) == 143
     capsys.readouterr()
-    assert sparkctl(["show", "r1"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    hint = "sparkctl mtp train r1" + shown.partition("sparkctl mtp train r1")[2].partition("0.0003")[0] + "0.0003"
+    assert sparkctl(["mtp", "inject", "r1", "--mode", "trained"]) == 2
+    hint = capsys.readouterr().err.partition("hint: `")[2].partition("` trains one; `--mode default`")[0]
     for options in ("--steps 2", "--loss ce", "--pack-length 48", "--max-steps 6"):
         assert options in hint
-    assert sparkctl(["mtp", "inject", "r1", "--mode", "trained"]) == 2
-    assert f"hint: `{hint}` trains one; `--mode default`" in capsys.readouterr().err
-    assert sparkctl(["mtp", "train", "r1"]) == 2
+    assert sparkctl(["mtp", "train", "r1", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["learning_rate"] == 0.0003
     assert sparkctl([*hint.split()[1:], "--prompts", "4"]) == 0
     table = Run.open(run.root).manifest.mtp
     assert table
@@ -264,13 +262,22 @@ def test_a_full_disk_while_training(
 
 def test_another_plan_or_another_model_begins_anew_only_when_forced(run: Run, capsys: Said) -> None:
     first = answer(capsys)["mtp"]
-    assert "trained otherwise" in refused(capsys, "--loss", "ce")
+    kept = "error: `r1` has a head that was trained with other flags: bare, `sparkctl mtp train r1` keeps it\n"
+    assert kept in refused(capsys, "--loss", "ce")
+    capsys.readouterr()
+    assert sparkctl(["mtp", "train", "r1", "--json"]) == 0  # bare, it means the one that there is
+    assert json.loads(capsys.readouterr().out)["up_to_date"] is True
     assert Run.open(run.root).manifest.mtp.model_dump(mode="json") == first
     other = answer(capsys, "--loss", "ce", "--force")["mtp"]
     assert (other["plan"]["loss"], other["resumes"]) == ("ce", [])
     assert other["train"]["final_loss"] != first["train"]["final_loss"]
     assert sparkctl(["merge", "r1", "--checkpoint", "last", "--force"]) == 0
-    assert "another merged model" in refused(capsys, "--loss", "ce")
+    assert "error: `r1` has a head that was trained for another merged model\n" in refused(capsys, "--loss", "ce")
+    assert sparkctl(["mtp", "train", "r1"]) == 2  # bare, as it was trained before
+    anew = (
+        "hint: `sparkctl mtp train r1 --loss ce --pack-length 64 --epochs 2 --learning-rate 0.01 --force` begins anew\n"
+    )
+    assert anew in capsys.readouterr().err
 
 
 def test_a_dry_run_writes_nothing(run: Run, capsys: Said) -> None:
