@@ -112,7 +112,7 @@ def require_space(out: Path, size: int, elsewhere: str = ELSEWHERE) -> None:
     if free < size + min(SPARE, size):
         raise SparkError(
             f"`{there}` has {free / 1e6:,.1f} MB free, and the result takes {size / 1e6:,.1f} MB",
-            f"free some space there, or write elsewhere: {elsewhere}",
+            f"{elsewhere} writes elsewhere; or free some space there",
         )
 
 

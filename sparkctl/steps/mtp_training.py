@@ -152,7 +152,7 @@ class HeadJob:
             model="a machine with more memory: the whole model has to be there beside its head",
             pack=f"`{self.again} --pack-length {max(128, plan.pack_length // 2)}`, or fewer draft steps: "
             f"`{self.again} --steps 1`",
-            disk="take away what is not needed on that disk",
+            disk=f"free some space there, then `{self.again}`",
             rate=f"{self.again} --force --learning-rate",
         )
         return Session.of(plan, whole_store(self.run), engine, State(mode="mtp"), advice, ranks)

@@ -76,7 +76,7 @@ def check_disk(optimizer: Optimizer, folder: Path, now: State, checkpoints: int,
         raise SparkError(
             f"`{folder}` has room for {size(room)} of checkpoints; the plan keeps {checkpoints} of "
             f"{size(each)} at a time",
-            f"free some space, or keep fewer: {hint}",
+            hint,
         )
 
 

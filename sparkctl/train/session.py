@@ -31,7 +31,7 @@ def advice(recommend: str, analyze: str, longest: int) -> Advice:
     return Advice(
         model=f"`{recommend} --mode lora`, or take a model that fits this machine",
         pack=f"`{recommend} --checkpointing`, or drop such examples: `{analyze} --max-seq-length {shorter}`",
-        disk=f"`{recommend} --keep 1`",
+        disk=f"`{recommend} --keep 1` keeps fewer; or free some space there",
         rate=f"{forced} --learning-rate",
     )
 

@@ -151,4 +151,4 @@ def test_a_target_under_a_file(more: tuple[str, ...], run: Run, said: Said) -> N
 def test_a_full_disk_names_the_command_for_another(run: Run, said: Said, small_disk: Path) -> None:
     (small_disk / "filler").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 100_000))
     text = refused(said, 1, *DEFAULT, "--out", str(small_disk / "out"))
-    assert f"hint: free some space there, or write elsewhere: `{LINE} --out FOLDER`\n" in text
+    assert f"hint: `{LINE} --out FOLDER` writes elsewhere; or free some space there\n" in text
