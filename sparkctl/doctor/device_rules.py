@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from sparkctl.doctor.device import Device
 from sparkctl.doctor.findings import Finding, Weight
+from sparkctl.doctor.targets import of_capability
 from sparkctl.words import here
 
 GB, GIB = 10**9, 1 << 30
@@ -86,6 +87,9 @@ def _capability(device: Device) -> Iterator[Finding]:
     if gpu and tuple(int(part) for part in gpu.capability.split(".")) < BF16:
         what = f"{gpu.name} has compute capability {gpu.capability} and no bf16 in its tensor cores, which 8.0 has"
         yield Finding("GPU", Weight.NEEDED, what)
+    elif gpu and of_capability(gpu.capability) is None:
+        what = f"{gpu.name} has compute capability {gpu.capability}, unknown here: its features are not looked at"
+        yield Finding("GPU", Weight.NOTE, what, "`pip install -U dgx-sparkctl`")
 
 
 def _processes(device: Device) -> Iterator[Finding]:

@@ -68,6 +68,7 @@ CASES = [
     (replace(NO_GPU, problem="CUDA_VISIBLE_DEVICES hides every GPU"), "GPU", Weight.SLOW, "hides", "unset CUDA_VIS"),
     (replace(SPARK, claims=Claims(problem="CUDA_ERROR_NOT_PERMITTED")), "CUDA", Weight.NEEDED, "_PERMI", "nvidia-smi"),
     (gpu(capability="7.5"), "GPU", Weight.NEEDED, "no bf16 in its tensor cores, which 8.0 has", None),
+    (gpu(capability="13.0"), "GPU", Weight.NOTE, "13.0, unknown here: its features", "pip install -U"),
     (gpu(processes=(Process(4711, 2 * GIB),)), "GPU", Weight.SLOW, "another process holds 2.0 GiB", "-p 4711`"),
     (gpu(processes=(Process(1, GIB), Process(2, GIB))), "GPU", Weight.SLOW, "2 other processes hold", "-p 1,2`"),
     (gpu(throttled=("power brake",)), "clocks", Weight.SLOW, "power brake; a Spark's supply that is unplugged", None),
