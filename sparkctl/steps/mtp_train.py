@@ -5,6 +5,7 @@ There is no other command to go on with it: the same one does, from the newest c
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -91,9 +92,10 @@ def _planned(run: Run, request: Request, progress: Progress) -> HeadJob:
     from sparkctl.model.inspect import inspect, text_part
     from sparkctl.mtp.source import NoHead, from_folder, require_promise
 
-    if request.wishes.learning_rate == 0:
+    rate = request.wishes.learning_rate
+    if rate is not None and not 0 < rate < math.inf:
         raise UsageError(
-            "a learning rate of 0 trains nothing",
+            f"a learning rate of {rate:g} trains nothing",
             replace(request, wishes=replace(request.wishes, learning_rate=1e-4)).again(),
         )
     model, _, analysis = analysed(run)

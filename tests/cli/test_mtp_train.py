@@ -302,8 +302,10 @@ def test_tokens_that_are_not_the_analysed_ones(run: Run, capsys: Said) -> None:
     assert "hint: sparkctl analyze" in text
 
 
-def test_a_rate_of_nothing(run: Run, capsys: Said) -> None:
-    said = refused(capsys, "--learning-rate", "0")
+@pytest.mark.parametrize("rate", ["0", "inf"])
+def test_a_rate_of_nothing(run: Run, capsys: Said, rate: str) -> None:
+    said = refused(capsys, "--learning-rate", rate)
+    assert f"error: a learning rate of {rate} trains nothing\n" in said
     assert "hint: sparkctl mtp train r1 --pack-length 64 --epochs 2 --learning-rate 0.0001 --prompts 3\n" in said
 
 
