@@ -302,7 +302,7 @@ class _Analysis:
 
 
 def _notes(request: Request, fraction: float, analysis: AnalysisTable, *force: str) -> list[str]:
-    """Whether what is held out is too little to choose by, and what holds more out.
+    """Whether what is held out is too little to choose by, and what holds more out, where a fifth of the data suffices.
 
     A `--eval-fraction` of 0 says that nothing is to be. force: what the command needs where the run is trained.
     """
@@ -312,7 +312,7 @@ def _notes(request: Request, fraction: float, analysis: AnalysisTable, *force: s
     told = f"{counted(held_out, 'example')} held out" if held_out else "nothing is held out"
     rests = "the best checkpoint and the choice between two MTP heads rest on what is held out, and below"
     note = f"{told}: {rests} {FEW} that is chance"
-    if examples < 2 * ENOUGH:
+    if examples < 5 * ENOUGH:
         return [f"{note}; more chats mend it"]
     more = replace(request, eval_fraction=float(f"{ENOUGH / examples:.2g}")).again(*force)
     return [f"{note}; `{more}` holds about {ENOUGH} out"]

@@ -115,7 +115,7 @@ def test_several_files_and_gzip(analyze: Analyze, tmp_path: Path) -> None:
 
 
 def test_too_little_held_out_is_noted_with_the_command_that_mends_it(analyze: Analyze, tmp_path: Path) -> None:
-    data, folder = tiny.chats(tmp_path / "chats.jsonl", 60), tmp_path / "r1"
+    data, folder = tiny.chats(tmp_path / "chats.jsonl", 150), tmp_path / "r1"
     (note,) = analyze(data, "--run", folder).json["notes"]
     assert analyze(data, "--run", folder).json["notes"] == [note]  # also where it is up to date
     assert "below 16 that is chance" in note
@@ -128,7 +128,8 @@ def test_too_little_held_out_is_noted_with_the_command_that_mends_it(analyze: An
     assert analyze(data, "--run", folder, "--eval-fraction", 0).json["notes"] == []  # nothing is to be
     few = analyze(tiny.chats(tmp_path / "few.jsonl", 9), "--run", tmp_path / "r2").json["notes"]
     assert few[0].startswith("nothing is held out: ")
-    assert few[0].endswith("more chats mend it")
+    some = analyze(tiny.chats(tmp_path / "some.jsonl", 60), "--run", tmp_path / "r3").json["notes"]
+    assert [note.endswith("more chats mend it") for note in few + some] == [True, True]
 
 
 def test_drops_are_counted(analyze: Analyze, tmp_path: Path) -> None:
