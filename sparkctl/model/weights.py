@@ -27,6 +27,7 @@ from sparkctl.model.format import (
     safetensors_dtype,
     torch_dtype,
 )  # fmt: skip
+from sparkctl.words import quoted
 
 if TYPE_CHECKING:
     import torch
@@ -182,6 +183,11 @@ def read_layout(folder: Path, *, but: str | None = None) -> Layout:
 
 def _sharded(folder: Path, but: str | None) -> Layout:
     weight_map = read_weight_map(folder / INDEX)
+    if (folder / SINGLE).is_file() and SINGLE not in weight_map.values():  # transformers takes it, vLLM the shards
+        raise SparkError(
+            f"`{folder}` holds two models: `{SINGLE}`, and the shards of `{INDEX}`",
+            f"take one of them away: `mv {quoted(folder / INDEX)} ELSEWHERE`, or the other",
+        )
     weight_map = {name: shard for name, shard in weight_map.items() if but is None or not name.startswith(but)}
     shards: dict[str, TensorFile] = {}
     problems = []

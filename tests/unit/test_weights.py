@@ -324,9 +324,14 @@ def no_string(folder: Path, index: dict) -> None:
     index["weight_map"]["b"] = 3
 
 
+def second(folder: Path, index: dict) -> None:
+    save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
+        (second, "holds two models: `model.safetensors`, and the shards"),
         (missing, "m-1.safetensors`, which the index names, is missing"),
         (lacking, "m-2.safetensors` lacks `z`"),
         (moved, "m-1.safetensors` lacks `b`"),
