@@ -31,7 +31,7 @@ def train(
     loss: Annotated[HeadLoss, typer.Option("--loss", help=about(HeadPlan, "loss"))] = "kl",
     fresh: Annotated[bool, typer.Option("--fresh", help=about(HeadPlan, "fresh"))] = False,
     pack_length: Annotated[int | None, typer.Option(min=1, help=about(Choices, "pack_length"))] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help=about(Choices, "epochs"))] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, max=1000, help=about(Choices, "epochs"))] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help=about(Choices, "max_steps"))] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0, help=about(Choices, "learning_rate"))] = None,
     prompts: PromptsOpt = 64,

@@ -134,6 +134,7 @@ def test_dry_run_writes_nothing(recommend: Recommend, run: Run) -> None:
     ("flags", "message"),
     [
         (("--epochs", 0), "epochs"),
+        (("--epochs", 100_000_000), "epochs"),  # each is packed to count its steps
         (("--learning-rate", -1), "learning_rate"),
         (("--warmup-fraction", 1), "warmup_fraction"),
         (("--epochs", "many"), "'--epochs'"),
