@@ -14,6 +14,7 @@ from sparkctl.words import counted, heading
 if TYPE_CHECKING:
     from sparkctl.steps.analyze import Result, Shown
 
+PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}  # ␛ for ESC
 BAR = 40  # characters of the longest histogram bar
 
 
@@ -78,8 +79,11 @@ def _histogram(analysis: AnalysisTable) -> Text:
 
 
 def _seen(shown: Shown) -> Text:
-    """The example's text; what is trained is green, and between ⟦ ⟧ for those who see no colour."""
+    """The example's text; what is trained is green, and between ⟦ ⟧ for those who see no colour. Control characters are
+    seen by their pictures: a terminal would obey them.
+    """
     text = Text(f"{shown.place}, {shown.tokens} tokens, trained between ⟦ ⟧\n", style="dim")
-    for piece, trained in shown.pieces:
+    for raw, trained in shown.pieces:
+        piece = raw.translate(PICTURES)
         text.append(f"⟦{piece}⟧" if trained else piece, style="not dim bold green" if trained else "not dim")
     return text.append("\n")

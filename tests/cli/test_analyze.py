@@ -67,6 +67,14 @@ def test_show_marks_what_is_trained(analyze: Analyze, tmp_path: Path) -> None:
     assert said.startswith("analysis of r1 (up to date: nothing was done, this is the result of 20")
 
 
+def test_show_obeys_no_control_character(analyze: Analyze, tmp_path: Path) -> None:
+    data = lines(tmp_path / "one.jsonl", chat("a\tb\x1b[2J", "red\x1b[31m"))
+    out = analyze(data, "--run", tmp_path / "r1", "--show", 1, json=False).out
+    assert "b␛[2J" in out
+    assert "red␛[31m" in out
+    assert "\x1b[2J" not in out
+
+
 def test_a_second_run_is_up_to_date_without_torch(tmp_path: Path, qwen35_folder: Path) -> None:
     data, folder = tiny.chats(tmp_path / "chats.jsonl"), tmp_path / "r1"
     arguments = ["analyze", str(data), "--run", str(folder), "--model", str(qwen35_folder), "--json"]
