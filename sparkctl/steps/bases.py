@@ -74,15 +74,17 @@ def require_known_head(source: ModelSource, another: str) -> None:
 
 def require_whole(folder: Path) -> None:
     """Raise SparkError where the base is not what its config.json promises: no merge of it would pass its audit."""
+    from sparkctl.model import mtp
     from sparkctl.model.audit import audit
 
     problems = audit(folder, counted=False)
     if not problems:
         return
+    hint = "take it as it was published, or have its config.json promise what is there and analyze again"
+    if any(f"`{mtp.PREFIX}" in problem for problem in problems):
+        hint += " (transformers saves a Qwen3.5 without its MTP head: `mtp_num_hidden_layers` is 0 then)"
     raise SparkError(
-        f"the base `{folder}` is not whole, so what is trained on it could not be merged: {_told(problems)}",
-        "take it as it was published, or have its config.json promise what is there and analyze again (transformers "
-        "saves a Qwen3.5 without its MTP head: `mtp_num_hidden_layers` is 0 then)",
+        f"the base `{folder}` is not whole, so what is trained on it could not be merged: {_told(problems)}", hint
     )
 
 
