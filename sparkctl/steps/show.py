@@ -23,6 +23,7 @@ from sparkctl.steps.training import Job, check_fresh, complete, planned
 from sparkctl.words import counted, here, quoted
 
 Status = Literal["done", "not run", "running", "stopped", "stale"]
+BROKEN = "; the folder is not what was written"
 # what is made from what: a step before the one that it needs would be refused, or made in vain
 NEEDS = {
     "recommend": "analyze", "train": "recommend", "merge": "train", "adapter": "train", "adapter, text": "train",
@@ -77,12 +78,12 @@ def next_command(folder: Path) -> str | None:
 
 
 def _in_order(steps: list[Step]) -> list[Step]:
-    """The steps, each with its command only where all that it needs is done."""
+    """The steps, each with its command only where all that it needs is done; what was broken can be made anew."""
     done, ordered = {""}, []
     for step in steps:
         ready = NEEDS.get(step.name, "") in done
         done |= {step.name} if ready and step.status == "done" else set()
-        ordered.append(step if ready else replace(step, mend=None))
+        ordered.append(step if ready or step.problem == BROKEN else replace(step, mend=None))
     return ordered
 
 
@@ -228,7 +229,7 @@ def _served(run: Run, table: ServedTable, merged: Step, head: Step, again: Calla
     whose = "the base's head, since training did not help" if table.shipped else f"{table.mode} head"
     detail = f"{whose}, {counted(table.draft_length, 'token')} to draft → {here(folder)}"
     if sealed_as(folder, table.made_from, ServedSeal) is None:
-        return Step("mtp inject", "stale", detail, mend, "; the folder is not what was written")
+        return Step("mtp inject", "stale", detail, mend, BROKEN)
     own = run.manifest.merge is not None and table.model == run.manifest.merge.folder
     if own and (problem := _another_model(run, table.merged, merged)):
         return Step("mtp inject", "stale", detail, mend, problem)
@@ -245,7 +246,7 @@ def _merge(name: str, run: Run, table: MergeTable | None, training: Step, mend: 
     gone = " (not there)" if entry and not run.resolve(entry.path).exists() else ""
     detail = f"{table.checkpoint}{gone} → {here(folder)}"
     if sealed_as(folder, table.made_from) is None:
-        return Step(name, "stale", detail, f"{mend} --force", "; the folder is not what was written")
+        return Step(name, "stale", detail, f"{mend} --force", BROKEN)
     if better := merge.superseded(run, table):
         return Step(name, "stale", detail, mend, f"; the {table.asked} checkpoint is {better} by now")
     if trained and not run.manifest.checkpoint(table.checkpoint):

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparkctl import errors
-from sparkctl.cli import analyze, console, timings
+from sparkctl.cli import analysis, console, timings
 from sparkctl.errors import SparkError
 from sparkctl.manifest.schema import Histogram
 
@@ -165,7 +165,7 @@ def test_the_histogram_is_aligned(tmp_path: Path) -> None:
     class Analysis:
         histogram = Histogram(edges=[0, 128, 256, 384], counts=[40, 0, 1])
 
-    lines = analyze._histogram(Analysis()).plain.splitlines()[-3:]  # type: ignore[arg-type]  # all it looks at
+    lines = analysis._histogram(Analysis()).plain.splitlines()[-3:]  # type: ignore[arg-type]  # all it looks at
     assert lines == ["  0 to 127 " + "█" * 40 + " 40", "128 to 255 0", "256 to 383 █ 1"]
 
 
