@@ -187,11 +187,13 @@ def test_the_index_counts_its_bytes_and_names_every_tensor(base: Path, tmp_path:
     assert (tmp_path / "same" / index_path.name).read_bytes() == index_path.read_bytes()
 
 
-def test_a_leftover_single_file_beside_an_index_is_not_read(base: Path, tmp_path: Path) -> None:
-    save_file({"model.language_model.norm.weight": torch.zeros(3)}, base / "model.safetensors")
+def test_a_leftover_single_file_beside_an_index_is_refused(base: Path, tmp_path: Path) -> None:
+    """It may be what was trained on: transformers would take it for the model."""
     trained = merging.adapters(base, tmp_path / "t.safetensors", LORA)
-    merge_checkpoint(base, trained, tmp_path / "out", lora=LORA)
-    assert not (tmp_path / "out" / "model.safetensors").exists()
+    save_file({"model.language_model.norm.weight": torch.zeros(3)}, base / "model.safetensors")
+    with pytest.raises(SparkError, match="holds two models"):
+        merge_checkpoint(base, trained, tmp_path / "out", lora=LORA)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_small_files_come_along_and_no_code_does(base: Path, tmp_path: Path) -> None:
