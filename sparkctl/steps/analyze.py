@@ -157,6 +157,7 @@ class _Analysis:
                 f"the embedding {self._info.vocab_size} rows",
                 "use the tokenizer that belongs to the model",
             )
+        self._inherited = inputs.inherited()  # a parent without tokens is said before any work
 
     def dry_run(self, run: Run | None) -> Result:
         """The same numbers, nothing written."""
@@ -189,7 +190,7 @@ class _Analysis:
                 tally = self._ingest(add, run)
                 held_out = self._held_out(tally)
                 with naming(target):
-                    digest = writer.finish(held_out, self._inputs.inherited())
+                    digest = writer.finish(held_out, self._inherited)
             finally:
                 with naming(target):
                     writer.close()
@@ -204,7 +205,6 @@ class _Analysis:
         from sparkctl.data.ingest import Ingest
 
         inputs = self._inputs
-        inputs.inherited()  # a parent without tokens is said before any work
         ingest = Ingest(
             self._format, add, seed=inputs.seed, max_seq_length=inputs.max_seq_length,
             skip_bad=self._request.skip_bad, earlier=self._earlier(run),
@@ -241,11 +241,11 @@ class _Analysis:
     def _held_out(self, tally: Tally) -> np.ndarray:
         from sparkctl.data.split import choose_held_out
 
-        keys, inherited = np.frombuffer(tally.prompt_keys, dtype=np.uint64), self._inputs.inherited()
-        held_out = choose_held_out(keys, self._inputs.eval_fraction, inherited)
+        keys = np.frombuffer(tally.prompt_keys, dtype=np.uint64)
+        held_out = choose_held_out(keys, self._inputs.eval_fraction, self._inherited)
         if held_out.all():
             hint = "give more data: what an earlier round held out is never trained"
-            if not np.isin(keys, inherited).all():
+            if not np.isin(keys, self._inherited).all():
                 hint = "give a lower `--eval-fraction`: examples with the same prompt are held out together"
             raise SparkError("every example is held out, so none is left to train on", hint)
         return held_out
