@@ -10,7 +10,7 @@ import typer
 
 from sparkctl.cli import acceptance, console, heads, onward, served
 from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, RunArg, SlowOpt, about
-from sparkctl.manifest.schema import Choices, HeadPlan
+from sparkctl.manifest.schema import MOST_EPOCHS, Choices, HeadPlan
 from sparkctl.manifest.table import HeadLoss
 
 HELP = "The MTP head, which drafts tokens for a server: train it, measure it, put it into the merged model."
@@ -31,7 +31,7 @@ def train(
     loss: Annotated[HeadLoss, typer.Option("--loss", help=about(HeadPlan, "loss"))] = "kl",
     fresh: Annotated[bool, typer.Option("--fresh", help=about(HeadPlan, "fresh"))] = False,
     pack_length: Annotated[int | None, typer.Option(min=1, help=about(Choices, "pack_length"))] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, max=1000, help=about(Choices, "epochs"))] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, max=MOST_EPOCHS, help=about(Choices, "epochs"))] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help=about(Choices, "max_steps"))] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0, help=about(Choices, "learning_rate"))] = None,
     prompts: PromptsOpt = 64,

@@ -15,6 +15,7 @@ from sparkctl.manifest.evidence import Acceptance, Lossless
 from sparkctl.manifest.table import CheckpointKind, EngineName, HeadLoss, Mode, Schedule, Table
 
 SCHEMA = 1
+MOST_EPOCHS = 1000  # each is packed to count its steps
 
 
 class RunTable(Table):
@@ -118,7 +119,7 @@ class Choices(Table):
     lora_alpha: int | None = Field(None, ge=1, description="scale of the adapters: alpha / r")
     tokens_per_step: int | None = Field(None, ge=1, description="tokens an optimiser step sees")
     pack_length: int | None = Field(None, ge=1, description="tokens in a pack of whole documents")
-    epochs: int | None = Field(None, ge=1, le=1000, description="times that training sees every example")
+    epochs: int | None = Field(None, ge=1, le=MOST_EPOCHS, description="times that training sees every example")
     max_steps: int | None = Field(None, ge=1, description="stop after so many optimiser steps")
     learning_rate: float | None = Field(None, gt=0, description="peak learning rate of AdamW")
     schedule: Schedule | None = Field(None, description="decay after the warm-up")
