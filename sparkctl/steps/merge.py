@@ -235,7 +235,6 @@ def _check_target(job: _Job, sealed: Seal | None, force: bool, progress: Progres
         raise UsageError(f"`{job.target}` {_kept(job, sealed)}", f"`{again}` replaces it; or `--out FOLDER`")
     if root.is_relative_to(out.resolve()) or job.base.resolve().is_relative_to(out.resolve()):
         raise UsageError(f"`{job.target}` holds what the merge reads", job.request.again("--out", "FOLDER"))
-
     if not force:
         progress.say(f"`{job.target}` was made from {sealed.checkpoint}: it is made anew from {job.trained.name}")
 

@@ -61,20 +61,25 @@ class Shown:
 def show(folder: Path) -> Shown:
     """What `folder` holds. Raises UsageError where it is no run."""
     run = Run.open(folder)
-    running = run.running()
-    trained = _train(run, folder)
-    merges = _merges(run, folder, trained)
-    steps = [_analyze(run, folder), _recommend(run, folder), trained, *merges, *_heads(run, folder, merges[0])]
-    if running:
-        name = "train" if running == "resume" else running
-        steps = [Step(s.name, "running", s.detail) if s.name == name else s for s in steps]
     rounds = [run, *ancestors(run)]
-    return Shown(run, _in_order(steps), rounds, missing_parent(rounds[-1]))
+    return Shown(run, _steps(run, folder), rounds, missing_parent(rounds[-1]))
 
 
 def next_command(folder: Path) -> str | None:
     """The command that brings the run in `folder` further; None where every step is done."""
-    return next((step.mend for step in show(folder).steps if step.mend), None)
+    return next((step.mend for step in _steps(Run.open(folder), folder) if step.mend), None)
+
+
+def _steps(run: Run, shown: Path) -> list[Step]:
+    """In their order. shown: the run as the user named it."""
+    running = run.running()
+    trained = _train(run, shown)
+    merges = _merges(run, shown, trained)
+    steps = [_analyze(run, shown), _recommend(run, shown), trained, *merges, *_heads(run, shown, merges[0])]
+    if running:
+        name = "train" if running == "resume" else running
+        steps = [Step(s.name, "running", s.detail) if s.name == name else s for s in steps]
+    return _in_order(steps)
 
 
 def _in_order(steps: list[Step]) -> list[Step]:
