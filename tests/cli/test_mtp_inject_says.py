@@ -55,24 +55,24 @@ def less(path: Path, name: str = "mtp.fc.weight") -> Path:
     return path
 
 
+def refused_as_recorded(run: Run, said: Said, path: Path) -> str:
+    """What inject says to a trained head that is as the manifest records it."""
+    with run.edit() as manifest:
+        assert manifest.mtp
+        manifest.mtp.digest = heads.sha256_file(path)
+    text = refused(said, 1, *TRAINED)
+    assert "hint: sparkctl mtp train r1 --force\n" in text
+    return text
+
+
 def test_a_trained_head_that_is_not_whole_is_trained_anew(run: Run, said: Said) -> None:
     """There is nothing to fetch."""
     path = less(heads.trained_head(run))
-    with run.edit() as manifest:
-        assert manifest.mtp
-        manifest.mtp.digest = heads.sha256_file(path)
-    text = refused(said, 1, *TRAINED)
-    assert "is not whole: it lacks `mtp.fc.weight`" in text
-    assert "hint: sparkctl mtp train r1 --force\n" in text
+    assert "is not whole: it lacks `mtp.fc.weight`" in refused_as_recorded(run, said, path)
     tensors = load_file(heads.trained_head(run))
     tensors["mtp.norm.weight"][0] = torch.nan
     save_file(tensors, path)
-    with run.edit() as manifest:
-        assert manifest.mtp
-        manifest.mtp.digest = heads.sha256_file(path)
-    text = refused(said, 1, *TRAINED)
-    assert "is not finite" in text
-    assert "hint: sparkctl mtp train r1 --force\n" in text
+    assert "is not finite" in refused_as_recorded(run, said, path)
 
 
 def test_a_published_head_that_does_not_do_is_taken_elsewhere(
