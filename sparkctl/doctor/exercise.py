@@ -125,6 +125,9 @@ def speed(device: torch.device) -> dict[str, Any]:
     """Rates of large bf16 products and of copies, in the median of SECONDS: operations and bytes a second."""
     import torch
 
+    from sparkctl.hardware import nvml
+
+    before = nvml.here().gpu if device.type == "cuda" else None
     size, nbytes = SIZES[device.type]
     a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
     b = torch.empty(nbytes, dtype=torch.uint8, device=device)
@@ -133,7 +136,8 @@ def speed(device: torch.device) -> dict[str, Any]:
         product = _seconds(lambda: torch.mm(a, a), device)
     copy = _seconds(lambda: c.copy_(b), device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"gpu": name, "operations": 2 * size**3 / product, "bytes": 2 * nbytes / copy, **under_load(seen)}
+    rates = {"operations": 2 * size**3 / product, "bytes": 2 * nbytes / copy}
+    return {"gpu": name, **rates, "busy": before.busy if before else None, **under_load(seen)}
 
 
 @contextlib.contextmanager

@@ -23,6 +23,8 @@ SHARE = 0.7  # of what the device should reach, below which something holds it b
 RACE = "https://github.com/triton-lang/triton/issues/10590"
 SUPPLY = "https://github.com/parallelArchitect/spark-gpu-throttle-check"
 GB10 = "GB10"  # as its driver calls a Spark's GPU
+SHARED = 10  # per cent of the time in which others compute, above which rates say little of the device
+OTHERS = "`nvidia-smi` says who"
 POWER = "`nvidia-smi -q -d PERFORMANCE,POWER` says why"
 
 
@@ -51,7 +53,9 @@ class Proof:
 
 @dataclass(frozen=True)
 class Speed:
-    """Operations and bytes a second, measured; gpu: None on a CPU. The rest is the GPU's meanwhile: MHz, watts."""
+    """Operations and bytes a second, measured; gpu: None on a CPU. The rest is the GPU's meanwhile, MHz and watts;
+    busy: per cent of the time in which others computed on it just before.
+    """
 
     gpu: str | None
     operations: float
@@ -60,6 +64,7 @@ class Speed:
     most_clock: float | None = None
     power: float | None = None
     throttled: list[str] = field(default_factory=list)
+    busy: int | None = None
 
     @property
     def load(self) -> str:
@@ -84,6 +89,18 @@ class Speed:
     def bytes_share(self) -> float | None:
         """Of the memory's rate."""
         return self.bytes / self.ceiling.bytes if self.ceiling else None
+
+    @property
+    def short(self) -> dict[str, str]:
+        """What falls short of what it should reach, in words, by the row that shows it."""
+        said = {}
+        if self.operations_share is not None and self.operations_share < SHARE:
+            at = f" (at {self.load})" if self.load else ""
+            share = f"{self.operations_share:.0%} of what they should"
+            said["power"] = f"bf16 products reach {self.operations / 1e12:.1f} TFLOP/s, {share}{at}"
+        if self.bytes_share is not None and self.bytes_share < SHARE:
+            said["memory"] = f"copies reach {self.bytes / 1e9:.0f} GB/s, {self.bytes_share:.0%} of what they should"
+        return said
 
 
 @dataclass(frozen=True)
@@ -167,16 +184,16 @@ def _differing(found: FastPath) -> Iterator[Finding]:
 
 def _held_back(found: FastPath) -> Iterator[Finding]:
     speed = found.speed
-    if speed and speed.operations_share is not None and speed.operations_share < SHARE:
-        share = f"{speed.operations_share:.0%} of what they should"
-        at = f" (at {speed.load})" if speed.load else ""
-        what = f"bf16 products reach {speed.operations / 1e12:.1f} TFLOP/s, {share}{at}"
-        if GB10 in (speed.gpu or ""):
-            what += "; a power supply that is unplugged for a minute often ends it"
-        yield Finding("power", Weight.SLOW, what, POWER, SUPPLY)
-    if speed and speed.bytes_share is not None and speed.bytes_share < SHARE:
-        what = f"copies reach {speed.bytes / 1e9:.0f} GB/s, {speed.bytes_share:.0%} of what they should"
-        yield Finding("memory", Weight.SLOW, what, "`nvidia-smi` says why")
+    if speed is None or not speed.short:
+        return
+    if (speed.busy or 0) > SHARED:
+        what = f"others compute on the GPU {speed.busy} % of the time: {' and '.join(speed.short)}"
+        yield Finding("power", Weight.SLOW, what, OTHERS)
+        return
+    for subject, said in speed.short.items():
+        if subject == "power" and GB10 in (speed.gpu or ""):
+            said += "; a power supply that is unplugged for a minute often ends it"
+        yield Finding(subject, Weight.SLOW, said, POWER, SUPPLY if subject == "power" else None)
 
 
 RULES: tuple[Callable[[FastPath], Iterator[Finding]], ...] = (_failed, _slow, _wrong, _differing, _held_back)

@@ -42,7 +42,9 @@ class Process:
 
 @dataclass(frozen=True)
 class Gpu:
-    """The first visible GPU. Bytes, MHz, watts, °C. memory is None where it shares the host's."""
+    """The first visible GPU. Bytes, MHz, watts, °C. memory is None where it shares the host's. busy: per cent of the
+    last moments, a second or less, in which something computed on it.
+    """
 
     name: str
     capability: str
@@ -58,6 +60,7 @@ class Gpu:
     power_limit: float | None = None
     default_limit: float | None = None
     temperature: int | None = None
+    busy: int | None = None
     throttled: tuple[str, ...] = ()
     processes: tuple[Process, ...] = ()
 
@@ -88,6 +91,10 @@ class Reading:
 
 class _Memory(ctypes.Structure):
     _fields_ = (("total", c_ulonglong), ("free", c_ulonglong), ("used", c_ulonglong))
+
+
+class _Utilization(ctypes.Structure):
+    _fields_ = (("gpu", c_uint), ("memory", c_uint))
 
 
 class _Process(ctypes.Structure):
@@ -181,7 +188,7 @@ class _Asked:
             memory_clock=self._number("nvmlDeviceGetClockInfo", c_uint, MEMORY),
             power=self._watts("nvmlDeviceGetPowerUsage"), power_limit=self._watts("nvmlDeviceGetEnforcedPowerLimit"),
             default_limit=self._watts("nvmlDeviceGetPowerManagementDefaultLimit"),
-            temperature=self._number("nvmlDeviceGetTemperature", c_uint, 0),
+            temperature=self._number("nvmlDeviceGetTemperature", c_uint, 0), busy=self._busy(),
             throttled=tuple(reason for bit, reason in REASONS.items() if throttled & bit),
             processes=self._processes(),
         )  # fmt: skip
@@ -202,6 +209,10 @@ class _Asked:
     def _watts(self, function: str) -> float | None:
         milliwatts = self._number(function, c_uint)
         return None if milliwatts is None else milliwatts / 1000
+
+    def _busy(self) -> int | None:
+        ask, rates = getattr(self._nvml, "nvmlDeviceGetUtilizationRates", None), _Utilization()
+        return None if ask is None or ask(self._handle, byref(rates)) else int(rates.gpu)
 
     def _processes(self) -> tuple[Process, ...]:
         ask = getattr(self._nvml, "nvmlDeviceGetComputeRunningProcesses_v3", None)

@@ -10,6 +10,7 @@ from sparkctl.manifest.store import Run
 from sparkctl.manifest.table import EngineName, Mode
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.inputs import analysed
+from sparkctl.steps.leaks_process import leaks_apart
 from sparkctl.steps.training import model_folder
 from sparkctl.verify.leaks import Finding, engine_leaks
 from sparkctl.words import quoted
@@ -30,11 +31,11 @@ def verify_leaks(
     config, mode = _architecture(folder, progress)
     machine = this_machine()
     device, name = torch.device(machine.device), quoted(folder or "RUN")
-    stack = stack_leaks(config, device)  # before Unsloth changes its classes in this process
-    found = operator_leaks(config, device)
+    stack, found = stack_leaks(config, device), operator_leaks(config, device)
     for one in [engine] if engine else _engines():
+        look = leaks_apart if one == "unsloth" else engine_leaks
         try:
-            found += engine_leaks(config, one, mode, machine, progress, allow_slow=allow_slow, name=name)
+            found += look(config, one, mode, machine, progress, allow_slow=allow_slow, name=name)
         except SparkError as error:
             if engine:
                 raise

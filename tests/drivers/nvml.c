@@ -59,6 +59,11 @@ int nvmlDeviceGetMaxClockInfo(void *handle, int kind, unsigned *mhz) { *mhz = 30
 int nvmlDeviceGetPowerUsage(void *handle, unsigned *milliwatts) { *milliwatts = 12500; return 0; }
 int nvmlDeviceGetTemperature(void *handle, int sensor, unsigned *celsius) { *celsius = 48; return 0; }
 
+int nvmlDeviceGetUtilizationRates(void *handle, unsigned *per_cent) {
+  per_cent[0] = (unsigned)number("FAKE_BUSY", 0), per_cent[1] = 1;
+  return 0;
+}
+
 int nvmlDeviceGetEnforcedPowerLimit(void *handle, unsigned *milliwatts) {
   *milliwatts = (unsigned)number("FAKE_LIMIT", 0);
   return *milliwatts ? 0 : NOT_SUPPORTED;

@@ -5,7 +5,7 @@ Rows of their own are computed once among all and once alone: the same bits. One
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -41,13 +41,6 @@ pytestmark = [
 ]
 
 Results = tuple[torch.Tensor, ...]
-
-
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    """What a test held goes back before the next."""
-    yield
-    torch.cuda.empty_cache()
 
 
 def rows_beyond(width: int) -> int:

@@ -157,7 +157,7 @@ def test_a_gb10_has_no_memory_of_its_own(management: pytest.MonkeyPatch) -> None
     assert nvml.read() == Reading(
         Gpu(
             "NVIDIA GB10", "12.1", 1, driver="580.95.05", cuda=(13, 0), clock=2418, most_clock=3003, memory_clock=8533,
-            power=12.5, temperature=48,
+            power=12.5, temperature=48, busy=0,
         )
     )  # fmt: skip
 
@@ -165,7 +165,7 @@ def test_a_gb10_has_no_memory_of_its_own(management: pytest.MonkeyPatch) -> None
 def test_a_gpu_with_all_of_it(management: pytest.MonkeyPatch) -> None:
     settings = dict(
         FAKE_GPU="NVIDIA H200", FAKE_MAJOR=9, FAKE_MINOR=0, FAKE_MEMORY=150 * GB, FAKE_USED=GB, FAKE_LIMIT=350_000,
-        FAKE_THROTTLE=0x4 | 0x40 | 0x1, FAKE_HELD=3 * GIB,
+        FAKE_THROTTLE=0x4 | 0x40 | 0x1, FAKE_HELD=3 * GIB, FAKE_BUSY=97,
     )  # fmt: skip
     for name, value in settings.items():
         management.setenv(name, str(value))
@@ -175,6 +175,7 @@ def test_a_gpu_with_all_of_it(management: pytest.MonkeyPatch) -> None:
     assert (found.power_limit, found.default_limit) == (350.0, 700.0)
     assert found.throttled == ("software power cap", "hardware thermal slowdown")
     assert found.processes == (Process(4711, 3 * GIB),)
+    assert found.busy == 97
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ CASES = [
     (replace(GOOD, proof=replace(PROOF, differing=[3, 9])), Weight.NEEDED, "2 of 30 repeats", "triton>=3.8"),
     (replace(GOOD, speed=Speed("NVIDIA GB10", 30e12, 240e9)), Weight.SLOW, "33% of", "says why"),
     (replace(GOOD, speed=Speed("NVIDIA H200", 780e12, 2e12)), Weight.SLOW, "2000 GB/s, 48% of", "nvidia-smi"),
+    (replace(GOOD, speed=Speed("NVIDIA H200", 280e12, 2e12, busy=97)), Weight.SLOW, "97 % of the time", "says who"),
 ]  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def test_a_rule(found: FastPath, weight: Weight, what: str, mend: str) -> None:
     assert mend in finding.mend
 
 
-COMMAND = re.compile(r"(pip|sparkctl) [^`;]+|`[^`]+`( says why)?")
+COMMAND = re.compile(r"(pip|sparkctl) [^`;]+|`[^`]+`( says (why|who))?")
 
 
 def test_only_a_spark_is_told_of_its_power_supply() -> None:

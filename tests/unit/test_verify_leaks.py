@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,8 @@ from sparkctl.errors import UsageError
 from sparkctl.hardware.machine import this_machine
 from sparkctl.model import catalog
 from sparkctl.progress import silent
+from sparkctl.steps.leaks_process import leaks_apart
+from sparkctl.steps.verify_leaks import verify_leaks
 from sparkctl.verify.leaks import Finding, engine_leaks
 from sparkctl.verify.operators import operator_leaks
 from sparkctl.verify.small import PARTS, parts_of, write_model
@@ -168,3 +171,33 @@ def test_every_family_has_a_small_model(tmp_path: Path) -> None:
         source = json.loads((tiny.dense(tmp_path / family, family, **changes) / "config.json").read_text())
         found = engine_leaks(source, "native", "lora", this_machine(), silent)
         assert [(one.part, one.failed) for one in found] == [("attention", False)]
+
+
+STAND_IN = """
+import sys
+from pathlib import Path
+Path(__file__).with_name("seen").write_text(str("transformers" in sys.modules))
+FastLanguageModel = None
+"""
+
+
+def test_unsloth_is_imported_before_transformers_in_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "unsloth.py").write_text(STAND_IN)
+    for name in ("unsloth", "unsloth_zoo"):
+        info = tmp_path / f"{name}-2026.10.9.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 2026.10.9\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{':'.join(sys.path)}")
+    with pytest.raises(UsageError, match="needs a GPU"):  # it gets as far as that, and says so here
+        verify_leaks(None, engine="unsloth")
+    assert (tmp_path / "seen").read_text() == "False"
+    assert "unsloth" not in sys.modules
+
+
+def test_what_another_process_finds_is_what_is_found_here() -> None:
+    asked = (LLAMA, "native", "lora", this_machine(), silent)
+    apart = leaks_apart(*asked, allow_slow=False, name="RUN")
+    assert apart == engine_leaks(*asked)
+    assert [one.part for one in apart] == ["attention"]
