@@ -29,7 +29,7 @@ LOGITS = 12  # bytes a logit at the start of backward: log-softmax, its gradient
 CPU_RUNTIME, CPU_HYBRID = 700 << 20, 86 << 20
 CUDA_RUNTIME = 1200 << 20  # the same, CUDA's context and cuBLAS workspaces
 # share of activations and logits that CUDA's caching allocator loses between blocks: with .04 nine trainings on an H200
-# (docs/performance.md) took up to 5.1 % more than was foretold, with .06 no more than 3.6
+# (docs/performance.md) took up to 5.1 % more than was foretold, with .06 no more than 4.3
 SLACK = 0.06
 # the same of glibc's, which keeps what short-lived blocks leave between long-lived ones, checkpointing or not; by LoRA
 # one small hybrid (tests/peak_memory.py) peaked at 2.47 to 2.85 GB in 16 runs, which .5 makes 2.69
@@ -72,7 +72,8 @@ def logit_bytes(shape: Shape, load: Load) -> int:
 def runtime(shape: Shape, load: Load, tensors: int) -> int:
     """Libraries, and what the allocator of so many bytes of tensors loses."""
     if load.device == "cuda":
-        return CUDA_RUNTIME + int(SLACK * tensors)
+        own = load.engine == "native" and load.checkpointing
+        return CUDA_RUNTIME + int((native.CHECKPOINTING_SLACK if own else SLACK) * tensors)
     libraries = cpu_runtime(shape)
     if load.engine == "native":
         return libraries + int(native.CPU_SLACK * tensors)
