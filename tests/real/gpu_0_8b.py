@@ -51,6 +51,7 @@ class Sizes:
     short_tokens: int
     steps: int = 200
     short: int = 20
+    shortest: int = 8  # of the unsloth engine's, which compiles for minutes at each start
     course: int = 30  # steps of the certificate side by side
 
 
@@ -91,9 +92,13 @@ class Job:
         self.run.sparkctl(f"{name}.recommend", *command, seconds=60)
         return root
 
+    def few(self, engine: str) -> int:
+        """Steps of a run that is killed."""
+        return self.sizes.shortest if engine == "unsloth" else self.sizes.short
+
     def short(self, name: str, engine: str, mode: str) -> Path:
         """A run of few steps that saves at their half and their end."""
-        steps = self.sizes.short
+        steps = self.few(engine)
         return self.planned(
             name, engine, mode, tokens_per_step=self.sizes.short_tokens, max_steps=steps, save_every=steps // 2, keep=1
         )
@@ -209,7 +214,7 @@ def round_trip(job: Job, engine: str, mode: str, straight: bool) -> Answer:
 
     straight: the same training once without a kill, and what differs from it, byte for byte.
     """
-    name, steps = f"{engine}-{mode}", job.sizes.short
+    name, steps = f"{engine}-{mode}", job.few(engine)
     job = apart(job, name)
     root = job.short(name, engine, mode)
 
@@ -217,11 +222,11 @@ def round_trip(job: Job, engine: str, mode: str, straight: bool) -> Answer:
         return max((line["step"] for line in read(root / "metrics.jsonl")), default=0) > steps // 2 + 1
 
     began = time.monotonic()
-    job.run.killed(f"{name}.train", "train", root, "--no-certificate", when=late, seconds=500)
+    job.run.killed(f"{name}.train", "train", root, "--no-certificate", when=late, seconds=560)
     told = read(root / "metrics.jsonl")
     answer: Answer = {"killed_at": told[-1]["step"], "seconds_to_kill": round(time.monotonic() - began, 1)}
     began = time.monotonic()
-    resumed = job.run.sparkctl(f"{name}.resume", "resume", root, seconds=500)
+    resumed = job.run.sparkctl(f"{name}.resume", "resume", root, seconds=560)
     answer |= {"resumed_from": resumed["checkpoint"], "seconds_of_resume": round(time.monotonic() - began, 1)}
     answer |= {key: resumed["train"][key] for key in ("first_loss", "final_loss", "peak_memory")}
     if straight:

@@ -139,11 +139,14 @@ def test_precision(qwen35_folder: Path) -> None:
     assert all("language_model" in name or name == "lm_head.weight" for name in full)
 
 
-def test_rows_of_like_length_fill_the_area() -> None:
-    lengths = [10, 3, 30, 9, 8, 29]
+@pytest.mark.parametrize(
+    ("powers", "dealt"), [(False, [[30, 29], [10, 9, 8, 3, 2]]), (True, [[30, 29], [10, 9, 8, 3], [2]])]
+)
+def test_rows_of_like_length_fill_the_area(powers: bool, dealt: list[list[int]]) -> None:
+    lengths = [10, 3, 30, 9, 8, 29, 2]
     documents = [Document(i, np.zeros(n, np.int32), np.ones(n, bool)) for i, n in enumerate(lengths)]
-    dealt = [[len(d.ids) for d in batch] for batch in batches(Pack(documents, 89, 83), 64)]
-    assert dealt == [[30, 29], [10, 9, 8, 3]]
+    rows = batches(Pack(documents, 91, 84), 64, powers=powers)
+    assert [[len(d.ids) for d in batch] for batch in rows] == dealt
 
 
 def test_an_engine_that_is_not_there_is_named() -> None:

@@ -35,7 +35,7 @@ class RowEngine(ABC):
         self._model.train()  # what turns gradient checkpointing on; no dropout is left in these models
         total = self._zero()
         with self._around():
-            for documents in batches(pack, self._area):
+            for documents in batches(pack, self._area, powers=self.device.type == "cuda"):
                 loss = self._loss(documents)
                 if loss is not None:
                     (loss * scale).backward()
@@ -49,7 +49,7 @@ class RowEngine(ABC):
         self._model.eval()
         total = self._zero()
         with torch.no_grad(), self._around():
-            for documents in batches(pack, self._area):
+            for documents in batches(pack, self._area, powers=self.device.type == "cuda"):
                 loss = self._loss(documents)
                 if loss is not None:
                     total += loss
@@ -69,11 +69,17 @@ class RowEngine(ABC):
         return torch.zeros((), dtype=torch.float32, device=self.device)
 
 
-def batches(pack: Pack, area: int) -> Iterator[list[Document]]:
-    """The pack's documents from the longest to the shortest, as many at once as fill `area` with padding."""
+def batches(pack: Pack, area: int, *, powers: bool) -> Iterator[list[Document]]:
+    """The pack's documents from the longest to the shortest, as many at once as fill `area` with padding.
+
+    powers: as many of them as a power of two. On a GPU flash-linear-attention compiles and tunes two of its kernels for
+    every count of rows that it has not met, which takes seconds, and real packs bring dozens of counts.
+    """
     documents = sorted(pack.documents, key=lambda document: (-len(document.ids), document.id))
     while documents:
-        count = max(1, area // len(documents[0].ids))
+        count = min(len(documents), max(1, area // len(documents[0].ids)))
+        if powers:
+            count = 1 << (count.bit_length() - 1)
         yield documents[:count]
         documents = documents[count:]
 
