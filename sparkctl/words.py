@@ -33,8 +33,11 @@ def heading(title: str, *, dry_run: bool, up_to_date: bool, made: str | None) ->
 
 
 def here(path: Path) -> str:
-    """A path as it can be opened from the working folder, the short way."""
-    return min(os.path.relpath(path), os.path.abspath(path), key=len)
+    """A path as it can be opened from the working folder, the short way; as it is where that folder is gone."""
+    try:
+        return min(os.path.relpath(path), os.path.abspath(path), key=len)
+    except FileNotFoundError:
+        return str(path)
 
 
 def quoted(path: Path | str) -> str:

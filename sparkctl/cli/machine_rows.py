@@ -26,7 +26,10 @@ def rows(device: Device) -> Rows:
     yield "memory", _memory(device)
     yield "swap", "none" if not device.swap else f"{_gib(device.swap)}, {_gib(device.swap_used or 0)} in use"
     for disk in device.disks:
-        yield f"disk, {disk.name}", f"{size(disk.free)} free at {here(disk.folder)}"
+        if disk.free is None:
+            yield f"disk, {disk.name}", f"{disk.folder} cannot be used: {disk.problem}"
+        else:
+            yield f"disk, {disk.name}", f"{size(disk.free)} free at {here(disk.folder)}"
 
 
 def _gpu(gpu: Gpu, toolkit: str | None) -> Rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,17 +17,22 @@ from sparkctl.hardware.machine import available_cores, available_memory, disk_fr
 from sparkctl.hardware.nvml import Gpu
 
 SECONDS = launch.SECONDS
+UNKNOWN = Path("?")  # a folder that is not even found
 LEAST = 0.3  # seconds for CUDA, however long NVML took
 
 
 @dataclass(frozen=True)
 class Disk:
-    """A folder that training writes to and the bytes free there. cache: it can be put elsewhere by `variable`."""
+    """A folder that training writes to and the bytes free there. cache: it can be put elsewhere by `variable`.
+
+    free: None where it cannot be used at all, for `problem`.
+    """
 
     name: str
     folder: Path
-    free: int
+    free: int | None
     variable: str | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,10 +90,20 @@ def _meminfo(root: Path) -> dict[str, int]:
 
 
 def _disks() -> tuple[Disk, ...]:
-    places = (
-        ("runs here", Path.cwd(), None),
-        ("models' cache", env.hub_cache(), "HF_HUB_CACHE"),
-        ("kernels' cache", env.triton_cache(), "TRITON_CACHE_DIR"),
-        ("temporary files", Path(tempfile.gettempdir()), "TMPDIR"),
+    places: tuple[tuple[str, Callable[[], Path], str | None], ...] = (
+        ("runs here", Path.cwd, None),
+        ("models' cache", env.hub_cache, "HF_HUB_CACHE"),
+        ("kernels' cache", env.triton_cache, "TRITON_CACHE_DIR"),
+        ("temporary files", lambda: Path(tempfile.gettempdir()), "TMPDIR"),
     )
-    return tuple(Disk(name, folder, disk_free(folder.absolute()), variable) for name, folder, variable in places)
+    return tuple(_disk(name, place, variable) for name, place, variable in places)
+
+
+def _disk(name: str, place: Callable[[], Path], variable: str | None) -> Disk:
+    """One of them: a folder that is gone or closed is an answer."""
+    folder = UNKNOWN
+    try:
+        folder = place()
+        return Disk(name, folder, disk_free(folder.absolute()), variable)
+    except OSError as error:
+        return Disk(name, folder, None, variable, (error.strerror or str(error)).lower())

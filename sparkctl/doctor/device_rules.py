@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from sparkctl.doctor.device import Device
+from sparkctl.doctor.device import Device, Disk
 from sparkctl.doctor.findings import Finding, Weight
 from sparkctl.doctor.targets import of_capability
 from sparkctl.words import here
@@ -141,11 +141,17 @@ def _swap(device: Device) -> Iterator[Finding]:
 
 def _disks(device: Device) -> Iterator[Finding]:
     for disk in device.disks:
-        if disk.free < LEAST[disk.name]:
+        if disk.free is None:
+            what = f"the folder for {disk.name.removesuffix(' here')}, `{disk.folder}`, cannot be used: {disk.problem}"
+            yield Finding("disk", Weight.NEEDED, what, _elsewhere(disk) or "`cd ~`")
+        elif disk.free < LEAST[disk.name]:
             name, least = disk.name.removesuffix(" here"), LEAST[disk.name] / GB
             what = f"{disk.free / GB:.1f} GB are free for {name} in `{here(disk.folder)}`: {least:.0f} may be needed"
-            mend = f"`export {disk.variable}=FOLDER_WITH_ROOM`" if disk.variable else None
-            yield Finding("disk", Weight.NEEDED if disk.free < NOTHING else Weight.SLOW, what, mend)
+            yield Finding("disk", Weight.NEEDED if disk.free < NOTHING else Weight.SLOW, what, _elsewhere(disk))
+
+
+def _elsewhere(disk: Disk) -> str | None:
+    return f"`export {disk.variable}=FOLDER_WITH_ROOM`" if disk.variable else None
 
 
 RULES: tuple[Callable[[Device], Iterator[Finding]], ...] = (

@@ -5,8 +5,8 @@ An import may crash, hang or raise; here that is an answer. What a library print
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import sys
 from importlib import import_module
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 
 def main(name: str) -> None:
     """Import it and print what it says of itself."""
-    with contextlib.redirect_stdout(sys.stderr):
+    with os.fdopen(os.dup(1), "w") as answer:
+        os.dup2(2, 1)  # not sys.stdout alone: compiled code writes there too, and handlers at the end of the process
         module = import_module(name)
         facts = {"version": getattr(module, "__version__", None), **(torch_facts(module) if name == "torch" else {})}
-    print(json.dumps(facts))
+        print(json.dumps(facts), file=answer)
 
 
 def torch_facts(torch: Any) -> dict[str, Any]:

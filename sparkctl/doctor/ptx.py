@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ TRITON = {"ptxas": "triton's ptxas", "ptxas-blackwell": "triton's ptxas-blackwel
 LACKING = re.compile(r"not supported on \.?target|requires \.?target|cannot be compiled for architecture")
 BLACKWELL = 100  # from this architecture on Triton calls its ptxas-blackwell
 OUTDATED = "is too old for this probe"
+WROTE_NOTHING = "ended well and wrote no code"
 TOO_NEW = re.compile(r"Unsupported \.version|is not defined for option 'gpu-name'")
 
 
@@ -52,14 +54,14 @@ class Assembled:
     why: str | None = None
 
 
-def find() -> list[Assembler]:
-    """Every ptxas here that answers, newest first; a file that is met twice counts once."""
+def find(seconds: float = SECONDS) -> list[Assembler]:
+    """Every ptxas here that answers, newest first; a file that is met twice counts once. seconds: for each answer."""
     found: dict[Path, tuple[str, Path]] = {}
     for name, path in _places():
-        if path.is_file():
+        if os.path.isfile(path):  # False too where it may not be looked at
             found.setdefault(path.resolve(), (name, path))
     with child.at_once(4) as pool:
-        asked = [one for one in pool.map(lambda place: ask(*place), found.values()) if one]
+        asked = [one for one in pool.map(lambda place: ask(place[0], place[1], seconds), found.values()) if one]
     return sorted(asked, key=lambda one: _order(one.release), reverse=True)
 
 
@@ -67,25 +69,25 @@ def _places() -> list[tuple[str, Path]]:
     on_path, chosen = shutil.which("ptxas"), env.cuda_home()
     system = [Path(on_path)] if on_path else []
     system += [folder / "bin" / "ptxas" for folder in (chosen, Path("/usr/local/cuda")) if folder]
-    return [*of_triton(), *((f"`{path}`", path) for path in system if path.is_file())][: len(TRITON) + 1]
+    return [*of_triton(), *((f"`{path}`", path) for path in system if os.path.isfile(path))][: len(TRITON) + 1]
 
 
 def of_triton() -> list[tuple[str, Path]]:
     """(name, path) of the two that Triton calls: its own, or the file that the environment puts in their place."""
     spec = find_spec("triton")
     folder = Path(spec.origin).parent / "backends" / "nvidia" / "bin" if spec and spec.origin else None
-    chosen = {name: path for name, path in env.triton_ptxas().items() if path.is_file()}
+    chosen = {name: path for name, path in env.triton_ptxas().items() if os.path.isfile(path)}
     places = {name: chosen.get(name) or (folder / name if folder else None) for name in TRITON}
     return [(TRITON[name], path) for name, path in places.items() if path]
 
 
-def ask(name: str, path: Path) -> Assembler | None:
+def ask(name: str, path: Path, seconds: float = SECONDS) -> Assembler | None:
     """The assembler at `path`; None where it does not run or is none."""
-    said = child.run([str(path), "--version"], seconds=SECONDS)
+    said = child.run([str(path), "--version"], seconds=seconds)
     release = re.search(r"release (\d+\.\d+)", said.out)
     if said.problem or not release:
         return None
-    helped = child.run([str(path), "--help"], seconds=SECONDS)
+    helped = child.run([str(path), "--help"], seconds=seconds)
     return Assembler(name, path, release[1], frozenset(re.findall(r"'(sm_\d+[af]?)'", helped.out)))
 
 
@@ -103,12 +105,16 @@ def choose(target: Target, here: list[Assembler]) -> Assembler:
 
 def assemble(source: str, target: Target, by: Assembler) -> Assembled:
     """Machine code of the PTX for the target."""
-    with tempfile.TemporaryDirectory(prefix="sparkctl-ptx-") as folder:
-        text, cubin = Path(folder, "probe.ptx"), Path(folder, "probe.cubin")
-        text.write_text(source)
-        ended = child.run([str(by.path), f"-arch={target}", str(text), "-o", str(cubin)], seconds=SECONDS)
-        if ended.problem is None:
-            return Assembled(True, cubin.read_bytes())
+    try:
+        with tempfile.TemporaryDirectory(prefix="sparkctl-ptx-") as folder:
+            text, cubin = Path(folder, "probe.ptx"), Path(folder, "probe.cubin")
+            text.write_text(source)
+            ended = child.run([str(by.path), f"-arch={target}", str(text), "-o", str(cubin)], seconds=SECONDS)
+            if ended.problem is None:
+                written = cubin.exists()
+                return Assembled(True, cubin.read_bytes()) if written else Assembled(None, why=f"{by} {WROTE_NOTHING}")
+    except OSError as error:
+        return Assembled(None, why=f"no temporary file can be written: {(error.strerror or str(error)).lower()}")
     errors = re.findall(r"; error\s*: (.*)", ended.err)
     lacking = [error for error in errors if LACKING.search(error)]
     if errors and len(lacking) == len(errors):

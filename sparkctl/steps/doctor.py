@@ -20,6 +20,7 @@ from sparkctl.hardware import nvml
 from sparkctl.hardware.machine import torch_has_cuda
 from sparkctl.progress import Progress, silent
 
+QUICK_PTXAS = 0.8  # seconds for an answer of a ptxas there, which takes 0.02
 QUICK_SECONDS = 2.0  # that NVML and CUDA may take where the whole has to take less than three
 
 
@@ -56,7 +57,7 @@ def doctor(target: str | None = None, *, quick: bool = False, progress: Progress
     assembler here knows the one that was named.
     """
     named = None if target is None else targets.parse(target)
-    assemblers = ptx.find()
+    assemblers = ptx.find(QUICK_PTXAS if quick else ptx.SECONDS)
     if named:
         return _of_target(named, assemblers, quick, progress)
     seen = device.look(seconds=QUICK_SECONDS if quick else device.SECONDS, toolkit=_toolkit(assemblers))

@@ -101,7 +101,7 @@ def test_no_assembler_that_knows_the_target(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = Assembler("ptxas", Path("/usr/bin/ptxas"), "12.4", frozenset({"sm_90a"}))
-    monkeypatch.setattr(ptx, "find", lambda: [old])
+    monkeypatch.setattr(ptx, "find", lambda *_: [old])
     status, _, err = run(capsys, "--target", "sm_121a")
     assert status == 1
     assert "error: no ptxas here knows sm_121a: ptxas 12.4 stops at sm_90a" in err

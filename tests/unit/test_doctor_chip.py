@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from sparkctl.doctor import chip, features, launch, probes, ptx, targets
 from sparkctl.doctor.chip import Row
 from sparkctl.doctor.findings import Weight
 from sparkctl.doctor.launch import Launched
-from sparkctl.doctor.ptx import Assembler
+from sparkctl.doctor.ptx import Assembled, Assembler
 from sparkctl.doctor.targets import GB10, HOPPER, Target
 from sparkctl.errors import SparkError, UsageError
 
@@ -125,6 +128,47 @@ def test_no_assembler_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert ptx.find() == []
     with pytest.raises(SparkError, match="no ptxas here knows sm_90a"):
         ptx.choose(HOPPER, [])
+
+
+def test_an_assembler_that_writes_nothing_leaves_its_row_open(tmp_path: Path) -> None:
+    (tmp_path / "ptxas").write_text("#!/bin/sh\n")
+    (tmp_path / "ptxas").chmod(0o755)
+    by = Assembler("ptxas", tmp_path / "ptxas", "13.0", frozenset(["sm_121a"]))
+    assert ptx.assemble("", GB10, by) == Assembled(None, why="ptxas 13.0 ended well and wrote no code")
+
+
+def test_without_a_place_for_a_temporary_file_a_row_stays_open(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, here: list[Assembler]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    found = ptx.assemble(probes.CP_ASYNC.source(GB10), GB10, here[0])
+    assert found == Assembled(None, why="no temporary file can be written: no such file or directory")
+
+
+def test_an_assembler_that_may_not_be_looked_at_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """os.path answers no where pathlib raises PermissionError."""
+    monkeypatch.setattr(Path, "is_file", raising(PermissionError(13, "permission denied")))
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/closed/ptxas")
+    monkeypatch.setenv("CUDA_HOME", "/closed")
+    assert all("closed" not in str(one.path) for one in ptx.find())
+
+
+def raising(error: OSError) -> Callable[[Path], bool]:
+    def is_file(path: Path) -> bool:
+        raise error
+
+    return is_file
+
+
+def test_an_assembler_that_hangs_costs_no_more_than_it_was_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "ptxas").write_text("#!/bin/sh\nsleep 30\n")
+    (tmp_path / "ptxas").chmod(0o755)
+    monkeypatch.setattr(ptx, "_places", lambda: [("ptxas", tmp_path / "ptxas")])
+    began = time.monotonic()
+    assert ptx.find(0.3) == []
+    assert time.monotonic() - began < 10
 
 
 def test_triton_s_own_assemblers_can_be_replaced_by_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

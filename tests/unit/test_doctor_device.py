@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fake_machine import build, drivers, no_drivers  # noqa: F401  # a fixture
 
+from sparkctl.cli import machine_rows
 from sparkctl.cli.diagnosis import verdict
 from sparkctl.doctor import device, device_rules
 from sparkctl.doctor.device import Device, Disk
@@ -86,6 +88,14 @@ CASES = [
     (
         replace(SPARK, disks=(Disk("temporary files", Path("/scratch/tmp"), 0, "TMPDIR"),)), "disk", Weight.NEEDED,
         "0.0 GB are free for temporary files in `/scratch/tmp`", "export TMPDIR=FOLDER",
+    ),
+    (
+        replace(SPARK, disks=(Disk("models' cache", Path("/x"), None, "HF_HUB_CACHE", "permission denied"),)), "disk",
+        Weight.NEEDED, "models' cache, `/x`, cannot be used: permission denied", "export HF_HUB_CACHE=FOLDER",
+    ),
+    (
+        replace(SPARK, disks=(Disk("runs here", Path("?"), None, None, "no such file or directory"),)), "disk",
+        Weight.NEEDED, "folder for runs, `?`, cannot be used", "`cd ~`",
     ),
 ]  # fmt: skip
 
@@ -262,6 +272,23 @@ def test_a_file_that_is_no_library_is_told_in_the_loader_s_words(
     monkeypatch.setenv("LD_LIBRARY_PATH", str(no_drivers(tmp_path)))
     place = tmp_path / "libnvidia-ml.so.1"
     assert nvml.read().problem == f"libnvidia-ml.so.1 cannot be loaded: {place}: file too short"
+
+
+def test_folders_that_are_gone_are_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder was removed, and no temporary file can be made anywhere."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "work").rmdir()
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [])
+    monkeypatch.setattr(nvml, "read", lambda seconds: Reading(problem=NO_LIBRARY))
+    seen = device.look(root=tmp_path)
+    closed = {disk.name: disk.problem for disk in seen.disks if disk.free is None}
+    assert closed["runs here"] == "no such file or directory"
+    assert closed["temporary files"]
+    assert set(closed) == {"runs here", "temporary files"}
+    shown = dict(machine_rows.rows(seen))
+    assert shown["disk, runs here"] == "? cannot be used: no such file or directory"
 
 
 def test_the_machine_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
