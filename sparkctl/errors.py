@@ -64,6 +64,11 @@ GPU_MEMORY = re.compile(r"CUDA|CUBLAS|CUDNN|HIP")
 ASKED_AND_FREE = re.compile(r"Tried to allocate ([\d.]+ \w+).*?total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is")
 
 
+def reason(error: OSError) -> str:
+    """Why the system refuses, in its words, as they stand in a message."""
+    return (error.strerror or str(error)).lower()
+
+
 def memory_ended(error: BaseException) -> bool:
     """Whether memory ended, a device's or the host's: the world's fault. torch's own class is known by its name."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):

@@ -15,7 +15,7 @@ import typer
 
 from sparkctl import __version__
 from sparkctl.cli import console
-from sparkctl.errors import AGAIN, SparkError, Terminated, UsageError, interruption, memory_ended, memory_error
+from sparkctl.errors import AGAIN, SparkError, Terminated, UsageError, interruption, memory_ended, memory_error, reason
 
 # a command's file in sparkctl/cli, in the order that --help shows: groups of commands come last there
 COMMANDS = ("analyze", "recommend", "train", "resume", "merge", "show", "demo", "doctor", "mtp", "verify", "bench")
@@ -122,7 +122,6 @@ DISK = {*DISK_FULL, errno.EFBIG, errno.EIO, errno.ESTALE}  # what fails in an op
 def system_error(error: OSError) -> SparkError:
     """What the operating system refused, as a message: the place, the reason, the mend."""
     where = f" at `{error.filename}`" if error.filename else ""
-    reason = (error.strerror or str(error)).lower()
     hints = {
         **dict.fromkeys(DISK_FULL, f"free some space there, then {AGAIN}"),
         **dict.fromkeys((errno.EACCES, errno.EPERM), "check the permissions of that path"),
@@ -134,7 +133,7 @@ def system_error(error: OSError) -> SparkError:
         errno.EROFS: "that file system is mounted read-only: choose another path",
     }
     other = f"mend what the system says there, then {AGAIN}"
-    return SparkError(f"{reason}{where}", hints.get(error.errno or 0, other))
+    return SparkError(f"{reason(error)}{where}", hints.get(error.errno or 0, other))
 
 
 def _sentence(text: str) -> str:

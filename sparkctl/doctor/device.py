@@ -12,6 +12,7 @@ from pathlib import Path
 from sparkctl import env
 from sparkctl.doctor import launch
 from sparkctl.doctor.launch import Claims
+from sparkctl.errors import reason
 from sparkctl.hardware import nvml
 from sparkctl.hardware.machine import available_cores, available_memory, disk_free, fitted, processor_name
 from sparkctl.hardware.nvml import Gpu
@@ -106,4 +107,4 @@ def _disk(name: str, place: Callable[[], Path], variable: str | None) -> Disk:
         folder = place()
         return Disk(name, folder, disk_free(folder.absolute()), variable)
     except OSError as error:
-        return Disk(name, folder, None, variable, (error.strerror or str(error)).lower())
+        return Disk(name, folder, None, variable, reason(error))

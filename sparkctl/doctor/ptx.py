@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sparkctl import child, env
 from sparkctl.doctor.targets import Target
-from sparkctl.errors import SparkError
+from sparkctl.errors import SparkError, reason
 
 SECONDS = 20.0  # an assembler that takes longer for ten lines hangs
 TRITON = {"ptxas": "triton's ptxas", "ptxas-blackwell": "triton's ptxas-blackwell"}
@@ -114,7 +114,7 @@ def assemble(source: str, target: Target, by: Assembler) -> Assembled:
                 written = cubin.exists()
                 return Assembled(True, cubin.read_bytes()) if written else Assembled(None, why=f"{by} {WROTE_NOTHING}")
     except OSError as error:
-        return Assembled(None, why=f"no temporary file can be written: {(error.strerror or str(error)).lower()}")
+        return Assembled(None, why=f"no temporary file can be written: {reason(error)}")
     errors = re.findall(r"; error\s*: (.*)", ended.err)
     lacking = [error for error in errors if LACKING.search(error)]
     if errors and len(lacking) == len(errors):
