@@ -42,7 +42,6 @@ def test_the_fast_path() -> None:
     found = fastpath.look(fastpath.rates())
     assert found
     assert found.problems == {}
-    slow = [finding.subject for finding in fastpath.judge(found)]
-    assert set(slow) <= {"power", "memory"}  # where other tests compute beside it
+    assert [one for one in fastpath.judge(found) if one.mend != fastpath.OTHERS] == []  # other tests may compute beside
     assert found.proof
     assert found.proof.repeats == exercise.REPEATS

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from fake_machine import package
 from sparkctl_kernels.attention import op as attention
 from sparkctl_kernels.attention import reference as attention_reference
 from sparkctl_kernels.causal_conv import op as causal_conv
@@ -184,15 +185,12 @@ FastLanguageModel = None
 def test_unsloth_is_imported_before_transformers_in_a_process_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "unsloth.py").write_text(STAND_IN)
-    for name in ("unsloth", "unsloth_zoo"):
-        info = tmp_path / f"{name}-2026.10.9.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 2026.10.9\n")
+    package(tmp_path, "unsloth", "2026.10.9", STAND_IN)
+    package(tmp_path, "unsloth_zoo", "2026.10.9")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{':'.join(sys.path)}")
     with pytest.raises(UsageError, match="needs a GPU"):  # it gets as far as that, and says so here
         verify_leaks(None, engine="unsloth")
-    assert (tmp_path / "seen").read_text() == "False"
+    assert (tmp_path / "unsloth" / "seen").read_text() == "False"
     assert "unsloth" not in sys.modules
 
 

@@ -35,7 +35,7 @@ class RowEngine(ABC):
         self._model.train()  # what turns gradient checkpointing on; no dropout is left in these models
         total = self._zero()
         with self._around():
-            for documents in batches(pack, self._area, powers=self.device.type == "cuda"):
+            for documents in self._batches(pack):
                 loss = self._loss(documents)
                 if loss is not None:
                     (loss * scale).backward()
@@ -49,7 +49,7 @@ class RowEngine(ABC):
         self._model.eval()
         total = self._zero()
         with torch.no_grad(), self._around():
-            for documents in batches(pack, self._area, powers=self.device.type == "cuda"):
+            for documents in self._batches(pack):
                 loss = self._loss(documents)
                 if loss is not None:
                     total += loss
@@ -58,6 +58,9 @@ class RowEngine(ABC):
     @abstractmethod
     def _loss(self, documents: list[Document]) -> torch.Tensor | None:
         """Sum of the cross-entropy over the label tokens of these rows; None where there is no label."""
+
+    def _batches(self, pack: Pack) -> Iterator[list[Document]]:
+        return batches(pack, self._area, powers=self.device.type == "cuda")
 
     def _around(self) -> AbstractContextManager[None]:
         """What the model is called within."""
