@@ -66,6 +66,7 @@ class Training:
     engine: Bigrams = field(default_factory=Bigrams)
     plan: object = field(default_factory=ready.plan)
     ranks: Ranks = field(default_factory=Ranks)
+    ahead: bool = False
     saved: list[tuple[str, float | None, list[str]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -98,6 +99,7 @@ class Training:
             signals=self.signals,
             saved=lambda path, at, gone: self.saved.append((path.name, at.eval_loss, gone)),
             ranks=self.ranks,
+            ahead=self.ahead,
         )
         return loop.run()
 

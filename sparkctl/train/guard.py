@@ -26,7 +26,7 @@ FREE = "free some memory (`ps -eo rss,args --sort=-rss | head` shows who holds i
 
 
 class Numbers:
-    """Checks losses and gradient norms before the optimiser takes them. `place` says where a document was read."""
+    """Checks losses and gradient norms before their step is saved. `place` says where a document was read."""
 
     def __init__(self, place: Callable[[int], str], hint: str) -> None:
         self._place, self._hint = place, hint

@@ -17,6 +17,8 @@ from sparkctl.train.ranks import Ranks
 from sparkctl.train.state import RECENT, State
 
 if TYPE_CHECKING:
+    import torch
+
     from sparkctl.data.batches import Schedule
     from sparkctl.train.engines.base import Engine
     from sparkctl.train.guard import Numbers, Signals
@@ -25,11 +27,28 @@ if TYPE_CHECKING:
 Saved = Callable[[Path, State, list[str]], None]  # the checkpoint, its state, and the ids that had to go for it
 
 
+@dataclass(frozen=True)
+class Given:
+    """An optimiser step that the device was given, and whose numbers nobody has read yet.
+
+    mine: this rank's share of the packs. sums: each one's loss. norm: of the gradient, before it was clipped.
+    """
+
+    packs: Sequence[Pack]
+    mine: Sequence[Pack]
+    labels: int
+    rate: float
+    sums: Sequence[torch.Tensor]
+    norm: torch.Tensor
+
+
 @dataclass
 class Loop:
     """A training, ready to run. `state` is where it stands; `run` takes it to the schedule's end.
 
     rate: learning rate of a step (from 0). saved: told of each checkpoint. held_out: packs that are never trained.
+    ahead: the device is given a step before the numbers of the one before it are read, so that it never waits for the
+    host; nothing is evaluated or saved of a step whose numbers have not been looked at.
     """
 
     engine: Engine
@@ -47,57 +66,72 @@ class Loop:
     saved: Saved
     progress: Progress = silent
     ranks: Ranks = field(default_factory=Ranks)
+    ahead: bool = False
+    _unread: Given | None = field(default=None, init=False)
 
     def run(self) -> State:
         """Train to the end. Raises Interrupted after saving; SparkError at a loss or norm that is no number."""
-        self._began = self._counted = time.monotonic()
+        self._began = self._counted = self._read_at = time.monotonic()
         self._first = self._saved_at = self.state.step
         total = self.schedule.steps
         with self.progress.task("training", total, unit="steps") as task:
             task.advance(self.state.step)
             if self.state.step == 0:
                 self._evaluate()
-            while self.state.step < total:
-                if self._stop() or not self._step(task):
+            for n in range(self.state.step, total):
+                given = None if self._stop() else self._give(n)
+                self._read(task)
+                if given is None:
                     self._leave()
-                done = self.state.step
-                if done % self.save_every == 0 or done == total:
+                self._unread = given
+                due = (n + 1) % self.save_every == 0 or n + 1 == total
+                if due or not self.ahead:
+                    self._read(task)
+                if due:
                     self._evaluate()
                     self._save()
         return self.state
 
-    def _step(self, task: Task) -> bool:
-        """One optimiser step. False where it was to stop between two packs: the step is then as if never begun."""
-        began, n = time.monotonic(), self.state.step
+    def _give(self, n: int) -> Given | None:
+        """Optimiser step `n`. None where it was to stop between two packs: the step is then as if never begun."""
         packs, labels = self.schedule.step(n), self.schedule.labels(n)
         mine = share(packs, self.ranks.rank, self.ranks.size)
         sums = []
         for pack in mine:
             if self.signals.asked and self.ranks.size == 1:
                 self.optimizer.clear()
-                return False
+                return None
             sums.append(self.engine.micro_step(pack, 1 / labels))
         self.ranks.sum_gradients(self.optimizer.parameters.values())
-        norm_tensor = self.optimizer.clip()
-        losses = [float(value) for value in sums]  # the first wait for the device in this step
-        norm = float(norm_tensor)
-        loss = self.ranks.sum([sum(losses)], self.engine.device)[0] / labels
-        self.numbers.check(n + 1, mine, losses)
-        self.numbers.check_step(n + 1, packs, loss, norm)
-        rate = self.rate(n)
+        norm, rate = self.optimizer.clip(), self.rate(n)
         self.optimizer.step(rate)
-        self._count(packs, loss)
-        self._report(task, packs, labels, loss, norm, rate, time.monotonic() - began)
-        return True
+        return Given(packs, mine, labels, rate, sums, norm)
 
-    def _report(
-        self, task: Task, packs: Sequence[Pack], labels: int, loss: float, norm: float, rate: float, seconds: float
-    ) -> None:
+    def _read(self, task: Task) -> None:
+        """Wait for the unread step's numbers, check them, and count it as done.
+
+        Its time is that since the last one's were read, or since an evaluation or a save.
+        """
+        given, self._unread = self._unread, None
+        if given is None:
+            return
+        losses = [float(value) for value in given.sums]
+        norm = float(given.norm)
+        loss = self.ranks.sum([sum(losses)], self.engine.device)[0] / given.labels
+        number = self.state.step + 1
+        self.numbers.check(number, given.mine, losses)
+        self.numbers.check_step(number, given.packs, loss, norm)
+        self._count(given.packs, loss)
+        now = time.monotonic()
+        self._report(task, given, loss, norm, now - self._read_at)
+        self._read_at = now
+
+    def _report(self, task: Task, given: Given, loss: float, norm: float, seconds: float) -> None:
         """The step's line in metrics.jsonl, and the live one."""
-        now, tokens = self.state, sum(pack.tokens for pack in packs)
+        now, tokens = self.state, sum(pack.tokens for pack in given.packs)
         if self.metrics:
             self.metrics.write(
-                step=now.step, loss=loss, grad_norm=norm, learning_rate=rate, tokens=tokens, labels=labels,
+                step=now.step, loss=loss, grad_norm=norm, learning_rate=given.rate, tokens=tokens, labels=given.labels,
                 tokens_per_second=round(tokens / seconds, 1), seconds=round(seconds, 4), memory=now.peak_memory,
             )  # fmt: skip
         task.advance()
@@ -141,6 +175,7 @@ class Loop:
             path = state.save(self.folder, now, self.optimizer)
             self.saved(path, now, state.prune(self.folder, self.keep, now.best_checkpoint))
         self._saved_at = now.step
+        self._read_at = time.monotonic()
 
     def _stop(self) -> bool:
         """Whether a signal or a lack of memory stops any rank: all stop at the same step."""
@@ -161,7 +196,8 @@ def held_out_loss(engine: Engine, packs: Sequence[Pack], ranks: Ranks, numbers: 
     Raises SparkError on every rank where it is no number, naming the documents; `what` is being measured.
     """
     mine = [pack for pack in share(packs, ranks.rank, ranks.size) if pack.documents]
-    sums = [float(engine.eval_sum(pack)) for pack in mine]
+    given = [engine.eval_sum(pack) for pack in mine]  # the device may run behind
+    sums = [float(value) for value in given]
     total = ranks.sum([sum(sums)], engine.device)[0]
     numbers.check_held_out(what, mine, sums)
     if not math.isfinite(total):  # in another rank's share

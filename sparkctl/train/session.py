@@ -133,4 +133,5 @@ class Session:
             saved=saved,
             progress=progress,
             ranks=self.ranks,
+            ahead=self.engine.device.type == "cuda",
         )

@@ -69,16 +69,18 @@ def test_without_held_out_documents_the_newest_is_the_best(tmp_path: Path) -> No
     assert end.best_eval_loss is None
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_never_reaches_the_optimiser(tmp_path: Path, poison: float) -> None:
-    training = Training(tmp_path)
+def test_a_loss_that_is_no_number_is_never_saved_nor_written(tmp_path: Path, poison: float, ahead: bool) -> None:
+    """Step 6 is the one that would be saved; step 5 is poisoned, of which a loop that goes ahead hears after it."""
+    training = Training(tmp_path, ahead=ahead)
     bad = training.schedule.step(4)[1]
-    seen: list[torch.Tensor] = []
+    asked: list[int] = []
 
     def before(pack: Pack) -> None:
-        same = [d.id for d in pack.documents] == [d.id for d in bad.documents] and training.state.step == 4
+        asked.append(training.state.step)
+        same = [d.id for d in pack.documents] == [d.id for d in bad.documents]
         training.engine.poison = poison if same else 1.0
-        seen.append(training.engine.table.detach().clone())
 
     training.engine.before = before
     with pytest.raises(SparkError, match=r"the loss of step 5 is (nan|inf) in the pack of documents") as caught:
@@ -87,9 +89,47 @@ def test_a_loss_that_is_no_number_never_reaches_the_optimiser(tmp_path: Path, po
         assert f" {document.id} (chats.jsonl:{document.id + 1})" in caught.value.message
     other = next(d for pack in training.schedule.step(4) if pack != bad for d in pack.documents)
     assert f" {other.id} (chats" not in caught.value.message
-    assert torch.equal(training.engine.table, seen[-1])
+    assert len(asked) == sum(len(training.schedule.step(n)) for n in range(6 if ahead else 5))
     assert max(training.lines("loss")) == 4
-    assert state.newest_complete(tmp_path / "checkpoints")[0] == tmp_path / "checkpoints" / "step-000003"
+    newest, damaged = state.newest_complete(tmp_path / "checkpoints")
+    assert (newest, damaged) == (tmp_path / "checkpoints" / "step-000003", [])
+    assert state.read_state(newest).recent_losses == list(training.lines("loss").values())[:3]
+
+
+def test_going_ahead_of_the_device_changes_no_bit_and_no_line(tmp_path: Path) -> None:
+    """Each step is given before the numbers of the one before it are read, but for what is evaluated and saved."""
+    plan = ready.plan(learning_rate=0.3, save_every=4, epochs=4, keep=9, max_steps=11)
+    plain, ahead = (Training(tmp_path / name, plan=plan, ahead=name == "ahead") for name in ("plain", "ahead"))
+    read: list[tuple[int, int]] = []
+    starts = {id_of(ahead.schedule.step(n)[0]): n for n in range(11)}
+
+    def before(pack: Pack) -> None:
+        if id_of(pack) in starts:
+            read.append((starts[id_of(pack)], ahead.state.step))
+
+    ahead.engine.before = before
+    ends = [training.run() for training in (plain, ahead)]
+    assert torch.equal(plain.engine.table, ahead.engine.table)
+    assert [(n, n if n % 4 == 0 else n - 1) for n in range(11)] == read
+    timeless = [
+        [
+            {k: v for k, v in line.items() if k not in metrics.TIMING}
+            for line in metrics.read(one.folder / "metrics.jsonl")
+        ]
+        for one in (plain, ahead)
+    ]
+    assert timeless[0] == timeless[1]
+    assert plain.saved == ahead.saved
+    differing = {"seconds", "peak_memory"}
+    assert ends[0].model_dump(exclude=differing) == ends[1].model_dump(exclude=differing)
+    for name in ("step-000004", "step-000008", "step-000011"):
+        a, b = (one.folder / "checkpoints" / name / state.TRAINABLE for one in (plain, ahead))
+        assert a.read_bytes() == b.read_bytes()
+
+
+def id_of(pack: Pack) -> tuple[int, ...]:
+    """Its documents."""
+    return tuple(document.id for document in pack.documents)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -125,7 +165,7 @@ def test_a_gradient_norm_that_is_no_number_stops_too(tmp_path: Path) -> None:
     training.engine.table.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(SparkError, match=r"the gradient norm of step 1 is (nan|inf), with documents"):
         training.run()
-    assert torch.equal(training.engine.table, torch.zeros_like(training.engine.table))
+    assert (training.lines("loss"), training.saved) == ({}, [])
 
 
 SAVING = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)]
@@ -139,13 +179,14 @@ def hangup() -> Iterator[None]:
     signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize(("ahead", "done"), [(False, 4), (True, 5)])  # the fifth step was given, and is read first
 @pytest.mark.parametrize(("number", "status"), SAVING)
 def test_a_signal_saves_the_last_boundary_and_the_rest_follows_bit_for_bit(
-    tmp_path: Path, hangup: None, number: int, status: int
+    tmp_path: Path, hangup: None, number: int, status: int, ahead: bool, done: int
 ) -> None:
     straight = Training(tmp_path / "straight")
     straight.run()
-    training = Training(tmp_path / "stopped")
+    training = Training(tmp_path / "stopped", ahead=ahead)
 
     def before(pack: Pack) -> None:
         if training.state.step == 4 and training.engine.table.grad is not None:
@@ -153,13 +194,13 @@ def test_a_signal_saves_the_last_boundary_and_the_rest_follows_bit_for_bit(
 
     training.engine.before = before
     handler = signal.getsignal(number)
-    with pytest.raises(Interrupted, match="after step 4 of 6; saved") as caught, training.signals.caught():
+    with pytest.raises(Interrupted, match=f"after step {done} of 6; saved") as caught, training.signals.caught():
         training.run()
     assert signal.getsignal(number) is handler
     assert (caught.value.exit_status, caught.value.hint) == (status, "sparkctl resume r1")
-    assert list(training.lines("loss")) == [1, 2, 3, 4]
-    again = Training(tmp_path / "stopped")
-    again.state = state.load(tmp_path / "stopped" / "checkpoints" / "step-000004", again.optimizer)
+    assert list(training.lines("loss")) == list(range(1, done + 1))
+    again = Training(tmp_path / "stopped", ahead=ahead)
+    again.state = state.load(tmp_path / "stopped" / "checkpoints" / f"step-00000{done}", again.optimizer)
     again.run()
     assert again.lines("loss") == straight.lines("loss")
     assert again.lines("eval_loss") == straight.lines("eval_loss")
