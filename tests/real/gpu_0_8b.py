@@ -51,7 +51,7 @@ class Sizes:
     short_tokens: int
     steps: int = 200
     short: int = 20
-    shortest: int = 8  # of the unsloth engine's, which compiles for minutes at each start
+    shortest: int = 8  # of the unsloth engine's, which takes a minute to load
     course: int = 30  # steps of the certificate side by side
 
 
@@ -196,8 +196,12 @@ def resume(job: Job) -> Answer:
 
 
 def apart(job: Job, name: str) -> Job:
-    """Unsloth writes the code that it compiles into a folder, which two of its processes had better not share."""
-    return replace(job, run=replace(job.run, own={"UNSLOTH_COMPILE_LOCATION": str(job.work / f"{name}-compiled")}))
+    """Unsloth writes code into a folder, which two of its processes had better not share.
+
+    Without its compiler: that takes five minutes at a first start, and what is proved here is what lies around it.
+    """
+    own = {"UNSLOTH_COMPILE_LOCATION": str(job.work / f"{name}-compiled"), "UNSLOTH_COMPILE_DISABLE": "1"}
+    return replace(job, run=replace(job.run, own=own))
 
 
 def full_round_trip(job: Job, engine: str) -> Answer:
