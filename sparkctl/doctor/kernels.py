@@ -60,7 +60,7 @@ def compile_all(target: str | None) -> Compiled:
 
     Raises UsageError at a target that kernels are not judged for, SparkError where compiling itself fails.
     """
-    name = str(GB10) if target is None else target
+    name = str(GB10) if target is None else target.strip().lower()
     if name not in SHARED:
         raise UsageError(
             f"kernels are compiled for {', '.join(SHARED)}, not for `{name}`",

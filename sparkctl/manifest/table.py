@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 Mode = Literal["lora", "full"]
 EngineName = Literal["native", "reference", "unsloth"]
@@ -17,3 +17,11 @@ class Table(BaseModel):
     """An unknown key is an error; assignments are checked like a file's values."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    @field_validator("*")
+    @classmethod
+    def _no_zero_byte(cls, value: Any) -> Any:
+        """Many of the texts are paths, and no name of a file holds a zero byte."""
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("holds a zero byte")
+        return value

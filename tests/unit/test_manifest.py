@@ -50,6 +50,7 @@ def test_a_run_is_made_once(run: Run) -> None:
         (("[plan]", "[plan]\nspeed = 3"), "plan.speed"),
         (("pack_length = 64", 'pack_length = "long"'), "plan.pack_length"),
         (("[plan]", "[plan"), "is broken"),
+        (('source = "', 'source = "\\u0000'), "model.source: holds a zero byte"),
     ],
 )
 def test_a_manifest_that_does_not_hold_is_named(run: Run, change: tuple[str, str], message: str) -> None:
