@@ -11,6 +11,7 @@ from sparkctl.doctor.ptx import BLACKWELL as BLACKWELL_PTXAS
 from sparkctl.doctor.ptx import Assembler
 from sparkctl.doctor.software import Installed, Library, Torch
 from sparkctl.doctor.targets import Target
+from sparkctl.hardware.software import UNREADABLE
 
 FLA, TRITON = "https://github.com/fla-org/flash-linear-attention", "https://github.com/triton-lang/triton"
 TRANSFORMERS, PYTORCH = "https://github.com/huggingface/transformers", "https://github.com/pytorch/pytorch"
@@ -94,6 +95,9 @@ def missing(installed: Sequence[Installed], gpu: bool) -> Iterator[Finding]:
             yield Finding(
                 one.library.name, Weight.NEEDED, f"{one.library.name} is not installed", _install(one.library)
             )
+        elif one.version == UNREADABLE:
+            what, mend = f"the metadata of {one.library.name} cannot be read", _again(one, one.library.name in own)
+            yield Finding(one.library.name, Weight.NEEDED if needed else Weight.NOTE, what, mend)
         elif one.imports is False:
             what = f"{one.library.name} {one.version} cannot be imported: {one.problem}"
             yield Finding(
@@ -108,7 +112,8 @@ def _again(one: Installed, nvidias: bool) -> str | None:
     """
     if "did not end" in (one.problem or ""):
         return f"`python -X importtime -c 'import {one.library.module}'`"
-    return None if nvidias else f"pip install --force-reinstall --no-deps '{one.library.name}=={one.version}'"
+    pinned = one.library.name if one.version == UNREADABLE else f"{one.library.name}=={one.version}"
+    return None if nvidias else f"pip install --force-reinstall --no-deps '{pinned}'"
 
 
 def _install(library: Library) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any, Literal
 
 from sparkctl import child
+from sparkctl.hardware import software
 from sparkctl.hardware.machine import available_cores
 from sparkctl.progress import Progress, silent
 
@@ -74,7 +73,7 @@ class Installed:
 
 def look() -> list[Installed]:
     """Every library, by its metadata alone."""
-    return [Installed(library, _version(library.name)) for library in LIBRARIES]
+    return [Installed(library, software.installed(library.name)) for library in LIBRARIES]
 
 
 def rooted(found: list[Installed], progress: Progress = silent) -> list[Installed]:
@@ -155,25 +154,14 @@ def _torch(one: Installed, facts: dict[str, Any] | None, problem: str | None) ->
 
 
 def versions(found: list[Installed]) -> dict[str, str]:
-    """Of these, and of those that rules ask of; what is not installed is not in it."""
-    named = {one.library.name: one.version for one in found} | {name: _version(name) for name in BESIDE}
-    return {name: version for name, version in named.items() if version}
+    """Of these, and of those that rules ask of; what is not installed, or does not say, is not in it."""
+    named = {one.library.name: one.version for one in found} | {name: software.installed(name) for name in BESIDE}
+    return {name: version for name, version in named.items() if version and version != software.UNREADABLE}
 
 
 def requirements() -> dict[str, list[str]]:
     """What each of them asks of others, as its metadata says it."""
-    found: dict[str, list[str]] = {}
-    for name in (*(library.name for library in LIBRARIES), *BESIDE):
-        with suppress(PackageNotFoundError):
-            found[name] = requires(name) or []
-    return found
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    return {name: software.requirements(name) for name in (*(one.name for one in LIBRARIES), *BESIDE)}
 
 
 def _imported(one: Installed) -> Installed:

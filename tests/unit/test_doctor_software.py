@@ -11,7 +11,9 @@ import pytest
 
 from sparkctl import child
 from sparkctl.doctor import rules, software
+from sparkctl.doctor.findings import Weight
 from sparkctl.doctor.software import Installed, Torch
+from sparkctl.hardware.software import UNREADABLE
 
 BODIES = {
     "transformers": "raise ImportError('libcudart.so.13: cannot open shared object file')",
@@ -50,6 +52,22 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Installed]:
 )
 def test_an_import_that_fails(seen: dict[str, Installed], name: str, problem: str) -> None:
     assert (seen[name].version, seen[name].imports, seen[name].problem) == ("9.8.7", False, problem)
+
+
+@pytest.mark.parametrize("damage", [b"Name: peft\nVersion: \xff\n", b"", None])
+def test_metadata_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes | None) -> None:
+    """Not UTF-8, empty, or gone: the library is there, and nothing is known of it."""
+    fake_machine.package(tmp_path, "peft", "9.8.7", requires=("numpy<1",))
+    file = tmp_path / "peft-9.8.7.dist-info" / "METADATA"
+    file.unlink() if damage is None else file.write_bytes(damage)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = [one for one in software.look() if one.library.name == "peft"]
+    assert [one.version for one in found] == [UNREADABLE]
+    assert "peft" not in software.versions(found)
+    assert software.requirements()["peft"] == []
+    (finding,) = rules.missing(found, gpu=False)
+    assert (finding.weight, finding.what) == (Weight.NEEDED, "the metadata of peft cannot be read")
+    assert finding.mend == "pip install --force-reinstall --no-deps 'peft'"
 
 
 @pytest.mark.parametrize("name", ["datasets", "numpy"])

@@ -11,13 +11,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
-from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkctl import env
 from sparkctl.data.batches import Document
 from sparkctl.errors import SparkError, UsageError
+from sparkctl.hardware.software import UNREADABLE, installed, requirements
 from sparkctl.manifest.schema import PlanTable
 from sparkctl.train.engines.hopper import allow_on_hopper
 from sparkctl.train.engines.rows import RowEngine, padded
@@ -125,7 +125,7 @@ def language_model() -> Any:
             from unsloth import FastLanguageModel
     except Exception as error:  # its import checks the machine in its own ways
         said = str(error).strip().splitlines() or [type(error).__name__]
-        raise UsageError(f"unsloth {version('unsloth')} does not import: {said[0]}", INSTALL) from error
+        raise UsageError(f"unsloth {installed('unsloth')} does not import: {said[0]}", INSTALL) from error
     return FastLanguageModel
 
 
@@ -133,33 +133,18 @@ def misfit() -> str | None:
     """What keeps Unsloth from running here by its own word: it is not installed, or asks for other versions."""
     from packaging.requirements import Requirement
 
-    try:
-        installed = version(PACKAGES[0])
-    except PackageNotFoundError:
+    ours = installed(PACKAGES[0])
+    if ours is None:
         return "unsloth is not installed"
     wrong: dict[str, str] = {}
     for package in PACKAGES:
-        for wanted in map(Requirement, _requirements(package)):
+        for wanted in map(Requirement, requirements(package)):
             if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
                 continue
-            here = _version(wanted.name)
-            if here and not wanted.specifier.contains(here, prereleases=True):
+            here = installed(wanted.name)
+            if here not in (None, UNREADABLE) and not wanted.specifier.contains(here, prereleases=True):
                 wrong[wanted.name] = f"{wanted.name}{wanted.specifier}, here is {here}"
-    return f"unsloth {installed} does not fit: it asks for {'; '.join(wrong.values())}" if wrong else None
-
-
-def _requirements(package: str) -> list[str]:
-    try:
-        return requires(package) or []
-    except PackageNotFoundError:
-        return []
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return f"unsloth {ours} does not fit: it asks for {'; '.join(wrong.values())}" if wrong else None
 
 
 def masters(trained: dict[str, Parameter]) -> dict[str, Parameter]:
@@ -192,7 +177,7 @@ class UnslothEngine(RowEngine):
     def describe(self) -> list[tuple[str, str]]:
         """Which part runs on what."""
         return [
-            ("engine", f"unsloth {version('unsloth')}: its model and patches, one document a row"),
+            ("engine", f"unsloth {installed('unsloth')}: its model and patches, one document a row"),
             ("lm_head", "on every token"),
             ("checkpointing", "unsloth's own, offloaded" if self._checkpointing else "off"),
         ]
