@@ -162,6 +162,7 @@ class Loop:
         if self.metrics:
             self.metrics.write(step=self.state.step, eval_loss=loss)
         self.progress.say(f"step {self.state.step}: held-out loss {loss:.4f}")
+        self._read_at = time.monotonic()
 
     def _save(self) -> None:
         """A checkpoint of this step; without a held-out loss the newest counts as the best."""
