@@ -23,15 +23,14 @@ METHODS = ("forward", "input_gradient", "adapter_gradient", "add_weight_gradient
 class Fault:
     """`function` of an operator's module ("layer" for the linear layers' class) times 1.01.
 
-    of: which of the results, 0 where there is one. into: the argument that is written to; what it held before stays
-    out of it where `added`. master: which of every projection's masters is given a gradient ("lora_a", "bias" …).
+    of: which of the results, 0 where there is one. into: the argument that is written to. master: which of every
+    projection's masters is given a gradient ("lora_a", "bias" …).
     """
 
     operator: str
     function: str
     of: int | None = None
     into: str | None = None
-    added: bool = False
     master: str | None = None
 
     @property
@@ -54,10 +53,9 @@ class Fault:
             if self.into is None:
                 return self._scaled(real(*arguments, **named))
             buffer = signature.bind(*arguments, **named).arguments.get(self.into)
-            before = buffer.clone() if buffer is not None and self.added else None
             result = real(*arguments, **named)
             if buffer is not None:  # a gradient that was asked for
-                buffer.mul_(TIMES).sub_(0 if before is None else before * (TIMES - 1))
+                buffer.mul_(TIMES)
             return result
 
         with pytest.MonkeyPatch.context() as patch:

@@ -11,9 +11,8 @@ from sparkctl.verify.gradients import ratio
 RATIO = 2.0  # times the reference's distance from the truth
 COURSE_RATIO = 3.0  # an error of one step lives on in the next, so 30 weigh like a few: 2.35 seen once in 120 courses
 FORMULA = 1e-3  # distance in fp32; on a CPU 3e-6 were seen
-SHARE = (
-    0.25  # of the reference's distance in bf16, that fp32 may take on a GPU: TF32 in a kernel leaves an eighth of it
-)
+# of the reference's distance in bf16, that fp32 may take on a GPU: TF32 in a kernel leaves an eighth of it
+SHARE = 0.25
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,7 @@ from fla.utils import check_shared_mem
 
 from sparkctl_kernels.documents import CHUNK, Documents
 
-VERSIONS = ("0.6.0",)  # of fla-core whose kernels have these arguments
 Grid = Callable[[dict[str, int]], tuple[int, ...]]
-OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
 # Tiles for key and value dims of 128, by compute capability. (9, 0): what the library's autotuners, which take two
 # minutes, found on an H200 with torch 2.11 and Triton 3.6.0, Qwen3.5-2B, 5,376 tokens, 2026-11-25. COMPILED: not

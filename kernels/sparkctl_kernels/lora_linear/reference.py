@@ -1,4 +1,4 @@
-"""What a group of projections computes, in plain torch."""
+"""What a projection with an adapter computes, in plain torch."""
 
 from __future__ import annotations
 

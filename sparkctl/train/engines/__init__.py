@@ -12,7 +12,7 @@ from sparkctl.manifest.schema import PlanTable
 if TYPE_CHECKING:
     from sparkctl.train.engines.base import Engine
 
-# an engine's module holds `load(plan, folder, choices) -> Engine`
+# an engine's module holds `load(plan, folder, choices, *, allow_slow, name) -> Engine`
 ENGINES = {
     "native": "sparkctl.train.engines.native.engine",
     "reference": "sparkctl.train.engines.reference",
