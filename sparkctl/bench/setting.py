@@ -19,6 +19,7 @@ from sparkctl.manifest.table import Mode
 from sparkctl.model import catalog
 from sparkctl.model.families import count
 from sparkctl.model.inspect import read_config
+from sparkctl.words import counted
 
 TINY_PACK, TINY_RANK = 256, 16  # tokens and LoRA rank on a machine without a GPU
 DOCUMENTS = 12
@@ -66,7 +67,8 @@ def require_room(documents: int, pack: int) -> None:
     """Raise UsageError unless so many documents of two tokens and more fit."""
     if not 0 < documents <= pack // 2:
         raise UsageError(
-            f"{documents} documents do not fill a pack of {pack}", "give fewer `--documents`, or more tokens"
+            f"{counted(documents, 'document')} of two tokens and more do not fit into a pack of {pack:,}",
+            f"give at most {pack // 2:,} `--documents`, or more tokens",
         )
 
 
