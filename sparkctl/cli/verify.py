@@ -15,7 +15,7 @@ from sparkctl.cli import leaks as leaking
 from sparkctl.cli.options import JsonOpt, RunArg, SlowOpt
 from sparkctl.errors import SparkError
 from sparkctl.manifest.table import EngineName
-from sparkctl.words import quoted
+from sparkctl.words import counted, quoted
 
 HELP = "Prove on this machine: an engine is lossless, documents never meet, trainings resume, a model is complete."
 group = typer.Typer(help=HELP)
@@ -77,7 +77,7 @@ def resume(run: RunArg, allow_slow: SlowOpt = False, json: JsonOpt = False) -> N
 
     made = verify_resume(run, allow_slow=allow_slow, progress=console.progress())
     how = f"killed at step {made.killed_at}, resumed from step {made.resumed_from}"
-    bytes = "equal: metrics, weights, moments" if not made.differences else f"{len(made.differences)} differences"
+    bytes = counted(len(made.differences), "difference") if made.differences else "equal: metrics, weights, moments"
     human = console.rows("resume", ("trained", f"{made.steps} steps straight, and again {how}"), ("bytes", bytes))
     hint = f"`sparkctl verify resume {quoted(run)}`, once more; what differs again is a bug of this program"
     _answer({**asdict(made), "run": str(made.run)}, human, made.differences, hint, json)

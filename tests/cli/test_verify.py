@@ -219,7 +219,7 @@ def test_what_differs_after_a_resume_is_listed(
     monkeypatch.setattr(verify_resume, "verify_resume", lambda *_, **__: made)
     status, out, err = say("verify", "resume", run.root)
     assert status == 1
-    assert "1 differences" in out
+    assert "1 difference\n" in out
     assert "error: metrics.jsonl: step 3: loss 1.0 straight, 1.1 resumed" in err
     assert f"hint: `sparkctl verify resume {run.root}`, once more; " in err
 
