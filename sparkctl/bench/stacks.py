@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkctl.bench.workload import Workload, checkpoint_folder, random_model
+from sparkctl.model.families import DELTA, USUAL
 from sparkctl.model.plain import plain_layers
 from sparkctl.train.engines.hopper import allow_on_hopper
 
 if TYPE_CHECKING:
     import torch
 
-PROJECTIONS = (
-    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "in_proj_qkv", "in_proj_z", "out_proj",
-)  # fmt: skip
 IGNORED = -100  # label of a token that is not trained, in transformers
 
 
@@ -146,7 +144,7 @@ def _unsloth(work: Workload, device: torch.device, checkpointing: bool) -> Stack
 
 def _targets(model: Any) -> list[str]:
     """The projections that this model has."""
-    return sorted({name.rpartition(".")[2] for name, _ in model.named_modules()} & set(PROJECTIONS))
+    return sorted({name.rpartition(".")[2] for name, _ in model.named_modules()} & set(USUAL + DELTA))
 
 
 def _row(work: Workload, model: Any, device: torch.device, checkpointing: bool) -> Stack:
