@@ -100,8 +100,8 @@ def parts(work: Workload, parameters: int, trainable: int) -> list[Part]:
     rule_width = 3 * shape.rule_keys + 4 * shape.rule_values
     rule = Part(
         "gated delta rule",
-        30.0 * tokens * shape.rule_layers * shape.rule_keys * 128,
-        4 * tokens * BF16 * rule_width * shape.rule_layers,
+        10.0 * (3 + again) * tokens * shape.rule_layers * shape.rule_keys * 128,
+        (4 + again) * tokens * BF16 * rule_width * shape.rule_layers,
     )
     elementwise = Part(
         "norms, activations, convolution, gates",

@@ -133,5 +133,5 @@ class Session:
             saved=saved,
             progress=progress,
             ranks=self.ranks,
-            ahead=self.engine.device.type == "cuda",
+            ahead=self.engine.device.type == "cuda" and self.ranks.size == 1,  # several agree at every step on a stop
         )

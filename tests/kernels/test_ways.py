@@ -53,6 +53,17 @@ def names_of() -> list[str]:
     return [str(key) for key in found]
 
 
+def test_a_bias_is_added_whatever_computes_the_product() -> None:
+    torch.manual_seed(0)
+    x, w, bias = randn(37, 200), randn(300, 200), randn(300)
+    with ways.measuring(lambda work: 1.0) as found:
+        by_torch = gemm.product(x, w.T, bias_N=bias)
+    assert [str(key) for key in found] == ["gemm nt 48x300x200"]
+    ways.pin({"gemm nt 48x300x200": "halves"})
+    by_halves = gemm.product(x, w.T, bias_N=bias)
+    assert max(errors([(one, x @ w.T + bias) for one in (by_torch, by_halves)])) < LIMIT
+
+
 def test_products_have_names_with_tokens_rounded_up() -> None:
     assert names_of() == [
         "gemm nt 48x300x200", "gemm nn+ 48x200x300", "gemm tn 300x200x48", "gemm nn 48x200x300",

@@ -68,9 +68,7 @@ class WideLinear:
             inside = wide[:, self.width :]
             product(wide[:, : self.width], self.adapters.T, inside)
             u = inside.contiguous()
-        if self.bias is not None:
-            return torch.addmm(self.bias, wide, self.weight.T), u
-        return product(wide, self.weight.T), u
+        return product(wide, self.weight.T, bias_N=self.bias), u
 
     def input_gradient(self, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(dx in the first K columns of a buffer like that of forward, du)."""
