@@ -72,7 +72,7 @@ def test_tiles_that_are_wrong_on_hopper_are_refused(
     if wrong:
         with pytest.raises(SparkError, match=r"is wrong here for a key dim of \d+") as caught:
             native.refuse_slow([found])
-        assert caught.value.hint == "pip install 'triton>=3.7.1', or take the slow one with `--allow-slow`"
+        assert caught.value.hint == "`pip install 'triton>=3.7.1'`, or take the slow one with `--allow-slow`"
 
 
 @pytest.mark.parametrize(("dtype", "kernel"), [(torch.bfloat16, "fla kernels"), (torch.float32, "reference")])

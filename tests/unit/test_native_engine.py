@@ -286,7 +286,7 @@ def test_a_slow_fallback_is_refused_with_what_mends_it() -> None:
     native.refuse_slow([Choice("rms_norm", "triton", "fused")])
     with pytest.raises(SparkError, match=r"gated_delta would run on its slow reference: flash-linear") as caught:
         native.refuse_slow([Choice("rms_norm", "triton", "fused"), slow])
-    assert caught.value.hint == "pip install x, or take the slow one with `--allow-slow`"
+    assert caught.value.hint == "`pip install x`, or take the slow one with `--allow-slow`"
 
 
 def test_what_runs_on_what_is_said_and_pinned(qwen35_folder: Path, llama_folder: Path) -> None:

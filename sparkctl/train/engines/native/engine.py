@@ -186,7 +186,7 @@ def refuse_slow(parts: list[Choice]) -> None:
         if part.slow:
             raise SparkError(
                 f"{part.operator} would run on its slow {part.kernel}: {part.reason}",
-                f"{part.mend}, or take the slow one with `--allow-slow`",
+                f"`{part.mend}`, or take the slow one with `--allow-slow`",
             )
 
 
