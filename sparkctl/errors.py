@@ -29,6 +29,10 @@ class UsageError(SparkError):
     exit_status = 2
 
 
+class NoMemory(SparkError):
+    """An allocation that failed."""
+
+
 class Interrupted(SparkError):
     """The work stopped before its end, where it can go on: at a step's boundary, saved.
 
@@ -87,4 +91,4 @@ def memory_error(error: BaseException) -> SparkError:
         asked, total, free = said.groups()
         message += f": {asked} were asked for, {free} of {total} are free"
     holders = "nvidia-smi" if gpu else "ps -eo rss,args --sort=-rss | head"
-    return SparkError(message, f"`{holders}` shows who holds it; end that, or ask for less, then {AGAIN}")
+    return NoMemory(message, f"`{holders}` shows who holds it; end that, or ask for less, then {AGAIN}")

@@ -20,8 +20,6 @@ from sparkctl.words import counted, quoted
 HELP = "Prove on this machine: an engine is lossless, documents never meet, trainings resume, a model is complete."
 group = typer.Typer(help=HELP)
 
-EngineOpt = Annotated[EngineName | None, typer.Option("--engine", help="This engine; else the run's, or all.")]
-
 
 def register(app: typer.Typer) -> None:
     """Add the command's parts."""
@@ -31,7 +29,7 @@ def register(app: typer.Typer) -> None:
 @group.command()
 def lossless(
     run: RunArg,
-    engine: EngineOpt = None,
+    engine: Annotated[EngineName | None, typer.Option("--engine", help="This one instead of the run's.")] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps side by side.")] = 30,
     allow_slow: SlowOpt = False,
     json: JsonOpt = False,
@@ -50,24 +48,19 @@ def lossless(
 @group.command()
 def leaks(
     run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Its architecture; else Qwen3.5's.")] = None,
-    engine: EngineOpt = None,
+    engine: Annotated[EngineName | None, typer.Option("--engine", help="This one alone; else all.")] = None,
     allow_slow: SlowOpt = False,
     json: JsonOpt = False,
 ) -> None:
     """Change one document of a pack: nothing of the others may change. Operators, engines, installed transformers."""
     from sparkctl.steps.verify_leaks import verify_leaks
 
-    found = verify_leaks(run, engine=engine, allow_slow=allow_slow, progress=console.progress())
+    looked = verify_leaks(run, engine=engine, allow_slow=allow_slow, progress=console.progress())
+    found = looked.findings
     problems = [f"{f.subject}, {f.part}: " + ("leaks" if f.leaks else "blind to a leak") for f in found if f.failed]
     rows = [{**asdict(f), "leaks": f.leaks, "failed": f.failed} for f in found]
-    hint = f"sparkctl recommend {quoted(run or 'RUN')} --engine reference"
-    _answer(
-        {"findings": rows, "transformers_leaks": bool(leaking.leaking_calls(found)[0])},
-        leaking.as_text(found),
-        problems,
-        hint,
-        json,
-    )
+    answer = {"findings": rows, "transformers_leaks": bool(leaking.leaking_calls(found)[0])}
+    _answer(answer, leaking.as_text(found), problems, looked.hint, json)
 
 
 @group.command()

@@ -26,7 +26,8 @@ def leaks_apart(
         config=config, engine=engine, mode=mode, machine=machine.model_dump(mode="json"), allow_slow=allow_slow,
         name=name,
     )  # fmt: skip
-    what, hint = f"looking for leaks of the {engine} engine", "`sparkctl verify leaks --engine native` goes without it"
+    again = f"sparkctl verify leaks {name} --engine native" + " --allow-slow" * allow_slow
+    what, hint = f"looking for leaks of the {engine} engine", f"`{again}` goes without it"
     found = listen(__name__, json.dumps(question), what=what, hint=hint, progress=progress)
     return [Finding(**one) for one in found["findings"]]
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from sparkctl.errors import AGAIN, Interrupted, SparkError, Terminated, memory_ended
+from sparkctl.errors import AGAIN, Interrupted, NoMemory, SparkError, Terminated, memory_ended
 from sparkctl.hardware.machine import HOST_RESERVE, available_memory
 
 if TYPE_CHECKING:
@@ -202,13 +202,13 @@ def _in_error() -> Iterator[None]:
 
 @contextmanager
 def memory(what: str, hint: str) -> Iterator[None]:
-    """Turn an allocation that failed into SparkError: `what` did not fit."""
+    """Turn an allocation that failed into NoMemory: `what` did not fit."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not memory_ended(error):
             raise
-        raise SparkError(f"not enough memory for {what}", hint) from None
+        raise NoMemory(f"not enough memory for {what}", hint) from None
 
 
 def limit_memory(machine: Machine) -> None:

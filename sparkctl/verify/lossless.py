@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from sparkctl.data.batches import Pack, Schedule
 from sparkctl.data.tokens import label_count
-from sparkctl.errors import SparkError
+from sparkctl.errors import NoMemory
 from sparkctl.manifest.schema import PlanTable
 from sparkctl.progress import Progress
 from sparkctl.train import guard, random, state
@@ -267,11 +267,12 @@ def in_fp32(setting: Setting, truth: Truth, progress: Progress) -> tuple[Measure
 
 
 def _too_large() -> tuple[type[Exception], ...]:
+    """What is raised where memory, a device's or a multiprocessor's, is too small for fp32."""
     try:
-        from triton.errors import TritonError
+        from triton.runtime.errors import OutOfResources
     except ImportError:
-        return (SparkError,)
-    return (SparkError, TritonError)
+        return (NoMemory,)
+    return (NoMemory, OutOfResources)
 
 
 def _clear(engine: Engine) -> None:

@@ -16,6 +16,7 @@ from faults import in_another_process as fault
 from sparkctl.cli import app
 from sparkctl.manifest.store import Run
 from sparkctl.steps import verify_lossless
+from sparkctl.steps.verify_leaks import Looked
 from sparkctl.verify import lossless
 from sparkctl.verify.leaks import Finding
 
@@ -183,7 +184,7 @@ def test_the_verdict_on_leaks_is_the_last_that_is_said(
     refused = Finding("transformers 5.17.0, cu_seq_lens alone", "attention", judged=False, refused="no such argument")
 
     def verdict(*found: Finding) -> tuple[int, dict[str, str]]:
-        monkeypatch.setattr("sparkctl.steps.verify_leaks.verify_leaks", lambda *_, **__: list(found))
+        monkeypatch.setattr("sparkctl.steps.verify_leaks.verify_leaks", lambda *_, **__: Looked(list(found), "no"))
         status, out, _ = say("verify", "leaks")
         lines = out.partition("verdict\n")[2].splitlines()
         return status, {name: said.strip() for name, _, said in (line.partition(" ") for line in lines)}

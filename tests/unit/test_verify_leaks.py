@@ -22,12 +22,12 @@ from sparkctl_kernels.documents import documents
 from sparkctl_kernels.gated_delta import op as gated_delta
 from sparkctl_kernels.gated_delta import reference as gated_delta_reference
 
-from sparkctl.errors import UsageError
+from sparkctl.errors import SparkError, UsageError
 from sparkctl.hardware.machine import this_machine
 from sparkctl.model import catalog
 from sparkctl.progress import silent
 from sparkctl.steps.leaks_process import leaks_apart
-from sparkctl.steps.verify_leaks import verify_leaks
+from sparkctl.steps.verify_leaks import Looked, verify_leaks
 from sparkctl.verify.leaks import Finding, engine_leaks
 from sparkctl.verify.operators import operator_leaks
 from sparkctl.verify.small import PARTS, parts_of, write_model
@@ -192,6 +192,22 @@ def test_unsloth_is_imported_before_transformers_in_a_process_of_its_own(
         verify_leaks(None, engine="unsloth")
     assert (tmp_path / "unsloth" / "seen").read_text() == "False"
     assert "unsloth" not in sys.modules
+
+
+def test_an_engine_may_be_refused_unless_trainings_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*refusing: str) -> Looked:
+        def look(config: object, engine: str, *_: object, **__: object) -> list[Finding]:
+            if engine in refusing:
+                raise SparkError(f"{engine} is not here", "pip install it")
+            return [Finding(f"{engine} engine", "attention", planted=1.0)]
+
+        monkeypatch.setattr("sparkctl.steps.verify_leaks.engine_leaks", look)
+        return verify_leaks(None)
+
+    found = {one.subject: one.refused for one in refused("reference").findings if one.subject.endswith("engine")}
+    assert found == {"reference engine": "reference is not here", "native engine": None}
+    with pytest.raises(SparkError, match="native is not here"):
+        refused("native")
 
 
 def test_what_another_process_finds_is_what_is_found_here() -> None:

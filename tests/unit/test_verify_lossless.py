@@ -19,7 +19,7 @@ from sparkctl_kernels.silu_mul import op as silu_mul
 
 from sparkctl.data.batches import Document, Pack, Schedule
 from sparkctl.data.tokens import label_count
-from sparkctl.errors import SparkError
+from sparkctl.errors import NoMemory, SparkError
 from sparkctl.progress import silent
 from sparkctl.steps.certificate_process import read_setting, write_setting
 from sparkctl.train.engines import reference
@@ -144,18 +144,27 @@ def test_memory_that_runs_out_is_said_with_the_way_on(setting: Setting, monkeypa
     assert "sparkctl train RUN --no-certificate" in (caught.value.hint or "")
 
 
-def test_a_tile_that_does_not_fit_in_fp32_is_said_and_is_no_fault(
+def test_what_does_not_fit_in_fp32_is_said_and_is_no_fault_and_nothing_else_is(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from triton.errors import TritonError
+    from triton.runtime.errors import OutOfResources
 
-    def measure(*_: object, **__: object) -> None:
-        raise TritonError("out of resource: shared memory\nmore")
+    def in_fp32(error: Exception) -> tuple[object, str | None]:
+        def measure(*_: object, **__: object) -> None:
+            raise error
 
-    monkeypatch.setattr(lossless, "measure", measure)
-    found, why = lossless.in_fp32(setting, Truth(Path()), silent)
+        monkeypatch.setattr(lossless, "measure", measure)
+        return lossless.in_fp32(setting, Truth(Path()), silent)
+
+    found, why = in_fp32(OutOfResources(200, 100, "shared memory"))
     assert found is None
-    assert why == "the native engine could not compute in fp32 (out of resource: shared memory)"
+    assert why
+    assert why.startswith("the native engine could not compute in fp32 (out of resource: shared memory")
+    assert in_fp32(NoMemory("not enough memory for it"))[1]
+    for other in (SparkError("the model is another"), TritonError("no such instruction")):
+        with pytest.raises(type(other), match=str(other)):
+            in_fp32(other)
 
 
 def row(name: str = "a", ours: float = 0.01, theirs: float = 0.01, **other: Any) -> TensorRow:
