@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparkctl.bench.workload import Workload, random_model
+from sparkctl.bench.workload import Workload, model_of
 from sparkctl.data.batches import Pack
 from sparkctl.model.load import silence
 from sparkctl.model.plain import plain_layers
@@ -45,7 +45,7 @@ class Rival:
         self.device, self.weights, self.checkpointing = device, weights, checkpointing
         self.packed = device.type == "cuda" and find_spec("fla") is not None  # plain torch lets documents meet
         with silence():
-            model = random_model(work, device, torch.bfloat16).eval()
+            model = model_of(work, device, torch.bfloat16).eval()
         if device.type == "cpu":
             plain_layers(model)
         self.text, self.lm_head = model.model, model.lm_head

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sparkctl.bench.stacks import STACKS, Stack
-from sparkctl.bench.workload import Workload, random_model
+from sparkctl.bench.workload import Workload, model_of
 from sparkctl.manifest.schema import HeadPlan
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def native(work: Workload, device: torch.device) -> Stack:
     from sparkctl.mtp.drafter import Drafter
     from sparkctl.mtp.engine import HeadEngine
 
-    drafter = Drafter.of(random_model(work, device, torch.bfloat16).eval(), work.text)
+    drafter = Drafter.of(model_of(work, device, torch.bfloat16).eval(), work.text)
     drafter.head.begin_anew(work.seed)
     engine, pack = HeadEngine(drafter, steps=work.draft_steps, decay=DECAY, loss="kl"), work.pack()
     trainable = sum(parameter.numel() for parameter in engine.parameters().values())

@@ -14,8 +14,8 @@ COMPARED = ("transformers", "native")
 
 
 def mtp_setting(
-    *, shape: str, pack: int = PACK, documents: int = DOCUMENTS, draft_steps: int = 3, model: Path | None = None,
-    run: Path | None = None,
+    *, shape: str | None = None, pack: int = PACK, documents: int = DOCUMENTS, draft_steps: int = 3,
+    model: Path | None = None, run: Path | None = None,
 ) -> Setting:  # fmt: skip
     """The pack, and the model whose head is trained. Raises UsageError where its config promises none."""
     at = setting(shape=shape, mode="full", pack=pack, documents=documents, model=model, run=run)

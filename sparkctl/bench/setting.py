@@ -19,7 +19,7 @@ from sparkctl.manifest.table import Mode
 from sparkctl.model import catalog
 from sparkctl.model.families import count
 from sparkctl.model.inspect import read_config
-from sparkctl.words import counted
+from sparkctl.words import counted, quoted
 
 TINY_PACK, TINY_RANK = 256, 16  # tokens and LoRA rank on a machine without a GPU
 DOCUMENTS = 12
@@ -43,24 +43,44 @@ class Setting:
 
 
 def setting(
-    *, shape: str, mode: Mode, pack: int, documents: int = DOCUMENTS, model: Path | None = None,
+    *, mode: Mode, pack: int, shape: str | None = None, documents: int = DOCUMENTS, model: Path | None = None,
     run: Path | None = None, rank: int = 128, checkpointing: bool = False,
 ) -> Setting:  # fmt: skip
-    """The workload asked for; without a GPU the demo's tiny shape instead of a published one. Raises UsageError."""
+    """The workload asked for: of a model, else of a shape, else on a GPU of the run's model, else of the usual shape.
+
+    Without a GPU the demo's tiny shape stands in for a published one. Raises UsageError.
+    """
     machine, note = this_machine(), None
+    if run and not model and not shape and machine.device != "cpu":
+        model = _model_of(Run.open(run))
+    shape = shape or catalog.USUAL
     config, name = (read_config(model, hub=False), model.name) if model else (catalog.config(shape), shape)
     if machine.device == "cpu" and model is None:
         from sparkctl.demo.model import config as tiny
 
         config, name, pack, rank = tiny(), "the demo's tiny shape", min(pack, TINY_PACK), min(rank, TINY_RANK)
         note = without_gpu()
+    weights = model if model and any(model.glob("*.safetensors")) else None
+    if model and not weights:
+        note = f"`{model}` has no weights: random ones"
+    rest = dict(rank=rank, checkpointing=checkpointing, checkpoint=str(weights.resolve()) if weights else None)
     if run:
-        work = _from_run(run, config, mode, pack, rank=rank, checkpointing=checkpointing)
+        work = _from_run(run, config, mode, pack, **rest)
     else:
         require_room(documents, pack)
-        work = synthetic(config, mode, pack, documents, rank=rank, checkpointing=checkpointing)
+        work = synthetic(config, mode, pack, documents, **rest)
     key = sha256_file(model / "config.json") if model else None
     return Setting(name, work, text_parameters(config), machine, note, key, pack)
+
+
+def _model_of(run: Run) -> Path:
+    """The folder of a run's base model; of one on the hub, with what is in the cache."""
+    from sparkctl.model.hub import locate
+
+    table = run.manifest.model
+    if table is None:
+        raise UsageError(f"no [model] in `{run.root}`", f"sparkctl analyze DATA --run {quoted(run.root)} --model MODEL")
+    return locate(table.source, revision=table.revision, base=run.root).folder
 
 
 def require_room(documents: int, pack: int) -> None:

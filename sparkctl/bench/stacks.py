@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparkctl.bench.workload import Workload, checkpoint_folder, random_model
+from sparkctl.bench.workload import Workload, checkpoint_folder, model_of
 from sparkctl.model.families import DELTA, USUAL
 from sparkctl.model.plain import plain_layers
 from sparkctl.train.engines.hopper import allow_on_hopper
@@ -61,7 +61,7 @@ def native(work: Workload, device: torch.device) -> Stack:
     from sparkctl.train.engines.native.engine import from_model
 
     engine = from_model(
-        random_model(work, device, _base_dtype(work)), lora=work.lora, checkpointing=work.checkpointing, seed=work.seed
+        model_of(work, device, _base_dtype(work)), lora=work.lora, checkpointing=work.checkpointing, seed=work.seed
     )
     return _engine(work, engine, work.checkpointing)
 
@@ -108,7 +108,7 @@ def _engine(work: Workload, engine: Any, checkpointing: bool) -> Stack:
 def _transformers(work: Workload, device: torch.device, *, checkpointing: bool, fla: bool = True) -> Stack:
     import torch
 
-    model = random_model(work, device, torch.bfloat16)
+    model = model_of(work, device, torch.bfloat16)
     if device.type == "cpu":
         plain_layers(model)
     elif fla:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,7 +34,10 @@ CLASS = re.compile(r"^(\w+\.)*[A-Z]\w*: ")  # of an exception, in front of its m
 
 @dataclass(frozen=True)
 class Row:
-    """A stack's result. cold: seconds from process start to the end of a first step with empty caches."""
+    """A stack's result. cold: seconds from process start to the end of a first step with empty caches.
+
+    kept: whether plans of the model on this machine expect its rate from now on.
+    """
 
     stack: str
     tokens: int
@@ -42,6 +45,7 @@ class Row:
     operations: float = 0.0  # floating-point operations of a micro-step as this stack does it
     cold: float | None = None
     failed: str | None = None
+    kept: bool = False
 
     def rate(self, percentile: int = 50) -> float | None:
         """Tokens a second at a percentile of the speed, which is its opposite of the time."""
@@ -81,25 +85,25 @@ def bench_step(
             row = _row(name, at, steps, cold)
         except SparkError as error:
             row = Row(name, at.work.tokens, None, failed=error.message)
-        if steps >= measurements.ENOUGH:
-            _keep(at, row)
-        yield row
+        yield replace(row, kept=steps >= measurements.ENOUGH and _keep(at, row))
 
 
-def _keep(at: Setting, row: Row) -> None:
-    """For `recommend`, where it has no training's own rate: of the one stack that is an engine as it trains.
+def _keep(at: Setting, row: Row) -> bool:
+    """Keep its rate for `recommend`, where that has no training's own: of the one stack that is an engine as it trains.
 
     Not of full fine-tuning, whose optimiser takes a tenth and more of a step of one pack. An earlier benchmark's is
-    replaced.
+    replaced. Gives whether it was kept.
     """
     work, rate = at.work, row.rate()
     if at.model_key is None or row.stack != "native" or not rate or (work.mode == "full" and not work.draft_steps):
-        return
+        return False
     rank = work.draft_steps or (work.rank if work.lora else 0)
     kind = measurements.Kind(at.model_key, work.trained, rank, work.checkpointing)
     known = measurements.lookup(at.machine, kind)
-    if not any(one.engine == "native" and one.pack_length == at.pack_length and not one.benched for one in known):
-        measurements.record(at.machine, kind, "native", rate, at.pack_length, now(), benched=True)
+    if any(one.engine == "native" and one.pack_length == at.pack_length and not one.benched for one in known):
+        return False
+    measurements.record(at.machine, kind, "native", rate, at.pack_length, now(), benched=True)
+    return True
 
 
 def _row(name: str, at: Setting, steps: int, cold: bool) -> Row:

@@ -23,7 +23,8 @@ LABEL_SHARE = 0.35  # of each document, at its end: the answer
 class Workload:
     """One micro-step. lengths: tokens of the pack's documents; config: config.json of the model.
 
-    draft_steps: of the MTP head, which is trained in place of the model; 0: the model is, in `mode`.
+    draft_steps: of the MTP head, which is trained in place of the model; 0: the model is, in `mode`. checkpoint: the
+    folder with the model's weights; None: random ones.
     """
 
     config: dict[str, Any]
@@ -34,6 +35,7 @@ class Workload:
     checkpointing: bool = False
     seed: int = 0
     draft_steps: int = 0
+    checkpoint: str | None = None
 
     @classmethod
     def loads(cls, text: str) -> Workload:
@@ -90,6 +92,15 @@ def spread(total: int, count: int, seed: int = 1) -> tuple[int, ...]:
     return tuple(int(n) for n in lengths)
 
 
+def model_of(workload: Workload, device: torch.device, dtype: torch.dtype) -> Any:
+    """transformers' text model, frozen: of the workload's checkpoint, else random weights. Raises SparkError."""
+    if workload.checkpoint is None:
+        return random_model(workload, device, dtype)
+    from sparkctl.model.load import load_text_model
+
+    return load_text_model(Path(workload.checkpoint), dtype=dtype, device=device)
+
+
 def random_model(workload: Workload, device: torch.device, dtype: torch.dtype) -> Any:
     """transformers' text model of the shape with random weights, made on the device: no checkpoint is read."""
     import torch
@@ -105,7 +116,10 @@ def random_model(workload: Workload, device: torch.device, dtype: torch.dtype) -
 
 
 def checkpoint_folder(workload: Workload, folder: Path, device: torch.device) -> Path:
-    """The same model as a folder that any tool loads, with the demo's tokenizer: for stacks that take no model."""
+    """The workload's checkpoint, or a random model as a folder that any tool loads, with the demo's tokenizer: for
+    stacks that take no model."""
+    if workload.checkpoint is not None:
+        return Path(workload.checkpoint)
     import torch
 
     from sparkctl.demo.model import write_files

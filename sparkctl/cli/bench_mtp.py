@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sparkctl.cli import console, timings
+from sparkctl.cli.bench_options import DocumentsOpt, ModelOpt, PackOpt, RunOpt, ShapeOrRunOpt, names
 from sparkctl.cli.options import JsonOpt
 
 
@@ -17,11 +17,9 @@ def add(group: typer.Typer) -> None:
 
 
 def mtp(
-    shape: Annotated[
-        str, typer.Option("--shape", help="A published shape, random weights made on the device.")
-    ] = "qwen3.5-2b",
-    pack: Annotated[int, typer.Option("--pack", min=16, help="Tokens of a pack.")] = 8192,
-    documents: Annotated[int, typer.Option("--documents", min=1, help="Documents in the pack.")] = 12,
+    shape: ShapeOrRunOpt = None,
+    pack: PackOpt = 8192,
+    documents: DocumentsOpt = 12,
     steps: Annotated[int, typer.Option("--steps", min=1, max=8, help="Draft steps.")] = 3,
     stacks: Annotated[
         str,
@@ -29,8 +27,8 @@ def mtp(
             "--stacks", help="With commas: transformers, transformers-direct, native. Ratios are to the first."
         ),
     ] = "transformers,native",
-    model: Annotated[Path | None, typer.Option("--model", help="The shape of this model folder instead.")] = None,
-    run: Annotated[Path | None, typer.Option("--run", help="Lengths and labels of a pack of this run.")] = None,
+    model: ModelOpt = None,
+    run: RunOpt = None,
     calls: Annotated[int, typer.Option("--calls", min=1, help="Micro-steps to time.")] = 20,
     json: JsonOpt = False,
 ) -> None:
@@ -39,6 +37,6 @@ def mtp(
     from sparkctl.bench.step import bench_step
 
     at = mtp_setting(shape=shape, pack=pack, documents=documents, draft_steps=steps, model=model, run=run)
-    names = [name.strip() for name in stacks.split(",") if name.strip()]
     progress = console.progress()
-    timings.answer(at, bench_step(at, names, steps=calls, progress=progress), json=json, progress=progress)
+    rows = bench_step(at, names(stacks), steps=calls, progress=progress)
+    timings.answer(at, rows, json=json, progress=progress)

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sparkctl.cli import arriving, console, measured, timings
+from sparkctl.cli import arriving, bench_options, console, measured, timings
+from sparkctl.cli.bench_options import DocumentsOpt, ModelOpt, ModeOpt, PackOpt, ShapeOpt, StacksOpt, StepsOpt
 from sparkctl.cli.options import JsonOpt
-from sparkctl.manifest.table import Mode
+from sparkctl.model.catalog import USUAL
 
 if TYPE_CHECKING:
     from sparkctl.bench.products import Row
 
-ShapeOpt = Annotated[str, typer.Option("--shape", help="A published shape, random weights made on the device.")]
-ModelOpt = Annotated[Path | None, typer.Option("--model", help="The shape of this model folder instead.")]
-ModeOpt = Annotated[Mode, typer.Option("--mode", help="lora or full fine-tuning.")]
 TrainedOpt = Annotated[
     Literal["lora", "full", "mtp"], typer.Option("--mode", help="lora or full fine-tuning, or the MTP head's training.")
 ]
 TokensOpt = Annotated[int, typer.Option("--tokens", min=16, help="Tokens of the pack.")]
-DocumentsOpt = Annotated[int, typer.Option("--documents", min=1, help="Documents in the pack.")]
 RankOpt = Annotated[int, typer.Option("--rank", min=1, help="LoRA rank.")]
 
 
@@ -34,7 +30,7 @@ def add(group: typer.Typer) -> None:
 
 
 def kernels(
-    shape: ShapeOpt = "qwen3.5-2b",
+    shape: ShapeOpt = USUAL,
     model: ModelOpt = None,
     tokens: TokensOpt = 5376,
     documents: DocumentsOpt = 12,
@@ -48,9 +44,8 @@ def kernels(
     from sparkctl.bench.setting import setting
 
     at = setting(shape=shape, mode="lora", pack=tokens, documents=documents, model=model)
-    names = [name.strip() for name in (operators or "").split(",") if name.strip()]
     progress = console.progress()
-    found = bench_kernels(at, names, calls=calls, library=library, progress=progress)
+    found = bench_kernels(at, bench_options.names(operators), calls=calls, library=library, progress=progress)
     rows = arriving.answer(
         found, measured.kernel_line, partial(measured.kernels_json, at), partial(measured.kernels_table, at), json=json,
         progress=progress,
@@ -60,7 +55,7 @@ def kernels(
 
 
 def products(
-    shape: ShapeOpt = "qwen3.5-2b",
+    shape: ShapeOpt = USUAL,
     model: ModelOpt = None,
     mode: TrainedOpt = "lora",
     tokens: TokensOpt = 5376,
@@ -97,23 +92,16 @@ def _product_line(row: Row) -> str:
 
 def synthetic(
     mode: ModeOpt = "lora",
-    pack: Annotated[int, typer.Option("--pack", min=16, help="Tokens of a pack.")] = 5376,
+    pack: PackOpt = 5376,
     documents: DocumentsOpt = 12,
-    stacks: Annotated[
-        str | None, typer.Option("--stacks", help="Names, with commas; ratios are to the first. Else all installed.")
-    ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Micro-steps to time.")] = 20,
+    stacks: StacksOpt = None,
+    steps: StepsOpt = 20,
     json: JsonOpt = False,
 ) -> None:
     """28 dense layers without GatedDeltaNet by several stacks: the published recipe's upper bound."""
-    from sparkctl.bench.step import bench_step, installed
+    from sparkctl.bench.step import bench_step
     from sparkctl.bench.synthetic import synthetic_setting
 
     progress, at = console.progress(), synthetic_setting(mode, pack, documents)
-    names, absent = installed()
-    if stacks is not None:
-        names = [name.strip() for name in stacks.split(",") if name.strip()]
-    elif absent:
-        progress.say(f"left out, not installed: {', '.join(absent)}")
-    rows = bench_step(at, names, steps=steps, progress=progress)
+    rows = bench_step(at, bench_options.stacks(stacks, progress), steps=steps, progress=progress)
     timings.answer(at, rows, measured.synthetic_json, measured.synthetic_table, json=json, progress=progress)

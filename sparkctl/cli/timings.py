@@ -78,6 +78,8 @@ def step_table(at: Setting, rows: list[Row]) -> Group:
     for row, line in zip(rows, cells, strict=True):
         table.add_row(row.stack, *(line[i] for i in filled if i < len(line)))
     notes = [row.failed for row in rows if row.failed] + ([at.note] if at.note else [])
+    if any(row.kept for row in rows):
+        notes.append(f"plans of {at.name} on this machine expect native's rate from now on")
     return Group(console.titled(title, table), *map(escape, notes))
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ready
+from safetensors.torch import load_file, save_file
 
-from sparkctl.bench import clock, step, workload
+from sparkctl.bench import clock, setting, step, workload
 from sparkctl.bench.predict import predict
 from sparkctl.cli import app
 
@@ -53,6 +55,45 @@ def test_lengths_come_from_a_run(bench: Any, tmp_path: Path, llama_folder: Path)
     assert status == 0
     assert 0 < sum(said["lengths"]) <= 64
     assert said["shape"] == llama_folder.name
+
+
+def test_a_model_folder_is_computed_with_its_weights(bench: Any, tmp_path: Path, llama_folder: Path) -> None:
+    """Twice the norm's weights are other logits; without weights random ones stand in, which is said."""
+    arguments = ("step", "--stacks", "peft-fla,native", "--steps", 1, "--pack", 64, "--documents", 1, "--model")
+    changed, bare = tmp_path / "changed", tmp_path / "bare"
+    shutil.copytree(llama_folder, changed)
+    bare.mkdir()
+    shutil.copy(llama_folder / "config.json", bare)
+    tensors = load_file(changed / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": 30 * tensors["model.norm.weight"]}, changed / "model.safetensors")
+    said = {folder: bench(*arguments, folder)[1] for folder in (llama_folder, changed, bare)}
+    losses = {folder: [stack["measured"]["loss"] for stack in answer["stacks"]] for folder, answer in said.items()}
+    for folder in losses:
+        assert losses[folder][1] / said[folder]["labels"] == pytest.approx(losses[folder][0], rel=0.02)
+    assert losses[changed][0] > 1.5 * losses[llama_folder][0]
+    assert [answer["note"] for answer in said.values()] == [None, None, f"`{bare}` has no weights: random ones"]
+
+
+def test_on_a_gpu_a_run_brings_its_model(tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = ready.run(tmp_path / "r1", llama_folder, count=12)
+    here = setting.this_machine()
+    for device, name in (("cuda", llama_folder.name), ("cpu", "the demo's tiny shape")):
+        monkeypatch.setattr(setting, "this_machine", lambda device=device: here.model_copy(update={"device": device}))
+        at = setting.setting(mode="lora", pack=64, run=run.root)
+        assert at.name == name
+        assert (at.work.checkpoint is not None) == (device == "cuda")
+    monkeypatch.setattr(setting, "this_machine", lambda: here.model_copy(update={"device": "cuda"}))
+    assert setting.setting(mode="lora", pack=64, run=run.root, shape="qwen3.5-4b").name == "qwen3.5-4b"
+
+
+def test_what_is_kept_for_plans_is_said(bench: Any, capsys: pytest.CaptureFixture[str], llama_folder: Path) -> None:
+    arguments = ["step", "--stacks", "native", "--pack", "64", "--documents", "2", "--steps"]
+    assert bench(*arguments, 5)[1]["stacks"][0]["kept"] is False  # a shape is no model's
+    assert bench(*arguments, 1, "--model", llama_folder)[1]["stacks"][0]["kept"] is False  # too few
+    capsys.readouterr()
+    assert app.run(["bench", *arguments, "5", "--model", str(llama_folder)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"plans of {llama_folder.name} on this machine expect native's rate from now on" in said
 
 
 @pytest.mark.parametrize(
