@@ -17,7 +17,7 @@ from sparkctl.progress import Progress
 from sparkctl.steps.certificate_process import certify
 from sparkctl.steps.record import versions
 from sparkctl.steps.training import Job
-from sparkctl.words import quoted
+from sparkctl.words import counted, quoted
 
 if TYPE_CHECKING:
     from sparkctl.data.batches import Pack
@@ -78,7 +78,6 @@ def _device(plan: PlanTable) -> str:
 
 
 def _table(job: Job, packs: list[Pack], found: Certificate, depends_on: str, seconds: float) -> Lossless:
-    documents = [document for pack in packs for document in pack.documents]
     plan, formula = job.plan, found.worst_formula
     return Lossless(
         passed=not found.problems,
@@ -87,8 +86,7 @@ def _table(job: Job, packs: list[Pack], found: Certificate, depends_on: str, sec
         mode=plan.mode,
         device=_device(plan),
         dtype="bfloat16",
-        packs=f"{len(packs)} packs of {len(documents)} documents, {sum(pack.tokens for pack in packs):,} tokens, the "
-        f"longest document {max(len(document.ids) for document in documents):,}",
+        packs=_described(packs),
         tensors=len(found.tensors),
         worst_gradient_ratio=_finite(found.worst.ratio),
         worst_tensor=found.worst.name,
@@ -106,6 +104,22 @@ def _table(job: Job, packs: list[Pack], found: Certificate, depends_on: str, sec
         seconds=round(seconds, 1),
         created=now(),
         made_from=depends_on,
+    )
+
+
+def _described(packs: list[Pack]) -> str:
+    """How many, and of what; those of documents that stand in one before have their tokens in another order."""
+    lengths = {document.id: len(document.ids) for pack in packs for document in pack.documents}
+    seen: set[int] = set()
+    again = 0
+    for pack in packs:
+        ids = {document.id for document in pack.documents}
+        again += not ids.isdisjoint(seen)
+        seen |= ids
+    return (
+        f"{counted(len(packs), 'pack')} of {counted(len(lengths), 'document')}, "
+        f"{sum(pack.tokens for pack in packs):,} tokens, the longest document {max(lengths.values()):,}"
+        + (f"; {again} with the tokens in another order" if again else "")
     )
 
 

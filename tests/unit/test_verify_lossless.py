@@ -287,7 +287,7 @@ def test_packs_hold_the_longest_document_and_are_short(tmp_path: Path, monkeypat
     longest = int(store.lengths[~store.held_out].max())
     assert max(len(d.ids) for d in packs[0].documents) == longest
     assert packs[0].tokens > 70
-    assert 1 < len(packs) <= lossless.PACKS
+    assert len(packs) == lossless.PACKS
     ids = [d.id for one in packs for d in one.documents]
     assert len(ids) == len(set(ids))
     assert len(course) == 11
@@ -295,3 +295,24 @@ def test_packs_hold_the_longest_document_and_are_short(tmp_path: Path, monkeypat
     assert course[0].documents[0].id == schedule.step(0)[0].documents[0].id
     few = Schedule(store, pack_length=100, gradient_accumulation=2, epochs=1, seed=0, max_steps=1)
     assert len(chosen_packs(few, 11)[1]) == 2
+
+
+def test_a_run_of_few_packs_has_enough_of_them_in_other_orders(tmp_path: Path) -> None:
+    """One pack alone gave good engines ratios of 2.2 and 3.0; with the others the worst of 15 was 1.42."""
+    store = ready.store(tmp_path, ready.documents(9, longest=40, seed=1), np.arange(9) == 0)
+    schedule = Schedule(store, pack_length=1000, gradient_accumulation=1, epochs=1, seed=0)
+    packs, course = chosen_packs(schedule, 11)
+    assert (len(packs), len(course)) == (lossless.PACKS, 1)
+    first, orders = packs[0], [np.concatenate([d.ids for d in one.documents]) for one in packs]
+    assert len({order.tobytes() for order in orders}) == lossless.PACKS
+    for one in packs[1:]:
+        assert (one.tokens, one.labels) == (first.tokens, first.labels)
+        for ours, theirs in zip(one.documents, first.documents, strict=True):
+            assert np.array_equal(np.sort(ours.ids), np.sort(theirs.ids))
+            assert np.array_equal(ours.trained, theirs.trained)
+    again, _ = chosen_packs(schedule, 11)
+    assert all(
+        np.array_equal(a.ids, b.ids)
+        for x, y in zip(packs, again, strict=True)
+        for a, b in zip(x.documents, y.documents, strict=True)
+    )
