@@ -17,8 +17,9 @@ from sparkctl.manifest.schema import Machine
 from sparkctl.manifest.store import Run
 from sparkctl.manifest.table import Mode
 from sparkctl.model import catalog
-from sparkctl.model.families import count
-from sparkctl.model.inspect import read_config
+from sparkctl.model.families import FAMILIES, count
+from sparkctl.model.inspect import inspect, read_config
+from sparkctl.model.served import lacking
 from sparkctl.words import counted, quoted
 
 TINY_PACK, TINY_RANK = 256, 16  # tokens and LoRA rank on a machine without a GPU
@@ -54,7 +55,7 @@ def setting(
     if run and not model and not shape and machine.device != "cpu":
         model = _model_of(Run.open(run))
     shape = shape or catalog.USUAL
-    config, name = (read_config(model, hub=False), model.name) if model else (catalog.config(shape), shape)
+    config, name = (_served(model), model.name) if model else (catalog.config(shape), shape)
     if machine.device == "cpu" and model is None:
         from sparkctl.demo.model import config as tiny
 
@@ -81,6 +82,19 @@ def _model_of(run: Run) -> Path:
     if table is None:
         raise UsageError(f"no [model] in `{run.root}`", f"sparkctl analyze DATA --run {quoted(run.root)} --model MODEL")
     return locate(table.source, revision=table.revision, base=run.root).folder
+
+
+def _served(model: Path) -> dict[str, Any]:
+    """config.json of that folder. Raises UsageError where it holds no model, or one that the native engine has nothing
+    for: of it no stack could be compared with another.
+    """
+    config = read_config(model, hub=False)
+    if what := lacking(inspect(model, allow_unknown=True)):
+        raise UsageError(
+            f"there is nothing to measure for {what}: the native engine does not compute `{model}`",
+            f"name a folder of one of the types {', '.join(FAMILIES)}, or a published shape by `--shape`",
+        )
+    return config
 
 
 def require_room(documents: int, pack: int) -> None:

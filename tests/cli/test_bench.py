@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import ready
+import tiny
 from safetensors.torch import load_file, save_file
 
 from sparkctl.bench import clock, setting, step, workload
@@ -41,6 +42,23 @@ def test_a_hub_id_is_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().err
     assert "error: no folder `Qwen/X`" in said
     assert "hint: name a folder with config.json and safetensors weights\n" in said
+
+
+@pytest.mark.parametrize("part", ["step", "kernels", "products", "mtp"])
+@pytest.mark.parametrize(
+    ("family", "changes", "what"),
+    [
+        ("olmo2", {}, "the model type `olmo2`"),
+        ("llama", {"hidden_act": "gelu"}, "the activation `gelu`"),  # it would be timed with SiLU
+    ],
+)
+def test_a_model_that_the_native_engine_does_not_compute_is_named(
+    bench: Any, tmp_path: Path, part: str, family: str, changes: dict[str, str], what: str
+) -> None:
+    status, said = bench(part, "--model", tiny.dense(tmp_path, family, **changes))
+    assert (status, said["exit_status"]) == (2, 2)
+    assert said["error"].startswith(f"there is nothing to measure for {what}")
+    assert "`--shape`" in said["hint"]
 
 
 def test_what_is_not_installed_is_not_compared_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
