@@ -67,6 +67,7 @@ class Training:
     plan: object = field(default_factory=ready.plan)
     ranks: Ranks = field(default_factory=Ranks)
     ahead: bool = False
+    on_saved: Callable[[str], None] = lambda name: None
     saved: list[tuple[str, float | None, list[str]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -97,11 +98,20 @@ class Training:
             metrics=metrics.Metrics(self.folder / "metrics.jsonl") if writes else None,
             numbers=Numbers(self.store.place, "lower the rate"),
             signals=self.signals,
-            saved=lambda path, at, gone: self.saved.append((path.name, at.eval_loss, gone)),
+            saved=self._saved,
             ranks=self.ranks,
             ahead=self.ahead,
         )
         return loop.run()
 
+    def _saved(self, path: Path, at: State, gone: list[str]) -> None:
+        self.saved.append((path.name, at.eval_loss, gone))
+        self.on_saved(path.name)
+
     def lines(self, key: str) -> dict[int, float]:
         return {line["step"]: line[key] for line in metrics.read(self.folder / "metrics.jsonl") if key in line}
+
+
+def id_of(pack: Pack) -> tuple[int, ...]:
+    """Its documents."""
+    return tuple(document.id for document in pack.documents)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import ready
 import torch
-from looping import Training
+from looping import Training, id_of
 from two_ranks import two_ranks
 
 from sparkctl.data.batches import Pack
@@ -142,11 +142,6 @@ def test_going_ahead_of_the_device_changes_no_bit_and_no_line(tmp_path: Path) ->
     for name in ("step-000004", "step-000008", "step-000011"):
         a, b = (one.folder / "checkpoints" / name / state.TRAINABLE for one in (plain, ahead))
         assert a.read_bytes() == b.read_bytes()
-
-
-def id_of(pack: Pack) -> tuple[int, ...]:
-    """Its documents."""
-    return tuple(document.id for document in pack.documents)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
