@@ -102,8 +102,7 @@ def _keep(at: Setting, row: Row) -> bool:
     known = measurements.lookup(at.machine, kind)
     if any(one.engine == "native" and one.pack_length == at.pack_length and not one.benched for one in known):
         return False
-    measurements.record(at.machine, kind, "native", rate, at.pack_length, now(), benched=True)
-    return True
+    return measurements.record(at.machine, kind, "native", rate, at.pack_length, now(), benched=True)
 
 
 def _row(name: str, at: Setting, steps: int, cold: bool) -> Row:

@@ -156,7 +156,6 @@ class Loop:
             return
         what = f"the held-out loss after step {self.state.step}"
         loss = held_out_loss(self.engine, self.held_out, self.ranks, self.numbers, what)
-        self._read_at = time.monotonic()
         self.state.eval_loss = loss
         if self.state.step == 0:
             self.state.first_eval_loss = loss
