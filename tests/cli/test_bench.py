@@ -114,21 +114,26 @@ def test_what_is_kept_for_plans_is_said(bench: Any, capsys: pytest.CaptureFixtur
     assert f"plans of {llama_folder.name} on this machine expect native's rate from now on" in said
 
 
+HELP = "sparkctl bench step --help"
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "error", "hint"),
     [
-        ("step", "--stacks", "fastest"),
-        ("step", "--stacks", ""),
-        ("synthetic", "--stacks", ","),
-        ("mtp", "--stacks", ","),
-        ("step", "--pack", 16, "--documents", 9),
-        ("predict", "--device", "x"),
+        (("step", "--stacks", "fastest"), "no stack `fastest`; there are stock, peft-fla, unsloth", HELP),
+        (("step", "--stacks", ""), "no stack is named; there are stock", HELP),
+        (("synthetic", "--stacks", ","), "no stack is named; there are stock", HELP),
+        (("mtp", "--stacks", ","), "no stack is named; there are transformers", "sparkctl bench mtp --help"),
+        (("step", "--pack", 16, "--documents", 9), "9 documents of two tokens and more do not fit", "at most 8 `--doc"),
+        (("predict", "--device", "x"), "no device `x`; there are gb10", "sparkctl bench predict --help"),
+        (("kernels", "--operators", "x"), "has no operator `x`; it has rms_norm", "name them with commas"),
     ],
 )
-def test_wrong_usage(bench: Any, arguments: tuple[object, ...]) -> None:
+def test_wrong_usage(bench: Any, arguments: tuple[object, ...], error: str, hint: str) -> None:
     status, said = bench(*arguments)
     assert status == 2
-    assert said["hint"]
+    assert error in said["error"]
+    assert hint in said["hint"]
 
 
 def test_a_prediction_says_so_and_bounds_what_was_measured(bench: Any) -> None:
