@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from sparkctl.data.batches import Pack, share
 from sparkctl.progress import Progress, Task, silent
@@ -67,26 +67,27 @@ class Loop:
     progress: Progress = silent
     ranks: Ranks = field(default_factory=Ranks)
     ahead: bool = False
-    _unread: Given | None = field(default=None, init=False)
 
     def run(self) -> State:
         """Train to the end. Raises Interrupted after saving; SparkError at a loss or norm that is no number."""
         self._began = self._counted = self._read_at = time.monotonic()
         self._first = self._saved_at = self.state.step
         total = self.schedule.steps
+        unread: Given | None = None
         with self.progress.task("training", total, unit="steps") as task:
             task.advance(self.state.step)
             if self.state.step == 0:
                 self._evaluate()
             for n in range(self.state.step, total):
                 given = None if self._stop() else self._give(n)
-                self._read(task)
+                if unread:
+                    self._read(unread, task)
                 if given is None:
                     self._leave()
-                self._unread = given
                 due = (n + 1) % self.save_every == 0 or n + 1 == total
-                if due or not self.ahead:
-                    self._read(task)
+                unread = given if self.ahead and not due else None
+                if unread is None:
+                    self._read(given, task)
                 if due:
                     self._evaluate()
                     self._save()
@@ -107,14 +108,11 @@ class Loop:
         self.optimizer.step(rate)
         return Given(packs, mine, labels, rate, sums, norm)
 
-    def _read(self, task: Task) -> None:
-        """Wait for the unread step's numbers, check them, and count it as done.
+    def _read(self, given: Given, task: Task) -> None:
+        """Wait for the step's numbers, check them, and count it as done.
 
         Its time is that since the last one's were read, or since an evaluation or a save.
         """
-        given, self._unread = self._unread, None
-        if given is None:
-            return
         losses = [float(value) for value in given.sums]
         norm = float(given.norm)
         loss = self.ranks.sum([sum(losses)], self.engine.device)[0] / given.labels
@@ -182,7 +180,7 @@ class Loop:
         """Whether a signal or a lack of memory stops any rank: all stop at the same step."""
         return self.signals.agreed(self.ranks.sum(self.signals.flags(), self.engine.device))
 
-    def _leave(self) -> None:
+    def _leave(self) -> NoReturn:
         """Save where we stand, unless that is saved, and end."""
         guard.release()
         if self.state.step > self._saved_at:

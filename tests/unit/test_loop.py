@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -40,22 +39,6 @@ def test_held_out_loss_at_the_start_at_each_checkpoint_and_at_the_end(tmp_path: 
     assert max(rates.values()) == pytest.approx(0.3)
     keys = {"step", "loss", "grad_norm", "learning_rate", "tokens", "labels", "tokens_per_second", "seconds", "memory"}
     assert set(metrics.read(tmp_path / "metrics.jsonl")[1]) == keys
-
-
-@pytest.mark.parametrize("ahead", [False, True])
-def test_no_step_s_time_holds_an_evaluation(tmp_path: Path, ahead: bool) -> None:
-    """Not the first one's either, before which there is no checkpoint."""
-    training = Training(tmp_path, ahead=ahead)
-    eval_sum, waits = training.engine.eval_sum, 0.6 / len(training.held_out)
-
-    def slow(pack: Pack) -> torch.Tensor:
-        time.sleep(waits)
-        return eval_sum(pack)
-
-    training.engine.eval_sum = slow
-    training.run()
-    assert len(training.lines("eval_loss")) == 3
-    assert max(training.lines("seconds").values()) < 0.4  # observed 4e-3; an evaluation takes 0.6
 
 
 def test_the_best_is_kept_when_the_loss_rises_again(tmp_path: Path) -> None:
