@@ -12,7 +12,7 @@ from sparkctl_kernels.limits import SHARED
 from sparkctl import child
 from sparkctl.doctor.ptx import TOO_NEW
 from sparkctl.doctor.rules import CUDA_EXTRA
-from sparkctl.doctor.targets import GB10
+from sparkctl.doctor.targets import GB10, spelled
 from sparkctl.errors import SparkError, UsageError
 
 MODULE = "sparkctl_kernels.compiled"  # it puts a driver without a device in Triton's place: a process of its own
@@ -60,7 +60,7 @@ def compile_all(target: str | None) -> Compiled:
 
     Raises UsageError at a target that kernels are not judged for, SparkError where compiling itself fails.
     """
-    name = str(GB10) if target is None else target.strip().lower()
+    name = str(GB10) if target is None else spelled(target)
     if name not in SHARED:
         raise UsageError(
             f"kernels are compiled for {', '.join(SHARED)}, not for `{name}`",

@@ -59,9 +59,14 @@ GB10, HOPPER = Target(121, "a"), Target(90, "a")
 BESIDE = (GB10, Target(121), Target(120, "a"), Target(100, "a"), HOPPER)  # a table for one shows these beside it
 
 
+def spelled(name: str) -> str:
+    """The name as Triton and ptxas spell it."""
+    return name.strip().lower()
+
+
 def parse(name: str) -> Target:
     """The target of that name. Raises UsageError where there is none."""
-    found = re.fullmatch(r"sm_(\d+)([af]?)", name.strip().lower())
+    found = re.fullmatch(r"sm_(\d+)([af]?)", spelled(name))
     target = Target(int(found[1]), found[2]) if found else None
     first = {"a": 90, "f": 100}
     if target is None or target.number not in SHARED or target.number < first.get(target.suffix, 0):
