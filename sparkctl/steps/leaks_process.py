@@ -19,15 +19,14 @@ from sparkctl.verify.leaks import Finding, engine_leaks
 
 def leaks_apart(
     config: dict[str, Any], engine: EngineName, mode: Mode, machine: Machine, progress: Progress, *,
-    allow_slow: bool, name: str,
+    allow_slow: bool, name: str, without: str,
 ) -> list[Finding]:  # fmt: skip
-    """What `engine_leaks` finds there. Raises what it raises."""
+    """What `engine_leaks` finds there. Raises what it raises. without: the command that does without this engine."""
     question = dict(
         config=config, engine=engine, mode=mode, machine=machine.model_dump(mode="json"), allow_slow=allow_slow,
         name=name,
     )  # fmt: skip
-    again = f"sparkctl verify leaks {name} --engine native" + " --allow-slow" * allow_slow
-    what, hint = f"looking for leaks of the {engine} engine", f"`{again}` goes without it"
+    what, hint = f"looking for leaks of the {engine} engine", f"`{without}` goes without it"
     found = listen(__name__, json.dumps(question), what=what, hint=hint, progress=progress)
     return [Finding(**one) for one in found["findings"]]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sparkctl.errors import SparkError
 from sparkctl.manifest.store import Run
 from sparkctl.manifest.table import EngineName
+from sparkctl.plan import rules
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.inputs import analysed, recommend_command
 from sparkctl.steps.leaks_process import leaks_apart
@@ -17,7 +19,6 @@ from sparkctl.verify.leaks import Finding, engine_leaks
 from sparkctl.words import quoted
 
 DEFAULT = "qwen3.5-0.8b"  # whose architecture is looked at without a run
-USUAL: EngineName = "native"  # the engine of a training that says nothing else
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,12 @@ def verify_leaks(
     run = Run.open(folder) if folder else None
     plan = run.manifest.plan if run else None
     config, mode = _config(run, progress), plan.mode if plan else "lora"
-    usual, machine = engine or (plan.engine if plan else USUAL), this_machine()
+    usual, machine = engine or (plan.engine if plan else rules.AVAILABLE_ENGINES[0]), this_machine()
     device, name = torch.device(machine.device), quoted(folder or "RUN")
+    without = f"sparkctl verify leaks{f' {name}' if folder else ''} --engine native{' --allow-slow' * allow_slow}"
     stack, found = stack_leaks(config, device), operator_leaks(config, device)
-    for one in [engine] if engine else _engines():
-        look = leaks_apart if one == "unsloth" else engine_leaks
+    for one in [engine] if engine else rules.engines():
+        look = partial(leaks_apart, without=without) if one == "unsloth" else engine_leaks
         try:
             found += look(config, one, mode, machine, progress, allow_slow=allow_slow, name=name)
         except SparkError as error:
@@ -56,12 +58,6 @@ def verify_leaks(
             found.append(Finding(f"{one} engine", "whole model", refused=error.message))
     safe = recommend_command(run, shown=folder, engine="reference") if run else "plan with `--engine reference`"
     return Looked(found + stack, safe)
-
-
-def _engines() -> tuple[EngineName, ...]:
-    from sparkctl.plan.rules import engines
-
-    return engines()
 
 
 def _config(run: Run | None, progress: Progress) -> dict[str, Any]:
