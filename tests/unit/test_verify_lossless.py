@@ -157,11 +157,10 @@ def test_what_does_not_fit_in_fp32_is_said_and_is_no_fault_and_nothing_else_is(
         monkeypatch.setattr(lossless, "measure", measure)
         return lossless.in_fp32(setting, Truth(Path()), silent)
 
-    found, why = in_fp32(OutOfResources(200, 100, "shared memory"))
-    assert found is None
-    assert why
-    assert why.startswith("the native engine could not compute in fp32 (out of resource: shared memory")
-    assert in_fp32(NoMemory("not enough memory for it"))[1]
+    small = OutOfResources(200, 100, "shared memory")
+    for error, said in ((small, str(small)), (NoMemory("not enough memory for it\nmore"), "not enough memory for it")):
+        assert in_fp32(error) == (None, f"the native engine could not compute in fp32 ({said})")
+    assert str(small).startswith("out of resource: shared memory")
     for other in (SparkError("the model is another"), TritonError("no such instruction")):
         with pytest.raises(type(other), match=str(other)):
             in_fp32(other)
