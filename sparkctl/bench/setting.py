@@ -18,6 +18,7 @@ from sparkctl.manifest.store import Run
 from sparkctl.manifest.table import Mode
 from sparkctl.model import catalog
 from sparkctl.model.families import FAMILIES, count
+from sparkctl.model.hub import has_weights, locate
 from sparkctl.model.inspect import inspect, read_config
 from sparkctl.model.served import lacking
 from sparkctl.words import counted, quoted
@@ -53,18 +54,18 @@ def setting(
     """
     machine, note = this_machine(), None
     if run and not model and not shape and machine.device != "cpu":
-        model = _model_of(Run.open(run))
-    shape = shape or catalog.USUAL
+        model = _base_of(Run.open(run))
+    shape = shape or catalog.BENCHED
     config, name = (_served(model), model.name) if model else (catalog.config(shape), shape)
     if machine.device == "cpu" and model is None:
         from sparkctl.demo.model import config as tiny
 
         config, name, pack, rank = tiny(), "the demo's tiny shape", min(pack, TINY_PACK), min(rank, TINY_RANK)
         note = without_gpu()
-    weights = model if model and any(model.glob("*.safetensors")) else None
+    weights = str(model.resolve()) if model and has_weights(model) else None
     if model and not weights:
         note = f"`{model}` has no weights: random ones"
-    rest = dict(rank=rank, checkpointing=checkpointing, checkpoint=str(weights.resolve()) if weights else None)
+    rest = dict(rank=rank, checkpointing=checkpointing, checkpoint=weights)
     if run:
         work = _from_run(run, config, mode, pack, **rest)
     else:
@@ -74,10 +75,8 @@ def setting(
     return Setting(name, work, text_parameters(config), machine, note, key, pack)
 
 
-def _model_of(run: Run) -> Path:
+def _base_of(run: Run) -> Path:
     """The folder of a run's base model; of one on the hub, with what is in the cache."""
-    from sparkctl.model.hub import locate
-
     table = run.manifest.model
     if table is None:
         raise UsageError(f"no [model] in `{run.root}`", f"sparkctl analyze DATA --run {quoted(run.root)} --model MODEL")

@@ -20,7 +20,7 @@ from sparkctl.cli.bench_options import (
     StepsOpt,
 )
 from sparkctl.cli.options import JsonOpt
-from sparkctl.model.catalog import USUAL
+from sparkctl.model.catalog import BENCHED
 
 group = typer.Typer(
     help="Measure this machine: `step`, a training step by several stacks; `kernels`, its operators; `products`, its "
@@ -71,7 +71,7 @@ def step(
 @group.command()
 def predict(
     device: Annotated[str, typer.Option("--device", help="gb10, h100 or h200.")] = "gb10",
-    shape: ShapeOpt = USUAL,
+    shape: ShapeOpt = BENCHED,
     mode: ModeOpt = "lora",
     pack: PackOpt = 5376,
     documents: DocumentsOpt = 12,

@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from sparkctl.manifest.table import Mode
-from sparkctl.model.catalog import USUAL
+from sparkctl.model.catalog import BENCHED
 from sparkctl.progress import Progress
 
 STACKS = "stock, peft-fla, unsloth, unsloth-default and native"
 
 ShapeOpt = Annotated[str, typer.Option("--shape", help="A published shape, random weights made on the device.")]
 ShapeOrRunOpt = Annotated[
-    str | None, typer.Option("--shape", help=f"A published shape, random weights; else {USUAL}, or the run's model.")
+    str | None, typer.Option("--shape", help=f"A published shape, random weights; else {BENCHED}, or the run's model.")
 ]
 ModelOpt = Annotated[
     Path | None, typer.Option("--model", help="This model folder instead; random weights where it has none.")

@@ -11,7 +11,7 @@ import typer
 from sparkctl.cli import arriving, bench_options, console, measured, timings
 from sparkctl.cli.bench_options import DocumentsOpt, ModelOpt, ModeOpt, PackOpt, ShapeOpt, StacksOpt, StepsOpt
 from sparkctl.cli.options import JsonOpt
-from sparkctl.model.catalog import USUAL
+from sparkctl.model.catalog import BENCHED
 
 if TYPE_CHECKING:
     from sparkctl.bench.products import Row
@@ -30,7 +30,7 @@ def add(group: typer.Typer) -> None:
 
 
 def kernels(
-    shape: ShapeOpt = USUAL,
+    shape: ShapeOpt = BENCHED,
     model: ModelOpt = None,
     tokens: TokensOpt = 5376,
     documents: DocumentsOpt = 12,
@@ -55,7 +55,7 @@ def kernels(
 
 
 def products(
-    shape: ShapeOpt = USUAL,
+    shape: ShapeOpt = BENCHED,
     model: ModelOpt = None,
     mode: TrainedOpt = "lora",
     tokens: TokensOpt = 5376,

@@ -16,7 +16,7 @@ _SHAPES = {
     "qwen3.5-27b": (5120, 17408, 64, 24, 4, 48, False, (27, 1152, 4304, 16)),
 }
 NAMES = tuple(_SHAPES)
-USUAL = "qwen3.5-2b"  # that is measured where nothing else is named
+BENCHED = "qwen3.5-2b"  # by a benchmark that is told of no other
 
 _TEXT: dict[str, Any] = dict(
     model_type="qwen3_5_text", dtype="bfloat16", vocab_size=248320, head_dim=256, hidden_act="silu",

@@ -74,9 +74,14 @@ def _recorded(run: Path, source: str) -> Path:
     return Run.open(run).resolve(source) if (run / NAME).exists() else run / source
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether there is any safetensors file in it."""
+    return any(folder.glob("*.safetensors"))
+
+
 def _holding(folder: Path) -> Path:
     """`folder`, which has to hold weights."""
-    if not any(folder.glob("*.safetensors")):
+    if not has_weights(folder):
         raise SparkError(
             f"`{folder}` has no safetensors weights", "only safetensors are read: take a model that has them"
         )

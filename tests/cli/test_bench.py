@@ -11,9 +11,9 @@ import ready
 import tiny
 from safetensors.torch import load_file, save_file
 
-from sparkctl.bench import clock, setting, step, workload
+from sparkctl.bench import clock, setting, stacks, step, workload
 from sparkctl.bench.predict import predict
-from sparkctl.cli import app
+from sparkctl.cli import app, bench_options
 
 
 def test_two_stacks_compute_the_same_on_a_tiny_shape(bench: Any) -> None:
@@ -61,6 +61,10 @@ def test_a_model_that_the_native_engine_does_not_compute_is_named(
     assert "`--shape`" in said["hint"]
 
 
+def test_the_help_names_every_stack() -> None:
+    assert bench_options.STACKS.replace(" and ", ", ").split(", ") == list(stacks.STACKS)
+
+
 def test_what_is_not_installed_is_not_compared_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "COMPARED", {"stock": None, "unsloth": "no_such_package", "native": "torch"})
     assert step.installed() == (["stock", "native"], ["unsloth"])
@@ -76,7 +80,7 @@ def test_lengths_come_from_a_run(bench: Any, tmp_path: Path, llama_folder: Path)
 
 
 def test_a_model_folder_is_computed_with_its_weights(bench: Any, tmp_path: Path, llama_folder: Path) -> None:
-    """Twice the norm's weights are other logits; without weights random ones stand in, which is said."""
+    """A norm 30 times as large makes other logits; without weights random ones stand in, which is said."""
     arguments = ("step", "--stacks", "peft-fla,native", "--steps", 1, "--pack", 64, "--documents", 1, "--model")
     changed, bare = tmp_path / "changed", tmp_path / "bare"
     shutil.copytree(llama_folder, changed)
@@ -141,8 +145,8 @@ def test_a_prediction_says_so_and_bounds_what_was_measured(bench: Any) -> None:
     assert said["prediction"] is True
     assert said["seconds"] == pytest.approx(sum(part["seconds"] for part in said["parts"]))
     # docs/performance.md, the least that was seen on an H200: 81.9 ms GPU-busy with LoRA, 106.8 in full fine-tuning
-    assert 0.6 * 81.9e-3 < predict("h200", "qwen3.5-2b", "lora", 5376, 12).seconds < 81.9e-3
-    assert 0.6 * 106.8e-3 < predict("h200", "qwen3.5-2b", "full", 5376, 12).seconds < 106.8e-3
+    assert 0.65 * 81.9e-3 < predict("h200", "qwen3.5-2b", "lora", 5376, 12).seconds < 81.9e-3
+    assert 0.65 * 106.8e-3 < predict("h200", "qwen3.5-2b", "full", 5376, 12).seconds < 106.8e-3
     longer = predict("gb10", "qwen3.5-2b", "lora", 5376, 12, checkpointing=True)
     plain = predict("gb10", "qwen3.5-2b", "lora", 5376, 12)
     assert longer.seconds > 1.2 * plain.seconds
