@@ -56,12 +56,19 @@ def names_of() -> list[str]:
 def test_a_bias_is_added_whatever_computes_the_product() -> None:
     torch.manual_seed(0)
     x, w, bias = randn(37, 200), randn(300, 200), randn(300)
-    with ways.measuring(lambda work: 1.0) as found:
+    with ways.measuring(lambda work: 1.0) as measured:
         by_torch = gemm.product(x, w.T, bias_N=bias)
-    assert [str(key) for key in found] == ["gemm nt 48x300x200"]
+    assert [str(key) for key in measured] == ["gemm nt 48x300x200"]
     ways.pin({"gemm nt 48x300x200": "halves"})
     by_halves = gemm.product(x, w.T, bias_N=bias)
-    assert max(errors([(one, x @ w.T + bias) for one in (by_torch, by_halves)])) < LIMIT
+    found = [by_torch, by_halves]
+    for pinned in (True, False):
+        ways.pin({"gemm nt 48x300x200": "halves"} if pinned else {})
+        y = Wide(37, 300, x)
+        assert gemm.product(x, w.T, y.part, bias) is y.part
+        y.check()
+        found.append(y.part)
+    assert max(errors([(one, x @ w.T + bias) for one in found])) < LIMIT
 
 
 def test_products_have_names_with_tokens_rounded_up() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ready
 import tiny
 import torch
 from fake_machine import package
@@ -208,6 +209,17 @@ def test_an_engine_may_be_refused_unless_trainings_take_it(monkeypatch: pytest.M
     assert found == {"reference engine": "reference is not here", "native engine": None}
     with pytest.raises(SparkError, match="native is not here"):
         refused("native")
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_way_without_unsloth_is_the_user_s_own_command(
+    tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    run = ready.run(tmp_path / "r1", llama_folder).root if named else None
+    told: list[str] = []
+    monkeypatch.setattr("sparkctl.steps.verify_leaks.leaks_apart", lambda *_, without, **__: told.append(without) or [])
+    verify_leaks(run, engine="unsloth", allow_slow=True)
+    assert told == [f"sparkctl verify leaks {f'{run} ' if named else ''}--engine native --allow-slow"]
 
 
 def test_what_another_process_finds_is_what_is_found_here() -> None:
