@@ -24,11 +24,12 @@ class Bigrams:
     """Logits of the next token are a row of one fp32 table. `before` sees each pack before it is computed."""
 
     name = "bigrams"
-    device = torch.device("cpu")
 
-    def __init__(self, before: Callable[[Pack], None] = lambda pack: None) -> None:
-        self.table = torch.nn.Parameter(torch.zeros(ready.VOCABULARY, ready.VOCABULARY))
-        self.before, self.poison = before, 1.0
+    def __init__(self, device: torch.device = torch.device("cpu")) -> None:
+        self.device = device
+        self.table = torch.nn.Parameter(torch.zeros(ready.VOCABULARY, ready.VOCABULARY, device=device))
+        self.before: Callable[[Pack], None] = lambda pack: None
+        self.poison = 1.0
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {"table": self.table}
@@ -53,6 +54,7 @@ class Bigrams:
         total = self.table.sum() * 0
         for document in pack.documents:
             ids, at = torch.from_numpy(document.ids.astype(np.int64)), np.flatnonzero(document.trained[1:])
+            ids = ids.to(self.device)
             loss = torch.nn.functional.cross_entropy(self.table[ids[at]], ids[at + 1], reduction="sum")
             total = total + loss * self.poison
         return total
@@ -80,6 +82,7 @@ class Training:
         )  # fmt: skip
         self.optimizer = Optimizer(self.engine.parameters(), plan)
         self.signals = Signals("sparkctl resume r1", lambda text: None)
+        self.numbers = Numbers(self.store.place, "lower the rate")
         self.state = State(mode="lora")
         self.held_out = eval_packs(self.store, plan.pack_length)
 
@@ -96,7 +99,7 @@ class Training:
             keep=self.plan.keep,
             held_out=self.held_out,
             metrics=metrics.Metrics(self.folder / "metrics.jsonl") if writes else None,
-            numbers=Numbers(self.store.place, "lower the rate"),
+            numbers=self.numbers,
             signals=self.signals,
             saved=self._saved,
             ranks=self.ranks,

@@ -14,11 +14,10 @@ from sparkctl.progress import Progress, Task, silent
 from sparkctl.train import guard, metrics, state
 from sparkctl.train.metrics import Metrics
 from sparkctl.train.ranks import Ranks
+from sparkctl.train.readout import Moment, Readout
 from sparkctl.train.state import RECENT, State
 
 if TYPE_CHECKING:
-    import torch
-
     from sparkctl.data.batches import Schedule
     from sparkctl.train.engines.base import Engine
     from sparkctl.train.guard import Numbers, Signals
@@ -31,15 +30,14 @@ Saved = Callable[[Path, State, list[str]], None]  # the checkpoint, its state, a
 class Given:
     """An optimiser step that the device was given, and whose numbers nobody has read yet.
 
-    mine: this rank's share of the packs. sums: each one's loss. norm: of the gradient, before it was clipped.
+    mine: this rank's share of the packs. numbers: each one's loss, then the gradient's norm before it was clipped.
     """
 
     packs: Sequence[Pack]
     mine: Sequence[Pack]
     labels: int
     rate: float
-    sums: Sequence[torch.Tensor]
-    norm: torch.Tensor
+    numbers: Readout
 
 
 @dataclass
@@ -70,7 +68,8 @@ class Loop:
 
     def run(self) -> State:
         """Train to the end. Raises Interrupted after saving; SparkError at a loss or norm that is no number."""
-        self._began = self._counted = self._read_at = time.monotonic()
+        self._began = self._counted = time.monotonic()
+        self._ended = Moment(self.engine.device)
         self._first = self._saved_at = self.state.step
         total = self.schedule.steps
         unread: Given | None = None
@@ -106,23 +105,22 @@ class Loop:
         self.ranks.sum_gradients(self.optimizer.parameters.values())
         norm, rate = self.optimizer.clip(), self.rate(n)
         self.optimizer.step(rate)
-        return Given(packs, mine, labels, rate, sums, norm)
+        return Given(packs, mine, labels, rate, Readout([*sums, norm], self.engine.device))
 
     def _read(self, given: Given, task: Task) -> None:
         """Wait for the step's numbers, check them, and count it as done.
 
-        Its time is that since the last one's were read, or since an evaluation or a save.
+        Its time is the device's, from the end of the step before it, of an evaluation or a save.
         """
-        losses = [float(value) for value in given.sums]
-        norm = float(given.norm)
+        *losses, norm = given.numbers.read()
         loss = self.ranks.sum([sum(losses)], self.engine.device)[0] / given.labels
         number = self.state.step + 1
         self.numbers.check(number, given.mine, losses)
         self.numbers.check_step(number, given.packs, loss, norm)
         self._count(given.packs, loss)
-        now = time.monotonic()
-        self._report(task, given, loss, norm, now - self._read_at)
-        self._read_at = now
+        ended = given.numbers.there
+        self._report(task, given, loss, norm, ended.since(self._ended))
+        self._ended = ended
 
     def _report(self, task: Task, given: Given, loss: float, norm: float, seconds: float) -> None:
         """The step's line in metrics.jsonl, and the live one."""
@@ -160,7 +158,7 @@ class Loop:
         if self.metrics:
             self.metrics.write(step=self.state.step, eval_loss=loss)
         self.progress.say(f"step {self.state.step}: held-out loss {loss:.4f}")
-        self._read_at = time.monotonic()
+        self._ended = Moment(self.engine.device)
 
     def _save(self) -> None:
         """A checkpoint of this step; without a held-out loss the newest counts as the best."""
@@ -174,7 +172,7 @@ class Loop:
             path = state.save(self.folder, now, self.optimizer)
             self.saved(path, now, state.prune(self.folder, self.keep, now.best_checkpoint))
         self._saved_at = now.step
-        self._read_at = time.monotonic()
+        self._ended = Moment(self.engine.device)
 
     def _stop(self) -> bool:
         """Whether a signal or a lack of memory stops any rank: all stop at the same step."""
