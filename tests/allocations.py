@@ -24,6 +24,7 @@ import sparkctl_kernels
 import torch
 from sparkctl_kernels import dispatch, gemm
 from sparkctl_kernels.attention import flash, kernel
+from sparkctl_kernels.attention.kept import FlashKept
 from sparkctl_kernels.documents import Documents
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -99,18 +100,18 @@ def take_engine_apart() -> None:
     model.NativeModel.rotation = lambda _, positions: [torch.empty(len(positions), 32, device=META) for _ in range(2)]
 
 
-def flash_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, FlashKept]:
     """What torch's own gives, see `flash.forward`."""
     tokens, heads, _ = q.shape
     o, log_sum = torch.empty_like(q), torch.empty(heads, tokens, device=META)
-    return o, (q, k, v, o, log_sum, log_sum[:0], log_sum[:0])
+    return o, FlashKept(q, k, v, o, log_sum, log_sum[:0], log_sum[:0])
 
 
 def flash_backward(multiprocessors: int) -> Any:
     """What torch's own makes in its deterministic backward over documents, beside (dq, dk) which it gives."""
 
     def backward(
-        do: Tensor, saved: tuple[Tensor, ...], documents: Documents, window: int | None, dv: Tensor
+        do: Tensor, saved: FlashKept, documents: Documents, window: int | None, dv: Tensor
     ) -> tuple[Tensor, Tensor]:
         q, k, v = saved[:3]
         (tokens, heads, head_dim), count = q.shape, len(documents.lengths)

@@ -265,6 +265,7 @@ def _product(tokens: int, width: int, y: torch.Tensor) -> Iterator[Callable[[], 
 
 def _attention(shape: Shape, dtype: torch.dtype, full: bool) -> Iterator[Callable[[], Any]]:
     from sparkctl_kernels.attention import kernel as attention
+    from sparkctl_kernels.attention.kept import TritonKept
     from sparkctl_kernels.qk_norm_rope import kernel as rope
     from sparkctl_kernels.sigmoid_gate import kernel as gate
 
@@ -287,23 +288,24 @@ def _attention(shape: Shape, dtype: torch.dtype, full: bool) -> Iterator[Callabl
         yield partial(gate.backward_, wide, heads, gates, heads, gates)
     else:
         do = wide.unflatten(1, q.shape[1:])
-    saved = (heads, kv_heads, v, heads, _empty(shape.heads, TOKENS, dtype=torch.float32))
+    saved = TritonKept(heads, kv_heads, v, heads, _empty(shape.heads, TOKENS, dtype=torch.float32))
     for window in (None, 100):
         yield partial(attention.forward, heads, kv_heads, v, packed, window)
         yield partial(attention.backward, do, saved, packed, window, v)
     if shape.gated:
         pairs = _empty(2, *k.shape)
-        yield partial(attention.own, heads, pairs, pairs, heads, saved[4], 1.0)
-        yield partial(attention.own_backward_, heads, do, heads, pairs, pairs, heads, saved[4], 1.0)
+        yield partial(attention.own, heads, pairs, pairs, heads, saved.log_sum_NT, 1.0)
+        yield partial(attention.own_backward_, heads, do, heads, pairs, pairs, heads, saved.log_sum_NT, 1.0)
 
 
 def _proofs(shape: Shape) -> Iterator[Callable[[], Any]]:
     """Attention in fp32: other operators' kernels take less than 60,000 bytes a block there too."""
     from sparkctl_kernels.attention import kernel
+    from sparkctl_kernels.attention.kept import TritonKept
 
     packed = documents([TOKENS - 100, 100], NOWHERE)
     q, k = (_empty(TOKENS, n, shape.head_dim, dtype=torch.float32) for n in (shape.heads, shape.kv_heads))
-    saved = (q, k, k, q, _empty(shape.heads, TOKENS, dtype=torch.float32))
+    saved = TritonKept(q, k, k, q, _empty(shape.heads, TOKENS, dtype=torch.float32))
     for window in {None, shape.window}:
         yield partial(kernel.forward, q, k, k, packed, window)
         yield partial(kernel.backward, q, saved, packed, window, k)

@@ -6,6 +6,7 @@ starts it, and reports what failed there. By hand: `TRITON_INTERPRET=1 pytest te
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from document_cases import attention_case, small
 from kernel_cases import Case, Plant, Tensors, distances, run
 from operators import OPERATORS, results, schemas
 from sparkctl_kernels.attention import op as attention
+from sparkctl_kernels.attention.kept import FlashKept, TritonKept
 from sparkctl_kernels.causal_conv import op as causal_conv
 from sparkctl_kernels.dispatch import interpreted
 from sparkctl_kernels.documents import documents
@@ -146,6 +148,31 @@ def test_attention_in_the_tiles_of_256_dims(table: str, window: int | None, monk
     monkeypatch.setattr(kernel, "tiles", lambda *_: getattr(kernel, table)[256])
     errors = compare(attention_case([5, 150, 63, 1], 4, 2, 64, window))
     assert max(errors.values()) < LIMIT, errors
+
+
+@inside
+@pytest.mark.parametrize("case", [case for case in CASES if case.name.startswith("draft")], ids=lambda case: case.name)
+def test_what_flash_keeps_is_its_own_in_backward_too(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch's FlashAttention-2 is not, by this project's kernel in its place: with a natural log-sum-exp."""
+    from sparkctl_kernels.attention import flash, kernel
+
+    took: list[type] = []
+
+    def forward(*arguments: Any) -> tuple[torch.Tensor, FlashKept]:
+        o, kept = kernel.forward(*arguments)
+        return o, FlashKept(*kept[:4], kept.log_sum_NT * math.log(2), o.new_empty(0), o.new_empty(0))
+
+    def backward(do: torch.Tensor, saved: FlashKept, *arguments: Any) -> Any:
+        took.append(type(saved))
+        return kernel.backward(do, TritonKept(*saved[:4], saved.log_sum_NT / math.log(2)), *arguments)
+
+    monkeypatch.setattr(attention, "_takes_flash", lambda *_: True)
+    monkeypatch.setattr(flash, "forward", forward)
+    monkeypatch.setattr(flash, "backward", backward)
+    errors = distances(run(case, case.fused, torch.float16, CPU, 0), truth(case))
+    limits = distances(run(case, case.reference, torch.float16, CPU, 0), truth(case))
+    assert took == [FlashKept]
+    assert all(errors[name] <= 2 * limits[name] for name in errors), (errors, limits)
 
 
 @inside

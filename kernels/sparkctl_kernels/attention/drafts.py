@@ -10,7 +10,6 @@ T tokens · M rows that draft · N query heads · K kv heads · H head dim
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +19,7 @@ from sparkctl_kernels.attention import op, reference
 from sparkctl_kernels.attention.reference import Pair
 from sparkctl_kernels.dispatch import fused
 from sparkctl_kernels.documents import Documents
-
-OUTPUT, LOG_SUM = 3, 4  # their places in what both kernels' backward wants
+from sparkctl_kernels.vjp import Tape
 
 
 def draft_attention(
@@ -59,22 +57,22 @@ class _DraftAttention(torch.autograd.Function):
         *own: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         whole, kept = op.forward(q if rows is None else _placed(q, rows, len(k)), k, v, packed)
-        assert isinstance(kept, tuple)
-        ctx.packed, ctx.rows = packed, rows
+        assert not isinstance(kept, Tape)
+        ctx.packed, ctx.rows, ctx.kind = packed, rows, type(kept)
         mine: tuple[torch.Tensor, ...] = ()
-        out, log_sum = whole, kept[LOG_SUM]
+        out, log_sum = whole, kept.log_sum_NT
         if rows is not None:
             out, log_sum = out.index_select(0, rows), log_sum.index_select(1, rows)
         if own:
             from sparkctl_kernels.attention import kernel
 
             keys, values = torch.stack(own[::2]), torch.stack(own[1::2])
-            out, log_sum = kernel.own(q, keys, values, out.contiguous(), log_sum.contiguous(), _unit(kept))
+            out, log_sum = kernel.own(q, keys, values, out.contiguous(), log_sum.contiguous(), kept.unit)
             if rows is None:
-                kept = (*kept[:OUTPUT], out, log_sum, *kept[LOG_SUM + 1 :])
+                kept = kept._replace(o_TNH=out, log_sum_NT=log_sum)
             else:
-                kept[OUTPUT].index_copy_(0, rows, out)
-                kept[LOG_SUM].index_copy_(1, rows, log_sum)
+                kept.o_TNH.index_copy_(0, rows, out)
+                kept.log_sum_NT.index_copy_(1, rows, log_sum)
             mine = (q, keys, values, out, log_sum)
         ctx.own = len(mine)
         ctx.save_for_backward(*mine, *kept)
@@ -82,8 +80,8 @@ class _DraftAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        own, saved, rows = ctx.saved_tensors[: ctx.own], ctx.saved_tensors[ctx.own :], ctx.rows
-        dv, do = torch.empty_like(saved[2]), do.contiguous()
+        own, saved, rows = ctx.saved_tensors[: ctx.own], ctx.kind(*ctx.saved_tensors[ctx.own :]), ctx.rows
+        dv, do = torch.empty_like(saved.v_TKH), do.contiguous()
         dq, dk = op.backward(do if rows is None else _placed(do, rows, len(dv)), saved, ctx.packed, None, dv)
         dq = dq.contiguous() if rows is None else dq.index_select(0, rows)
         if not own:
@@ -91,15 +89,10 @@ class _DraftAttention(torch.autograd.Function):
         from sparkctl_kernels.attention import kernel
 
         q, keys, values, out, log_sum = own
-        dkeys, dvalues = kernel.own_backward_(dq, do, q, keys, values, out, log_sum, _unit(saved))
+        dkeys, dvalues = kernel.own_backward_(dq, do, q, keys, values, out, log_sum, saved.unit)
         return dq, dk, dv, None, None, *(x for pair in zip(dkeys, dvalues, strict=True) for x in pair)
 
 
 def _placed(x_M: torch.Tensor, rows_M: torch.Tensor, tokens: int) -> torch.Tensor:
     """[T, …] with x at its rows, zero elsewhere."""
     return x_M.new_zeros(tokens, *x_M.shape[1:]).index_copy_(0, rows_M, x_M)
-
-
-def _unit(saved: Sequence[torch.Tensor]) -> float:
-    """What makes a natural logarithm of the kernel's: flash's is one, ours is in base 2."""
-    return 1.0 if len(saved) > LOG_SUM + 1 else math.log(2)

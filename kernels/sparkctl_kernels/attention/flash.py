@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from sparkctl_kernels.attention.kept import FlashKept
 from sparkctl_kernels.dispatch import deterministic
 from sparkctl_kernels.documents import Documents
 
@@ -26,30 +27,26 @@ def serves(device: torch.device, head_dim: int) -> bool:
 
 def forward(
     q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, documents: Documents, window: int | None
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+) -> tuple[torch.Tensor, FlashKept]:
     """(o [T, N, H], what backward wants); inputs contiguous in their last dimension, bf16 or fp16."""
     q_TNH, k_TKH, v_TKH = (_aligned(x) for x in (q_TNH, k_TKH, v_TKH))
-    o, log_sum, random, unused, _ = torch.ops.aten._flash_attention_forward(
+    o, log_sum, state, unused, _ = torch.ops.aten._flash_attention_forward(
         q_TNH, k_TKH, v_TKH, documents.cu_seqlens, documents.cu_seqlens, documents.longest, documents.longest,
         0.0, True, False, **_window(window),
     )  # fmt: skip
-    return o, (q_TNH, k_TKH, v_TKH, o, log_sum, random, unused)
+    return o, FlashKept(q_TNH, k_TKH, v_TKH, o, log_sum, state, unused)
 
 
 def backward(
-    do_TNH: torch.Tensor,
-    saved: tuple[torch.Tensor, ...],
-    documents: Documents,
-    window: int | None,
-    dv_TKH: torch.Tensor,
+    do_TNH: torch.Tensor, saved: FlashKept, documents: Documents, window: int | None, dv_TKH: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dq, dk); writes dv."""
-    q, k, v, o, log_sum, random, unused = saved
+    q, k, v, o, log_sum, state, unused = saved
     do_TNH = _aligned(do_TNH)
     with deterministic():
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
             do_TNH, q, k, v, o, log_sum, documents.cu_seqlens, documents.cu_seqlens, documents.longest,
-            documents.longest, 0.0, True, random, unused, **_window(window),
+            documents.longest, 0.0, True, state, unused, **_window(window),
         )  # fmt: skip
     dv_TKH.copy_(dv)
     return dq, dk

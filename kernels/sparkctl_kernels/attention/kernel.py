@@ -39,6 +39,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparkctl_kernels.attention.kept import TritonKept
 from sparkctl_kernels.documents import Documents
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -260,8 +261,8 @@ def _backward_q(
 
 def forward(
     q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, documents: Documents, window: int | None
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """(o [T, N, H], what backward wants: q, k, v, o, log-sum-exp in base 2, fp32 [N, T]); v within a token."""
+) -> tuple[torch.Tensor, TritonKept]:
+    """(o [T, N, H], what backward wants); v within a token."""
     tokens, heads, head_dim = q_TNH.shape
     kv_heads = k_TKH.shape[1]
     o = torch.empty_like(q_TNH)
@@ -273,15 +274,11 @@ def forward(
         heads, kv_heads, head_dim, tile.rows, tile.cols, window is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return o, (q_TNH, k_TKH, v_TKH, o, log_sum)
+    return o, TritonKept(q_TNH, k_TKH, v_TKH, o, log_sum)
 
 
 def backward(
-    do_TNH: torch.Tensor,
-    saved: tuple[torch.Tensor, ...],
-    documents: Documents,
-    window: int | None,
-    dv_TKH: torch.Tensor,
+    do_TNH: torch.Tensor, saved: TritonKept, documents: Documents, window: int | None, dv_TKH: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dq, dk), contiguous; writes dv. do and dv within a token."""
     q, k, v, o, log_sum = saved

@@ -13,12 +13,13 @@ from typing import Any, Literal
 import torch
 
 from sparkctl_kernels.attention import flash, reference
+from sparkctl_kernels.attention.kept import FlashKept, TritonKept
 from sparkctl_kernels.dispatch import Choice, fused
 from sparkctl_kernels.documents import Documents, documents
 from sparkctl_kernels.vjp import Tape
 
 # T tokens · N query heads · K kv heads · H head dim
-Saved = Tape | tuple[torch.Tensor, ...]
+Saved = Tape | FlashKept | TritonKept
 
 _asked: str | None = None
 
@@ -77,7 +78,7 @@ def backward(
         dq, dk, dv = saved.gradients(do_TNH)
         dv_TKH.copy_(dv)
         return dq, dk
-    if len(saved) > 5:
+    if isinstance(saved, FlashKept):
         return flash.backward(do_TNH, saved, packed, window, dv_TKH)
     from sparkctl_kernels.attention import kernel
 
