@@ -22,9 +22,9 @@ HOPPER, SPARK = (9, 0), (12, 1)
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered() -> Iterator[None]:
-    op._wrong_tiles.cache_clear()
+    op._choice.cache_clear()
     yield
-    op._wrong_tiles.cache_clear()
+    op._choice.cache_clear()
 
 
 @pytest.fixture
