@@ -1,4 +1,4 @@
-"""Gradients of the native engine and of the reference, over the same packs, and how far they are apart."""
+"""Gradients of engines over the same packs, and how far they are apart."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ import torch
 
 from sparkctl.data.batches import Document, Pack
 from sparkctl.data.tokens import label_count
-from sparkctl.train.engines import reference
-from sparkctl.train.engines.native import engine as native
+from sparkctl.train.engines.base import Engine
 
 EXACT = 2e-5  # relative, fp32: another order of sums; observed up to 5e-6
-Engine = native.NativeEngine | reference.ReferenceEngine
 
 
 def pack(*documents: tuple[np.ndarray, np.ndarray]) -> Pack:

@@ -15,14 +15,13 @@ import pytest
 import ready
 import torch
 from document_cases import full_size, gated_delta_case
+from gradient_cases import gradients, pack
 from kernel_cases import Case, Tensors, distances, run
 from sparkctl_kernels import gemm, ways
 from sparkctl_kernels.attention import op as attention
 from sparkctl_kernels.gated_delta import op as gated_delta
 from sparkctl_kernels.shapes import DENSE, QWEN35
 
-from sparkctl.data.batches import Document, Pack
-from sparkctl.data.tokens import label_count
 from sparkctl.train.engines.native import engine as native
 
 pytestmark = [
@@ -158,18 +157,6 @@ def plan(**changes: Any) -> Any:
     return made.model_copy(update={"machine": made.machine.model_copy(update={"device": "cuda"})})
 
 
-def pack(*documents: tuple[np.ndarray, np.ndarray]) -> Pack:
-    made = [Document(i, ids, trained) for i, (ids, trained) in enumerate(documents)]
-    return Pack(made, sum(len(d.ids) for d in made), sum(label_count(d.trained) for d in made))
-
-
-def gradients(made: native.NativeEngine, one: Pack) -> tuple[float, Tensors]:
-    for parameter in made.parameters().values():
-        parameter.grad = None
-    loss = float(made.micro_step(one, 1 / one.labels))
-    return loss, {name: p.grad.clone() for name, p in made.parameters().items() if p.grad is not None}
-
-
 @pytest.fixture(params=["lora", "full"])
 def made(request: pytest.FixtureRequest, wide_qwen35: Path) -> native.NativeEngine:
     changes = {} if request.param == "lora" else {"mode": "full"}
@@ -183,10 +170,10 @@ def made(request: pytest.FixtureRequest, wide_qwen35: Path) -> native.NativeEngi
 
 
 def test_the_engine_repeats_itself_to_the_bit(made: native.NativeEngine) -> None:
-    one = pack(*ready.documents(6, longest=300))
-    loss, first = gradients(made, one)
+    packs = [pack(*ready.documents(6, longest=300))]
+    loss, first = gradients(made, packs)
     for _ in range(5):
-        again = gradients(made, one)
+        again = gradients(made, packs)
         assert again[0] == loss
         assert all(torch.equal(first[name], again[1][name]) for name in first)
 
@@ -198,8 +185,8 @@ def test_a_changed_document_leaves_the_others_alone_to_the_bit(made: native.Nati
         if hasattr(mixer, "rates"):
             with torch.no_grad():
                 mixer.rates[0].fill_(-3.0)
-    kept = gradients(made, pack((first[0], silent), second))
-    changed = gradients(made, pack(((first[0] + 7) % 256, silent), second))
+    kept = gradients(made, [pack((first[0], silent), second)])
+    changed = gradients(made, [pack(((first[0] + 7) % 256, silent), second)])
     assert kept[0] == changed[0]
     assert [name for name in kept[1] if not torch.equal(kept[1][name], changed[1][name])] == []
 

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import ready
 import torch
+from gradient_cases import gradients, pack
 from kernel_cases import Tensors, distances
 from sparkctl_kernels.lora_linear.layer import Copies, Projection, SharedInputLinear
 from sparkctl_kernels.lora_linear.reference import lora_linear
 from sparkctl_kernels.shapes import QWEN35, Shape
 from torch import nn
 
-from sparkctl.data.batches import Document, Pack
-from sparkctl.data.tokens import label_count
+from sparkctl.data.batches import Pack
 from sparkctl.errors import Interrupted
 from sparkctl.manifest import schema
 from sparkctl.manifest.store import Run
@@ -118,22 +118,6 @@ def test_linear_layers_are_no_further_from_fp32_than_twice_eager(shape: Shape, r
         assert all(errors[n] <= limits[n] for n in errors), (name, errors, limits)
 
 
-def packs() -> list[Pack]:
-    made = []
-    for seed in range(PACKS):
-        documents = [Document(i, *parts) for i, parts in enumerate(ready.documents(6, longest=300, seed=seed))]
-        labels = sum(label_count(document.trained) for document in documents)
-        made.append(Pack(documents, sum(len(document.ids) for document in documents), labels))
-    return made
-
-
-def gradients(made: Any, pack: Pack) -> float:
-    """Leaves them in the engine's parameters; gives the loss a label."""
-    for parameter in made.parameters().values():
-        parameter.grad = None
-    return float(made.micro_step(pack, 1 / pack.labels)) / pack.labels
-
-
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_the_whole_model_is_no_further_from_fp32_than_twice_the_reference(mode: str, wide_qwen35: Path) -> None:
     """Losses and the gradient of every trained tensor, GatedDeltaNet of the reference in plain torch."""
@@ -144,11 +128,11 @@ def test_the_whole_model_is_no_further_from_fp32_than_twice_the_reference(mode: 
         fill_adapters(made.parameters(), plan.seed)
     found: list[dict[str, Distance]] = [{}, {}]
     losses: list[list[float]] = [[], []]
-    for pack in packs():
-        loss = gradients(truth, pack)
-        true = {name: parameter.grad.clone() for name, parameter in truth.parameters().items()}
+    for seed in range(PACKS):
+        packs = [pack(*ready.documents(6, longest=300, seed=seed))]
+        loss, true = gradients(truth, packs)
         for made, distance, off in zip(engines, found, losses, strict=True):
-            off.append(abs(gradients(made, pack) - loss) / loss)
+            off.append(abs(gradients(made, packs)[0] - loss) / loss)
             add_distances(distance, made, true)
     theirs, ours = found
     assert {name for distance in ours.values() for name in distance.tensors} == set(truth.parameters())

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import ready
 import torch
+from gradient_cases import gradients, pack
 from kernel_cases import Tensors, distances
 
-from sparkctl.data.batches import Document, Pack
-from sparkctl.data.tokens import label_count
 from sparkctl.manifest.schema import HeadLoss
 from sparkctl.mtp.drafter import Drafter
 from sparkctl.mtp.engine import HeadEngine
@@ -30,25 +29,17 @@ def engine(folder: Path, loss: HeadLoss, device: str = "cuda", dtype: torch.dtyp
     return HeadEngine(drafter, steps=3, decay=0.6, loss=loss)
 
 
-def pack() -> Pack:
-    made = [Document(i, ids, trained) for i, (ids, trained) in enumerate(ready.documents(6, longest=300))]
-    return Pack(made, sum(len(d.ids) for d in made), sum(label_count(d.trained) for d in made))
-
-
-def gradients(made: HeadEngine) -> Tensors:
-    """With the loss among them."""
-    one = pack()
-    for parameter in made.parameters().values():
-        parameter.grad = None
-    loss = made.micro_step(one, 1 / one.labels)
-    return {"loss": loss} | {name: p.grad.clone() for name, p in made.parameters().items() if p.grad is not None}
+def results(made: HeadEngine) -> Tensors:
+    """Loss and gradients."""
+    loss, found = gradients(made, [pack(*ready.documents(6, longest=300))])
+    return {"loss": torch.tensor(loss)} | found
 
 
 @pytest.mark.parametrize("loss", ["kl", "ce"])
 def test_no_further_from_fp32_than_twice_plain_torch(wide_qwen35: Path, loss: HeadLoss) -> None:
-    truth = gradients(engine(wide_qwen35, loss, "cpu", torch.float32))
-    plain = distances(gradients(engine(wide_qwen35, loss, "cpu")), truth)
-    found = {name: tensor.cpu() for name, tensor in gradients(engine(wide_qwen35, loss)).items()}
+    truth = results(engine(wide_qwen35, loss, "cpu", torch.float32))
+    plain = distances(results(engine(wide_qwen35, loss, "cpu")), truth)
+    found = {name: tensor.cpu() for name, tensor in results(engine(wide_qwen35, loss)).items()}
     errors = distances(found, truth)
     assert len(errors) == 16
     assert all(errors[name] <= 2 * plain[name] + SLACK for name in errors), (errors, plain)
@@ -57,15 +48,15 @@ def test_no_further_from_fp32_than_twice_plain_torch(wide_qwen35: Path, loss: He
 @pytest.mark.parametrize("loss", ["kl", "ce"])
 def test_the_same_bits_every_time(wide_qwen35: Path, loss: HeadLoss) -> None:
     made = engine(wide_qwen35, loss)
-    first = gradients(made)
+    first = results(made)
     for _ in range(5):
-        again = gradients(made)
+        again = results(made)
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 @pytest.mark.parametrize("loss", ["kl", "ce"])
 def test_a_micro_step_never_waits_for_the_gpu(wide_qwen35: Path, loss: HeadLoss) -> None:
-    made, one = engine(wide_qwen35, loss), pack()
+    made, one = engine(wide_qwen35, loss), pack(*ready.documents(6, longest=300))
     made.micro_step(one, 1.0)
     torch.cuda.set_sync_debug_mode("error")
     try:
