@@ -2,13 +2,14 @@
 
 The table says where: trained tensors whose gradient is off in fp32 by more than the certificate allows. What no trained
 tensor's gradient depends on is not seen, and needs not be: with LoRA the gradients of frozen norms, decay rates,
-convolutions and gates.
+convolutions and gates. It says exactly which gradients a fault moves at all: those that it names, and those of its
+reach. Which of the latter are off by more than is allowed hangs on the tiny model's weights: some are at the limit.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from sparkctl.data.batches import Document, Pack
 from sparkctl.data.tokens import label_count
 from sparkctl.progress import silent
 from sparkctl.train.engines.native import engine as native
-from sparkctl.verify.certificate import Certificate
+from sparkctl.verify.certificate import Certificate, TensorRow
 from sparkctl.verify.gradients import Truth, add_distances, fill_adapters
 from sparkctl.verify.lossless import Judged, Judges, Measured, Setting, certificate, exactly, load_judge, measure
 
@@ -40,63 +41,90 @@ ALL = (
     "out_proj",
 )
 QKV, MLP, RULE = ALL[:3], ("gate_proj", "up_proj"), ("in_proj_qkv", "in_proj_z")
-RATES, NOTHING = ("A_log", "dt_bias"), ()
+CONV = ("in_proj_qkv", "conv1d")
+INPUTS, NORMS = (*QKV, *MLP, *RULE), ("input_layernorm", "post_attention_layernorm", "model.norm")
+RATES, GATES, NOTHING = ("A_log", "dt_bias"), ("in_proj_a", "in_proj_b"), ()
 BIASES = tuple(f"{name}.bias" for name in ALL[:4])
+Q, K, V = zip(QKV, BIASES[:3], strict=True)
+STILL = 1e-5  # observed: up to 5e-6 where a fault does not reach, from 4e-5 where it does
 
 
-# the fault; whose gradient sees it in full fine-tuning; and with LoRA, where a name means A or B of that projection
-TABLE: list[tuple[Fault, tuple[str, ...], tuple[str, ...]]] = [
-    (Fault("rms_norm", "forward", into="y_TD"), ALL, ALL),
-    (Fault("rms_norm", "forward", of=0), ALL, ALL),
-    (Fault("rms_norm", "backward_", into="d_TD"), ALL, ALL),
-    (Fault("rms_norm", "backward_", into="dy_TD"), (*QKV, *MLP, *RULE, "in_proj_a", "in_proj_b"), (*QKV, *MLP, *RULE)),
-    (Fault("rms_norm", "backward_", into="low_TD"), NOTHING, NOTHING),  # d itself in fp32; the operator's test sees it
-    (Fault("rms_norm", "backward_", of=0), ("input_layernorm", "post_attention_layernorm", "model.norm"), NOTHING),
-    (Fault("silu_mul", "forward", into="y_TF"), ALL, ALL),
-    (Fault("silu_mul", "backward_", into="gate_up_T2F"), MLP, MLP),
-    (Fault("silu_mul", "backward_", into="dy_TF"), ("down_proj",), ("down_proj",)),
-    (Fault("qk_norm_rope", "forward", of=0), ("k_norm", *QKV), QKV),
-    (Fault("qk_norm_rope", "forward", of=1), ("q_norm", *QKV), QKV),
-    (Fault("qk_norm_rope", "backward", into="dxq_TNH"), ("q_proj",), ("q_proj",)),
-    (Fault("qk_norm_rope", "backward", into="dxk_TKH"), ("k_proj",), ("k_proj",)),
-    (Fault("qk_norm_rope", "backward", of=0), ("q_norm", "k_norm"), NOTHING),
-    (Fault("attention", "forward", of=0), ("o_proj", "q_proj"), ("o_proj", "q_proj")),
-    (Fault("attention", "backward", of=0), ("q_proj", "q_norm"), ("q_proj",)),
-    (Fault("attention", "backward", of=1), ("k_proj", "k_norm"), ("k_proj",)),
-    (Fault("attention", "backward", into="dv_TKH"), ("v_proj",), ("v_proj",)),
-    (Fault("sigmoid_gate", "forward", into="y_TM"), ("v_proj", "o_proj"), ("v_proj", "o_proj")),
-    (Fault("sigmoid_gate", "backward_", of=0), QKV, QKV),
-    (Fault("sigmoid_gate", "backward_", into="dgate_TNH"), ("q_proj",), ("q_proj",)),
-    (Fault("sigmoid_gate", "backward_", into="dy_TM"), ("o_proj",), ("o_proj",)),
-    (Fault("causal_conv", "forward", of=0), ("in_proj_qkv", "conv1d", *RATES), ("in_proj_qkv",)),
-    (Fault("causal_conv", "forward", of=1), ("in_proj_qkv", "conv1d", *RATES), ("in_proj_qkv",)),
-    (Fault("causal_conv", "forward", of=2), ("in_proj_qkv", "conv1d", *RATES), ("in_proj_qkv",)),
-    (Fault("causal_conv", "backward", into="dx_TC"), ("in_proj_qkv",), ("in_proj_qkv",)),
-    (Fault("causal_conv", "backward", of=0), ("conv1d",), NOTHING),
-    (Fault("gated_delta", "forward", of=0), ("in_proj_qkv", "in_proj_a", "in_proj_b", *RATES), ("in_proj_qkv",)),
-    (Fault("gated_delta", "backward", of=0), ("in_proj_qkv", "conv1d"), ("in_proj_qkv",)),
-    (Fault("gated_delta", "backward", of=1), ("in_proj_qkv", "conv1d"), ("in_proj_qkv",)),
-    (Fault("gated_delta", "backward", of=3), ("in_proj_qkv", "conv1d"), ("in_proj_qkv",)),
-    (Fault("gated_delta", "backward", of=4), RATES, NOTHING),
-    (Fault("gated_delta", "backward", into="da_TN"), ("in_proj_a",), NOTHING),
-    (Fault("gated_delta", "backward", into="db_TN"), ("in_proj_b",), NOTHING),
-    (Fault("gated_norm", "forward", into="y_TM"), ("in_proj_qkv", "conv1d", *RATES), ("out_proj", "in_proj_qkv")),
-    (Fault("gated_norm", "backward_", of=0), ("in_proj_qkv", "in_proj_a", "in_proj_b", *RATES), ("in_proj_qkv",)),
-    (Fault("gated_norm", "backward_", into="dz_TNE"), ("in_proj_z",), ("in_proj_z",)),
-    (Fault("gated_norm", "backward_", into="dy_TM"), ("out_proj",), ("out_proj",)),
-    (Fault("gated_norm", "backward_", of=1), ("linear_attn.norm",), NOTHING),
-    (Fault("linear_cross_entropy", "forward", of=0), NOTHING, NOTHING),  # the loss: test_verify_lossless sees it
-    (Fault("linear_cross_entropy", "forward", into="dhidden_ND"), ALL, ALL),
-    (Fault("linear_cross_entropy", "forward", into="dweight_VD"), ("embed_tokens",), NOTHING),
-    (Fault("lora_linear", "forward", of=0), ALL, ALL),
-    (Fault("lora_linear", "forward", of=1), NOTHING, ALL),
-    (Fault("lora_linear", "input_gradient", of=0), ALL, ALL),
-    (Fault("lora_linear", "input_gradient", of=1), NOTHING, ALL),
-    (Fault("lora_linear", "adapter_gradient", of=0), NOTHING, RULE),
-    (Fault("lora_linear", "add_weight_gradients", master="lora_a"), NOTHING, ALL),
-    (Fault("lora_linear", "add_weight_gradients", master="lora_b"), NOTHING, ALL),
-    (Fault("lora_linear", "add_weight_gradients", master="weight"), (*ALL, "in_proj_a", "in_proj_b"), NOTHING),
-    (Fault("lora_linear", "add_weight_gradients", master="bias"), BIASES, NOTHING),
+def ends(name: str) -> bool:
+    """The reach of a gradient that no other is made from."""
+    return False
+
+
+def below(name: str) -> bool:
+    """The reach of gradients within attention, which is the last layer's, and within the layers before it."""
+    return layers(name) and "self_attn" not in name
+
+
+def layers(name: str) -> bool:
+    """The reach of gradients between layers."""
+    return name != "model.norm"
+
+
+def whole(name: str) -> bool:
+    """The reach of what the loss is made from."""
+    return True
+
+
+Row = tuple[Fault, tuple[str, ...], tuple[str, ...], Callable[[str], bool]]
+
+# the fault; whose gradient sees it in full fine-tuning; and with LoRA, where a name means A or B of that projection;
+# and what else it moves
+TABLE: list[Row] = [
+    (Fault("rms_norm", "forward", into="y_TD"), ALL, ALL, whole),
+    (Fault("rms_norm", "forward", of=0), ALL, ALL, whole),
+    (Fault("rms_norm", "backward_", into="d_TD"), ALL, ALL, layers),
+    (Fault("rms_norm", "backward_", into="dy_TD"), (*INPUTS, *GATES), INPUTS, ends),
+    (Fault("rms_norm", "backward_", into="low_TD"), NOTHING, NOTHING, ends),  # d itself in fp32: its test sees it
+    (Fault("rms_norm", "backward_", of=0), NORMS, NOTHING, ends),
+    (Fault("silu_mul", "forward", into="y_TF"), ALL, ALL, whole),
+    (Fault("silu_mul", "backward_", into="gate_up_T2F"), MLP, MLP, layers),
+    (Fault("silu_mul", "backward_", into="dy_TF"), ("down_proj",), ("down_proj",), ends),
+    (Fault("qk_norm_rope", "forward", of=0), ("k_norm", *QKV), QKV, whole),
+    (Fault("qk_norm_rope", "forward", of=1), ("q_norm", *QKV), QKV, whole),
+    (Fault("qk_norm_rope", "backward", into="dxq_TNH"), Q, ("q_proj",), below),
+    (Fault("qk_norm_rope", "backward", into="dxk_TKH"), K, ("k_proj",), below),
+    (Fault("qk_norm_rope", "backward", of=0), ("q_norm", "k_norm"), NOTHING, ends),
+    (Fault("attention", "forward", of=0), ("o_proj", "q_proj"), ("o_proj", "q_proj"), whole),
+    (Fault("attention", "backward", of=0), (*Q, "q_norm"), ("q_proj",), below),
+    (Fault("attention", "backward", of=1), (*K, "k_norm"), ("k_proj",), below),
+    (Fault("attention", "backward", into="dv_TKH"), V, ("v_proj",), below),
+    (Fault("sigmoid_gate", "forward", into="y_TM"), ("v_proj", "o_proj"), ("v_proj", "o_proj"), whole),
+    (Fault("sigmoid_gate", "backward_", of=0), (*Q, *K, *V, "q_norm", "k_norm"), QKV, below),
+    (Fault("sigmoid_gate", "backward_", into="dgate_TNH"), Q, ("q_proj",), below),
+    (Fault("sigmoid_gate", "backward_", into="dy_TM"), ("o_proj",), ("o_proj",), ends),
+    (Fault("causal_conv", "forward", of=0), (*CONV, *RATES), ("in_proj_qkv",), whole),
+    (Fault("causal_conv", "forward", of=1), (*CONV, *RATES), ("in_proj_qkv",), whole),
+    (Fault("causal_conv", "forward", of=2), (*CONV, *RATES), ("in_proj_qkv",), whole),
+    (Fault("causal_conv", "backward", into="dx_TC"), ("in_proj_qkv",), ("in_proj_qkv",), below),
+    (Fault("causal_conv", "backward", of=0), ("conv1d",), NOTHING, ends),
+    (Fault("gated_delta", "forward", of=0), ("in_proj_qkv", *GATES, *RATES), ("in_proj_qkv",), whole),
+    (Fault("gated_delta", "backward", of=0), CONV, ("in_proj_qkv",), below),
+    (Fault("gated_delta", "backward", of=1), CONV, ("in_proj_qkv",), below),
+    (Fault("gated_delta", "backward", of=3), CONV, ("in_proj_qkv",), below),
+    (Fault("gated_delta", "backward", of=4), RATES, NOTHING, ends),
+    (Fault("gated_delta", "backward", into="da_TN"), ("in_proj_a",), NOTHING, below),
+    (Fault("gated_delta", "backward", into="db_TN"), ("in_proj_b",), NOTHING, below),
+    (Fault("gated_norm", "forward", into="y_TM"), (*CONV, *RATES), ("out_proj", "in_proj_qkv"), whole),
+    (Fault("gated_norm", "backward_", of=0), ("in_proj_qkv", *GATES, *RATES), ("in_proj_qkv",), below),
+    (Fault("gated_norm", "backward_", into="dz_TNE"), ("in_proj_z",), ("in_proj_z",), below),
+    (Fault("gated_norm", "backward_", into="dy_TM"), ("out_proj",), ("out_proj",), ends),
+    (Fault("gated_norm", "backward_", of=1), ("linear_attn.norm",), NOTHING, ends),
+    (Fault("linear_cross_entropy", "forward", of=0), NOTHING, NOTHING, ends),  # the loss: test_verify_lossless sees it
+    (Fault("linear_cross_entropy", "forward", into="dhidden_ND"), ALL, ALL, whole),
+    (Fault("linear_cross_entropy", "forward", into="dweight_VD"), ("embed_tokens",), NOTHING, ends),
+    (Fault("lora_linear", "forward", of=0), ALL, ALL, whole),
+    (Fault("lora_linear", "forward", of=1), NOTHING, ALL, ends),
+    (Fault("lora_linear", "input_gradient", of=0), ALL, ALL, layers),
+    (Fault("lora_linear", "input_gradient", of=1), NOTHING, ALL, ends),
+    (Fault("lora_linear", "adapter_gradient", of=0), NOTHING, RULE, ends),
+    (Fault("lora_linear", "add_weight_gradients", master="lora_a"), NOTHING, ALL, ends),
+    (Fault("lora_linear", "add_weight_gradients", master="lora_b"), NOTHING, ALL, ends),
+    (Fault("lora_linear", "add_weight_gradients", master="weight"), (*ALL, *GATES), NOTHING, ends),
+    (Fault("lora_linear", "add_weight_gradients", master="bias"), BIASES, NOTHING, ends),
 ]
 
 Gradients = Callable[[], Certificate]
@@ -138,22 +166,31 @@ def judged(
         yield request.param, gradients
 
 
+def called(rows: Iterable[TensorRow]) -> set[str]:
+    """Their tensors, as the table calls them."""
+    return {re.sub(r"\.lora_[AB]|\.weight$", "", row.name) for row in rows}
+
+
 def seen(found: Certificate) -> set[str]:
-    """Tensors that the certificate refuses, as the table calls them."""
-    return {re.sub(r"\.lora_[AB]|\.weight$", "", row.name) for row in found.tensors if not (row.excess or 0) <= 1}
+    """Tensors that the certificate refuses."""
+    return called(row for row in found.tensors if not (row.excess or 0) <= 1)
+
+
+def moved(found: Certificate) -> set[str]:
+    """Tensors whose gradient is not the truth's."""
+    return called(row for row in found.tensors if not (row.formula or 0) <= STILL)
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row[0].operator}-{row[0].function}-{row[0].result}")
-def test_one_per_cent_in_an_operator_is_seen_where_the_table_says(
-    judged: tuple[str, Gradients], row: tuple[Fault, tuple[str, ...], tuple[str, ...]]
-) -> None:
+def test_one_per_cent_in_an_operator_is_seen_where_the_table_says(judged: tuple[str, Gradients], row: Row) -> None:
     mode, gradients = judged
-    fault, *expected = row
+    fault, full, lora, reached = row
     with fault.planted():
         found = gradients()
-    names, wanted = seen(found), expected[mode == "lora"]
+    names, wanted = seen(found), lora if mode == "lora" else full
     missing = [name for name in wanted if not any(refused.endswith(name) for refused in names)]
     assert missing == []
+    assert moved(found) == {name for name in called(found.tensors) if name.endswith(wanted) or reached(name)}
     assert bool(names) == bool(wanted)
     assert bool(found.problems) == bool(wanted)
     if wanted:
@@ -163,7 +200,7 @@ def test_one_per_cent_in_an_operator_is_seen_where_the_table_says(
 def test_without_a_fault_nothing_is_seen(judged: tuple[str, Gradients]) -> None:
     found = judged[1]()
     assert found.problems == []
-    assert max(row.formula or 0 for row in found.tensors) < 1e-5  # observed: up to 3e-6
+    assert moved(found) == set()
 
 
 def test_every_result_of_every_operator_is_in_the_table(biased: Path) -> None:
