@@ -51,11 +51,7 @@ def load_tokenizer(folder: Path) -> Loaded:
     try:
         found = load_directly(folder) or _load_with_transformers(folder)
     except Exception as error:  # the libraries raise their own, the standard and bare exceptions of Rust
-        said = str(error).strip().splitlines()
-        raise SparkError(
-            f"the tokenizer in `{folder}` cannot be loaded: {said[0] if said else type(error).__name__}",
-            "take the tokenizer files from the model's publisher again",
-        ) from None
+        raise _unloadable(folder, error) from None
     backend = found.backend
     backend.no_truncation()
     backend.no_padding()
@@ -69,6 +65,25 @@ def load_tokenizer(folder: Path) -> Loaded:
         chat_template=_one_template(found.chat_template or _template_of_processor(folder), folder),
         sha256=_digest(file, found.name, vocabulary),
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+    )
+
+
+def _unloadable(folder: Path, error: Exception) -> SparkError:
+    """What keeps the tokenizer from being loaded: its own files or, since transformers reads that first, config.json,
+    whose values alone are checked by strict classes.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, StrictDataclassError):  # the validator's name, then what it says
+        why = said[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ").rstrip(".")
+        return SparkError(
+            f"`{folder / 'config.json'}` is not one that transformers takes: {why[:1].lower()}{why[1:]}",
+            "take the config.json that was published with the weights",
+        )
+    return SparkError(
+        f"the tokenizer in `{folder}` cannot be loaded: {said[0]}",
+        "take the tokenizer files from the model's publisher again",
     )
 
 

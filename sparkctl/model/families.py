@@ -81,6 +81,14 @@ class _Sizes:
             raise UsageError(f"`{self.path}` says {key} = {value!r}, which is no size", "restore the published file")
         return value
 
+    def require_multiple(self, key: str, of: str) -> None:
+        """Raise UsageError unless the size `key` is a multiple of the size `of`."""
+        if self[key] % self[of]:
+            raise UsageError(
+                f"`{self.path}` says {key} = {self[key]}, which is no multiple of its {of} = {self[of]}",
+                "restore the published file",
+            )
+
     def flag(self, key: str) -> bool:
         """A switch that may be absent."""
         return bool(self.values.get(key))
@@ -98,7 +106,7 @@ class _Sizes:
 
 
 def count(kind: str, config: dict[str, Any], path: Path) -> Count:
-    """Parameters of a model of one of `FAMILIES`. Raises UsageError where a value is no size."""
+    """Parameters of a model of one of `FAMILIES`. Raises UsageError where a value is no size or does not divide."""
     multimodal = kind == MULTIMODAL
     text = _Sizes(path, FAMILIES[kind] | (_part(config, "text_config", path) if multimodal else config))
     shared = text.values["tie_word_embeddings"] = tied(config)
@@ -158,7 +166,14 @@ def _layer(kind: str, layer: str, c: _Sizes) -> tuple[list[Linear], int]:
 
 
 def _attention(kind: str, c: _Sizes) -> tuple[list[Linear], int]:
-    """Qwen3.5's queries come with a gate of the same width; Qwen3 and Qwen3.5 normalise queries and keys by head."""
+    """Qwen3.5's queries come with a gate of the same width; Qwen3 and Qwen3.5 normalise queries and keys by head.
+
+    A group of queries shares a key, so the heads have to divide; transformers' Llama wants them to divide D too.
+    """
+    if c.values["num_key_value_heads"] is not None:
+        c.require_multiple("num_attention_heads", "num_key_value_heads")
+    if kind == "llama":
+        c.require_multiple("hidden_size", "num_attention_heads")
     D, Q, K = c["hidden_size"], c["num_attention_heads"] * c.head_dim, c.kv_heads * c.head_dim
     out = kind in ("llama", "qwen3", "qwen3_5", "qwen3_5_text") and c.flag("attention_bias")
     biased = out or kind == "qwen2"
@@ -172,6 +187,7 @@ def _attention(kind: str, c: _Sizes) -> tuple[list[Linear], int]:
 
 def _delta(c: _Sizes) -> tuple[list[Linear], int]:
     """GatedDeltaNet: beside the linear layers the convolution of queries, keys and values, A_log, dt_bias, norm."""
+    c.require_multiple("linear_num_value_heads", "linear_num_key_heads")
     D, H = c["hidden_size"], c["linear_num_value_heads"]
     X, U = c["linear_num_key_heads"] * c["linear_key_head_dim"], H * c["linear_value_head_dim"]
     linears = [

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import formats
 import numpy as np
@@ -161,6 +163,25 @@ def test_models_without_what_is_needed_are_refused(tmp_path: Path) -> None:
     says("renders no answer", "--chat-template FILE", folder, "{{ raise_exception('no') }}")
     (folder / "tokenizer.json").write_text('{"model": 5}')
     says("the tokenizer in .* cannot be loaded", "publisher", folder, tiny.CHATML)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"hidden_size": 34}, "the hidden size .34. is not a multiple"),
+        ({"rms_norm_eps": "small"}, "expected float, got str"),
+    ],
+)
+def test_a_config_that_transformers_refuses_is_not_the_tokenizers_fault(
+    wrong: dict[str, Any], why: str, llama_folder: Path, tmp_path: Path
+) -> None:
+    """It reads that file before the tokenizer's own."""
+    folder = Path(shutil.copytree(llama_folder, tmp_path / "odd"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | wrong))
+    with pytest.raises(SparkError, match=f"odd/config.json` is not one that transformers takes: .*{why}") as caught:
+        ChatFormat.load(folder)
+    assert "config.json that was published" in (caught.value.hint or "")
 
 
 def test_where_a_server_stops_is_read_from_the_generation_config(tmp_path: Path) -> None:

@@ -224,6 +224,26 @@ def refused(path: Path, **options: Any) -> UsageError:
         (b'{"model_type": "llama", "vocab_size": 1.5}', "vocab_size = 1.5"),
         (b'{"model_type": "llama", "vocab_size": true}', "vocab_size = True"),
         (b'{"model_type": "llama", "vocab_size": null}', "vocab_size = None"),
+        (
+            b'{"model_type": "llama", "num_key_value_heads": 5}',
+            "= 32, which is no multiple of its num_key_value_heads = 5",
+        ),
+        (
+            b'{"model_type": "mistral", "num_attention_heads": 36}',
+            "= 36, which is no multiple of its num_key_value_heads",
+        ),
+        (
+            b'{"model_type": "llama", "hidden_size": 34, "head_dim": 8}',
+            "hidden_size = 34, which is no multiple of its num",
+        ),
+        (
+            b'{"model_type": "qwen3_5_text", "num_key_value_heads": 3}',
+            "num_attention_heads = 16, which is no multiple of",
+        ),
+        (
+            b'{"model_type": "qwen3_5_text", "linear_num_key_heads": 5}',
+            "linear_num_value_heads = 32, which is no multiple",
+        ),
         (b'{"model_type": "qwen3_5", "text_config": [1]}', "text_config = [1]"),
         (b'{"model_type": "qwen3_5", "vision_config": "v"}', "vision_config = 'v'"),
         (b'{"model_type": "qwen3_5_text", "layer_types": ["full_attention"]}', "layer_types"),
