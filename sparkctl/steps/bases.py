@@ -81,7 +81,7 @@ def require_whole(folder: Path) -> None:
     if not problems:
         return
     hint = "take it as it was published, or have its config.json promise what is there and analyze again"
-    if any(f"`{mtp.PREFIX}" in problem for problem in problems):
+    if any(f"promises `{mtp.PREFIX}" in problem for problem in problems):
         hint += " (transformers saves a Qwen3.5 without its MTP head: `mtp_num_hidden_layers` is 0 then)"
     raise SparkError(
         f"the base `{folder}` is not whole, so what is trained on it could not be merged: {_told(problems)}", hint

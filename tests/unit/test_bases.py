@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import heads
 import pytest
 from vllm_heads import without
 
 from sparkctl.errors import SparkError
+from sparkctl.model.audit import audit
 from sparkctl.steps.bases import require_whole
 
 
@@ -21,3 +24,12 @@ def test_a_base_that_is_not_whole(qwen35_folder: Path, tmp_path: Path, lost: str
     assert caught.value.message.endswith(f"config.json promises `{lost}`, and it is missing")
     assert caught.value.hint
     assert ("without its MTP head" in caught.value.hint) == hinted
+
+
+def test_a_head_of_other_sizes_is_not_a_head_that_was_lost(qwen35_folder: Path, tmp_path: Path) -> None:
+    """The hint about transformers' own saving is for the one alone."""
+    base = heads.configured(Path(shutil.copytree(qwen35_folder, tmp_path / "base")), hidden_size=48)
+    with pytest.raises(SparkError, match=r"config\.json promises") as caught:
+        require_whole(base)
+    assert "`mtp." in "".join(audit(base))
+    assert "without its MTP head" not in (caught.value.hint or "")
