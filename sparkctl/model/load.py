@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ def load_text_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -
     from transformers import AutoConfig, AutoModelForCausalLM
 
     checkpoint = Checkpoint(folder)
-    _require_floats(checkpoint)
+    require_floats(folder, {name: checkpoint.dtype(name) for name in checkpoint.names()})
     with silence():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         text = config.get_text_config()
@@ -73,14 +73,14 @@ def _without_dropout(config: Any) -> None:
             setattr(config, name, 0.0)
 
 
-def _require_floats(checkpoint: Checkpoint) -> None:
-    """Refuse text weights that are quantised: their numbers mean nothing without their scales."""
-    text = (text_prefix(checkpoint.names()), "lm_head.")
-    odd = [n for n in checkpoint.names() if n.startswith(text) and checkpoint.dtype(n) not in FLOATS]
+def require_floats(folder: Path, dtypes: Mapping[str, str]) -> None:
+    """Refuse text weights that are quantised: their numbers mean nothing without their scales. dtypes: by tensor."""
+    text = (text_prefix(dtypes), "lm_head.")
+    odd = [name for name, dtype in dtypes.items() if name.startswith(text) and dtype not in FLOATS]
     if odd:
         raise SparkError(
-            f"`{checkpoint.folder}` is quantised: `{odd[0]}` is {checkpoint.dtype(odd[0])}, which cannot be trained",
-            "take the unquantised model",
+            f"`{folder}` is quantised: `{odd[0]}` is {dtypes[odd[0]]}, which cannot be trained",
+            "name the bf16 model that it was made from",
         )
 
 

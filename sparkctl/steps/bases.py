@@ -41,17 +41,21 @@ def read_base(folder: Path, model: ModelTable, known: BaseTable | None, progress
 
 
 def require_files(source: ModelSource) -> None:
-    """Raise SparkError where a folder's weights lack a file that the index names, or one is cut: hours before they are
-    read. Headers alone are looked at. A folder without any may get them later, and the hub's are downloaded later.
+    """Raise SparkError where a folder's weights lack a file that the index names, one is cut, or they are quantised
+    though config.json says nothing of it: hours before they are read. Headers alone are looked at. A folder without
+    any may get them later, and the hub's are downloaded later.
     """
+    from sparkctl.model.load import require_floats
     from sparkctl.model.weights import INDEX, SINGLE, read_layout
 
     folder = source.folder
     if source.is_hub or not ((folder / INDEX).is_file() or (folder / SINGLE).is_file()):
         return
     shown = Path(here(folder))
-    if problems := read_layout(shown).problems:
-        raise SparkError(f"the model in `{shown}` is not whole: {_told(problems)}", folder_anew(shown))
+    layout = read_layout(shown)
+    if layout.problems:
+        raise SparkError(f"the model in `{shown}` is not whole: {_told(layout.problems)}", folder_anew(shown))
+    require_floats(shown, {name: file.dtype(name) for name, file in layout.where.items()})
 
 
 def require_known_head(source: ModelSource, another: str) -> None:

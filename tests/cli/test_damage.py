@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import ready
 import tiny
+import torch
 from analyzing import chat, lines
+from safetensors.torch import load_file, save_file
 
 from sparkctl.cli import app
 from sparkctl.data import tokens
@@ -189,6 +191,34 @@ def test_a_shard_of_the_model_that_is_not_whole_is_named_at_once(
     for path in (*base.glob("*.safetensors"), base / "model.safetensors.index.json"):
         path.unlink()
     assert said(capsys, *analyze)[0] == 0
+
+
+@pytest.mark.parametrize("part", ["visual", "language_model"])
+def test_quantised_weights_are_named_at_once_where_config_json_says_nothing_of_them(
+    tmp_path: Path, qwen35_folder: Path, capsys: Said, part: str
+) -> None:
+    """By analyze and by recommend, without torch; a vision tower, which is not trained, is no obstacle."""
+    base = Path(shutil.copytree(qwen35_folder, tmp_path / "base"))
+    data = lines(tmp_path / "chats.jsonl", *(chat(f"question {i}", f"answer {i}") for i in range(20)))
+    run = ready.run(tmp_path / "run", base, count=24)
+    for path in base.glob("model-0*.safetensors"):
+        tensors = load_file(path)
+        odd = {
+            name: tensor.to(torch.float8_e4m3fn)
+            for name, tensor in tensors.items()
+            if name.startswith(f"model.{part}.")
+        }
+        save_file(tensors | odd, path)
+    for command in (("analyze", data, "--run", tmp_path / "r1", "--model", base), ("recommend", run.root, "--force")):
+        status, text = said(capsys, *command)
+        if part == "visual":
+            assert status == 0, text
+            continue
+        assert status == 1, text
+        assert f"error: `{here(base)}` is quantised: `model.language_model." in text
+        assert "is F8_E4M3, which cannot be trained" in text
+        assert "hint: name the bf16 model" in text
+    assert (tmp_path / "r1").exists() == (part == "visual")
 
 
 def test_a_base_that_was_only_touched(folder: Path, capsys: Said) -> None:
