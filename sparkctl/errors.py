@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import re
+import shlex
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -27,6 +29,30 @@ class UsageError(SparkError):
     """Wrong arguments, a wrong recipe or a wrong manifest: exit status 2."""
 
     exit_status = 2
+
+
+class OtherOptions(UsageError):
+    """Wrong arguments that other values of some options mend: the hint is the user's own command line with those.
+
+    options: values by their flag's name, without dashes; None leaves the flag out.
+    """
+
+    def __init__(self, message: str, **options: object) -> None:
+        self.options = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+        given = [f"`{flag} {value}`" if value is not None else f"no `{flag}`" for flag, value in self.options.items()]
+        super().__init__(message, f"give {' and '.join(given)}")
+
+    def mended(self, arguments: Sequence[str]) -> UsageError:
+        """The same with the command line for a hint. arguments: the user's."""
+        words, kept = iter(arguments), []
+        for word in words:
+            if word.partition("=")[0] not in self.options:
+                kept.append(word)
+            elif "=" not in word:
+                next(words, None)  # its value
+        for flag, value in self.options.items():
+            kept += [flag, str(value)] if value is not None else []
+        return UsageError(self.message, shlex.join(["sparkctl", *kept]))
 
 
 class NoMemory(SparkError):

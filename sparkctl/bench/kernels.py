@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sparkctl.bench import clock
 from sparkctl.bench.setting import Setting
 from sparkctl.bench.subjects import Sizes, Subject
-from sparkctl.errors import UsageError
+from sparkctl.errors import OtherOptions
 from sparkctl.hardware.measurements import Probe, probe
 from sparkctl.progress import Progress, silent
 
@@ -85,9 +85,11 @@ def bench_kernels(
 
     sizes = Sizes.of(at.work, torch.device(at.machine.device))
     there = [name for name in WHERE if sizes.hybrid or name not in HYBRID]
+    known = [name for name in operators if name in there]
     for name in operators:
         if name not in there:
-            raise UsageError(f"{at.name} has no operator `{name}`; it has {', '.join(there)}", "name them with commas")
+            message = f"{at.name} has no operator `{name}`; it has {', '.join(there)}"
+            raise OtherOptions(message, operators=",".join(known) or None)
     rates = probe(at.machine)
     for name in operators or there:
         progress.say(f"measuring {name}")

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from sparkctl.bench.setting import DOCUMENTS, Setting, setting
-from sparkctl.errors import UsageError
-from sparkctl.model import mtp
+from sparkctl.errors import OtherOptions
+from sparkctl.model import catalog, mtp
 
 PACK = 8192
 COMPARED = ("transformers", "native")
@@ -20,5 +20,5 @@ def mtp_setting(
     """The pack, and the model whose head is trained. Raises UsageError where its config promises none."""
     at = setting(shape=shape, mode="full", pack=pack, documents=documents, model=model, run=run)
     if not mtp.layers(at.work.text):
-        raise UsageError(f"`{at.name}` has no MTP head", "sparkctl bench mtp --shape qwen3.5-2b")
+        raise OtherOptions(f"`{at.name}` has no MTP head", model=None, shape=catalog.BENCHED)
     return replace(at, work=replace(at.work, draft_steps=draft_steps))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sparkctl.bench.setting import require_room
 from sparkctl.bench.workload import Workload, synthetic
-from sparkctl.errors import UsageError
+from sparkctl.errors import OtherOptions
 from sparkctl.hardware.ceiling import DEVICES, Ceiling
 from sparkctl.hardware.shape import Shape
 from sparkctl.manifest.table import Mode
@@ -63,7 +63,7 @@ def predict(name: str, shape: str, mode: Mode, pack: int, documents: int, checkp
 def device(name: str) -> Ceiling:
     """The device of that name. Raises UsageError where there is none."""
     if name not in DEVICES:
-        raise UsageError(f"no device `{name}`; there are {', '.join(DEVICES)}", "sparkctl bench predict --help")
+        raise OtherOptions(f"no device `{name}`; there are {', '.join(DEVICES)}", device=next(iter(DEVICES)))
     return DEVICES[name]
 
 

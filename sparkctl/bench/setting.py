@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sparkctl.bench.workload import Workload, synthetic
-from sparkctl.errors import UsageError
+from sparkctl.errors import OtherOptions, UsageError
 from sparkctl.files import sha256_file
 from sparkctl.hardware import nvml
 from sparkctl.hardware.machine import this_machine, torch_has_cuda
@@ -99,10 +99,8 @@ def _served(model: Path) -> dict[str, Any]:
 def require_room(documents: int, pack: int) -> None:
     """Raise UsageError unless so many documents of two tokens and more fit."""
     if not 0 < documents <= pack // 2:
-        raise UsageError(
-            f"{counted(documents, 'document')} of two tokens and more do not fit into a pack of {pack:,}",
-            f"give at most {pack // 2:,} `--documents`, or more tokens",
-        )
+        message = f"{counted(documents, 'document')} of two tokens and more do not fit into a pack of {pack:,}"
+        raise OtherOptions(message, documents=pack // 2)
 
 
 def without_gpu() -> str:
@@ -123,9 +121,11 @@ def _from_run(folder: Path, config: dict[str, Any], mode: Mode, pack: int, **res
     from sparkctl.data.tokens import TokenStore
 
     store = TokenStore.open(Run.open(folder).root / "tokens")
+    lengths = store.lengths[~store.held_out]
     rows = np.flatnonzero(~store.held_out & (store.lengths <= pack))
     if not len(rows):
-        raise UsageError(f"no training document of `{folder}` is as short as {pack} tokens", "give a longer `--pack`")
+        message = f"no training document of `{folder}` is as short as {pack} tokens"
+        raise OtherOptions(message, pack=int(lengths.max()))
     first = rows[best_fit(store.lengths[rows], pack, seed=0).pack(0)]
     return Workload(
         config, mode, tuple(map(int, store.lengths[first])), tuple(map(int, store.label_counts[first])), **rest

@@ -15,7 +15,17 @@ import typer
 
 from sparkctl import __version__
 from sparkctl.cli import console
-from sparkctl.errors import AGAIN, SparkError, Terminated, UsageError, interruption, memory_ended, memory_error, reason
+from sparkctl.errors import (
+    AGAIN,
+    OtherOptions,
+    SparkError,
+    Terminated,
+    UsageError,
+    interruption,
+    memory_ended,
+    memory_error,
+    reason,
+)  # fmt: skip
 
 # a command's file in sparkctl/cli, in the order that --help shows: groups of commands come last there
 COMMANDS = ("analyze", "recommend", "train", "resume", "merge", "show", "demo", "doctor", "mtp", "verify", "bench")
@@ -88,7 +98,7 @@ def run(arguments: Sequence[str]) -> int:
         console.failure(UsageError(said, f"{command} --help"), json=json)
         return UsageError.exit_status
     except SparkError as error:
-        console.failure(error, json=json)
+        console.failure(error.mended(arguments) if isinstance(error, OtherOptions) else error, json=json)
         return error.exit_status
     except OSError as error:
         if memory_ended(error):

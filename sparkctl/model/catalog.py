@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from sparkctl.errors import UsageError
+from sparkctl.errors import OtherOptions
 
 # hidden, FFN, layers, heads, kv heads, linear-attention value heads, tied; vision: depth, hidden, FFN, heads
 _SHAPES = {
@@ -42,7 +42,7 @@ def config(name: str) -> dict[str, Any]:
             name
         ]
     except KeyError:
-        raise UsageError(f"no shape `{name}`", f"one of {', '.join(NAMES)}") from None
+        raise OtherOptions(f"no shape `{name}`; there are {', '.join(NAMES)}", shape=BENCHED) from None
     text = copy.deepcopy(_TEXT) | dict(
         hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, linear_num_value_heads=value_heads, tie_word_embeddings=tied,

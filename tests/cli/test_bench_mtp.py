@@ -117,8 +117,9 @@ def test_a_mask_that_lets_documents_meet_is_seen(engine: HeadEngine) -> None:
 
 
 def test_wrong_usage(bench: Any, llama_folder: Path) -> None:
-    status, said = bench("mtp", "--model", llama_folder)
+    status, said = bench("mtp", "--model", llama_folder, "--steps", 2)
     assert (status, said["error"]) == (2, f"`{llama_folder.name}` has no MTP head")
+    assert said["hint"] == "sparkctl bench mtp --steps 2 --json --shape qwen3.5-2b"
     status, said = bench("mtp", "--stacks", "peft-fla")
     assert (status, said["hint"]) == (2, "sparkctl bench mtp --help")
     assert bench("mtp", "--pack", 16, "--documents", 9)[0] == 2

@@ -57,4 +57,5 @@ def test_a_copy_of_the_callers_own() -> None:
 def test_an_unknown_name() -> None:
     with pytest.raises(UsageError, match=r"qwen3.5-3b") as raised:
         catalog.config("qwen3.5-3b")
-    assert "qwen3.5-4b" in (raised.value.hint or "")
+    assert "qwen3.5-4b" in raised.value.message
+    assert raised.value.hint == "give `--shape qwen3.5-2b`"

@@ -226,11 +226,12 @@ def told() -> set[str]:
 
 
 def unhinted(source: ast.AST, names: set[str]) -> list[str]:
-    """Errors of these classes that are made without a hint, or with an empty one."""
+    """Errors of these classes that are made without a hint, or with an empty one; options are one of `OtherOptions`."""
     found = []
     for node in ast.walk(source):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in names:
+        if isinstance(node, ast.Call) and (name := ast.unparse(node.func).split(".")[-1]) in names:
             hints = [*node.args[1:2], *(keyword.value for keyword in node.keywords if keyword.arg == "hint")]
+            hints += node.keywords if name == "OtherOptions" else []
             if not any(not isinstance(hint, ast.Constant) or hint.value for hint in hints):
                 found.append(f"line {node.lineno}: {ast.unparse(node)}")
     return found
@@ -248,7 +249,14 @@ def test_every_error_has_a_hint() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["SparkError('x')", "errors.UsageError(f'{x}')", "SparkError('x', None)", "SparkError('x', hint='')", "NoHead(x)"],
+    [
+        "SparkError('x')",
+        "errors.UsageError(f'{x}')",
+        "SparkError('x', None)",
+        "SparkError('x', hint='')",
+        "NoHead(x)",
+        "OtherOptions('x')",
+    ],
 )
 def test_an_error_without_a_hint_is_seen(line: str) -> None:
     assert told() >= {"SparkError", "UsageError", "Interrupted", "BadLine", "CheckpointDamaged", "NoHead"}
