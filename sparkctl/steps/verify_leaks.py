@@ -53,6 +53,8 @@ def verify_leaks(
         try:
             found += look(config, one, mode, machine, progress, allow_slow=allow_slow, name=name)
         except SparkError as error:
+            if one == usual and run is None and " RUN" in (error.hint or ""):  # an engine's command for a run
+                raise type(error)(error.message, without) from None
             if one == usual:
                 raise
             found.append(Finding(f"{one} engine", "whole model", refused=error.message))

@@ -212,6 +212,22 @@ def test_an_engine_may_be_refused_unless_trainings_take_it(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("named", [False, True])
+def test_a_hint_names_no_run_where_none_was_given(
+    tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    run = ready.run(tmp_path / "r1", llama_folder).root if named else None
+
+    def look(*_: object, name: str, **__: object) -> list[Finding]:
+        raise UsageError("it needs a GPU", f"sparkctl recommend {name} --engine native")
+
+    monkeypatch.setattr("sparkctl.steps.verify_leaks.engine_leaks", look)
+    with pytest.raises(UsageError, match="it needs a GPU") as caught:
+        verify_leaks(run, engine="reference")
+    mend = f"sparkctl recommend {run} --engine native" if named else "sparkctl verify leaks --engine native"
+    assert caught.value.hint == mend
+
+
+@pytest.mark.parametrize("named", [False, True])
 def test_the_way_without_unsloth_is_the_user_s_own_command(
     tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch, named: bool
 ) -> None:
