@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from sparkctl.model.hub import ModelSource
 
 SHOWN = 3  # problems of a base that are told
+AS_PUBLISHED = "take it as it was published, or have its config.json promise what is there and analyze again"
+HEADLESS = " (transformers saves a Qwen3.5 without its MTP head: `mtp_num_hidden_layers` is 0 then)"
 
 
 def read_base(folder: Path, model: ModelTable, known: BaseTable | None, progress: Progress) -> BaseTable:
@@ -41,14 +44,17 @@ def read_base(folder: Path, model: ModelTable, known: BaseTable | None, progress
 
 
 def require_files(source: ModelSource) -> None:
-    """Raise SparkError where a folder's weights lack a file that the index names, one is cut, or they are quantised
-    though config.json says nothing of it: hours before they are read. Headers alone are looked at. A folder without
-    any may get them later, and the hub's are downloaded later.
+    """Raise SparkError where a folder's weights lack a file that the index names or the MTP head that config.json
+    promises, one is cut, or they are quantised though config.json says nothing of it: hours before they are read.
+    Headers alone are looked at. A folder without any may get them later; the hub's are downloaded later, of which the
+    index says whether a head is there.
     """
     from sparkctl.model.load import require_floats
-    from sparkctl.model.weights import INDEX, SINGLE, read_layout
+    from sparkctl.model.weights import INDEX, SINGLE, read_layout, read_weight_map
 
     folder = source.folder
+    if source.is_hub and (folder / INDEX).is_file():
+        _require_head(folder, source.source, read_weight_map(folder / INDEX))
     if source.is_hub or not ((folder / INDEX).is_file() or (folder / SINGLE).is_file()):
         return
     shown = Path(here(folder))
@@ -56,6 +62,22 @@ def require_files(source: ModelSource) -> None:
     if layout.problems:
         raise SparkError(f"the model in `{shown}` is not whole: {_told(layout.problems)}", folder_anew(shown))
     require_floats(shown, {name: file.dtype(name) for name, file in layout.where.items()})
+    _require_head(folder, str(shown), layout.where)
+
+
+def _require_head(folder: Path, shown: str, names: Iterable[str]) -> None:
+    """Raise SparkError where config.json promises an MTP head of which the weights, these tensors, have nothing."""
+    from sparkctl.model import mtp
+    from sparkctl.model.inspect import read_config, text_part
+
+    config = read_config(folder)
+    promised = config.get("model_type") in mtp.TYPES and mtp.layers(text_part(config))
+    if promised and not any(name.startswith(mtp.PREFIX) for name in names):
+        raise SparkError(
+            f"the base `{shown}` lacks the MTP head that its config.json promises, so what is trained on it could not "
+            "be merged",
+            AS_PUBLISHED + HEADLESS,
+        )
 
 
 def require_known_head(source: ModelSource, another: str) -> None:
@@ -80,13 +102,15 @@ def require_whole(folder: Path) -> None:
     """Raise SparkError where the base is not what its config.json promises: no merge of it would pass its audit."""
     from sparkctl.model import mtp
     from sparkctl.model.audit import audit
+    from sparkctl.model.promise import promising
 
-    problems = audit(folder, counted=False)
+    with promising(folder) as promised:
+        problems = audit(folder, counted=False, promised=promised)
     if not problems:
         return
-    hint = "take it as it was published, or have its config.json promise what is there and analyze again"
+    hint = AS_PUBLISHED
     if any(f"promises `{mtp.PREFIX}" in problem for problem in problems):
-        hint += " (transformers saves a Qwen3.5 without its MTP head: `mtp_num_hidden_layers` is 0 then)"
+        hint += HEADLESS
     raise SparkError(
         f"the base `{folder}` is not whole, so what is trained on it could not be merged: {_told(problems)}", hint
     )

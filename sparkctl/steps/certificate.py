@@ -14,6 +14,7 @@ from sparkctl.manifest.fingerprint import fingerprint
 from sparkctl.manifest.schema import PlanTable
 from sparkctl.manifest.store import now
 from sparkctl.progress import Progress
+from sparkctl.steps.bases import require_whole
 from sparkctl.steps.certificate_process import certify
 from sparkctl.steps.record import versions
 from sparkctl.steps.training import Job
@@ -30,13 +31,15 @@ def certified(job: Job, steps: int, choices: dict[str, str], progress: Progress)
     """The certificate of the job's engine: as the manifest keeps it, and in full. This process computes none of it.
 
     choices: what the engine is pinned to; none where the training begins anew.
-    Raises SparkError where it cannot be made, OSError where the system refuses something.
+    Raises SparkError where it cannot be made, or the training that it is for would be refused for its base; OSError
+    where the system refuses something.
     """
     from sparkctl.data.batches import Schedule
     from sparkctl.train.watch import watched_alone
     from sparkctl.verify.lossless import Setting, chosen_packs
 
     plan, began, folder = job.plan, time.monotonic(), job.model_folder(progress)
+    require_whole(folder)
     schedule = Schedule(
         job.store(), pack_length=plan.pack_length, gradient_accumulation=plan.gradient_accumulation,
         epochs=plan.epochs, seed=plan.seed, max_steps=plan.max_steps,

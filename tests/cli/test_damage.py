@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import heads
 import pytest
 import ready
 import tiny
@@ -54,6 +55,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Pa
 def folder(finished: Path, tmp_path: Path) -> Path:
     """A copy, times and all."""
     return Path(shutil.copytree(finished, tmp_path / "copy", copy_function=shutil.copy2))
+
+
+def placed(index: Path) -> dict[str, str]:
+    """Tensor → file of an index."""
+    return dict(json.loads(index.read_text())["weight_map"])
 
 
 def flip(path: Path) -> None:
@@ -191,6 +197,23 @@ def test_a_shard_of_the_model_that_is_not_whole_is_named_at_once(
     for path in (*base.glob("*.safetensors"), base / "model.safetensors.index.json"):
         path.unlink()
     assert said(capsys, *analyze)[0] == 0
+
+
+@pytest.mark.parametrize("promised", [1, 0])
+def test_a_head_that_the_weights_lack_is_named_at_once(
+    tmp_path: Path, qwen35_folder: Path, capsys: Said, promised: int
+) -> None:
+    """As transformers saves a Qwen3.5; a config.json that promises none is right."""
+    base = heads.configured(Path(shutil.copytree(qwen35_folder, tmp_path / "base")), mtp_num_hidden_layers=promised)
+    data = lines(tmp_path / "chats.jsonl", *(chat(f"question {i}", f"answer {i}") for i in range(20)))
+    run = ready.run(tmp_path / "run", base, count=24)
+    index = base / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {n: f for n, f in placed(index).items() if not n.startswith("mtp.")}}))
+    (base / "model-mtp.safetensors").unlink()
+    for command in (("analyze", data, "--run", tmp_path / "r1", "--model", base), ("recommend", run.root, "--force")):
+        status, text = said(capsys, *command)
+        assert (status, "lacks the MTP head" in " ".join(text.split())) == ((1, True) if promised else (0, False)), text
+        assert ("`mtp_num_hidden_layers` is 0 then" in " ".join(text.split())) == bool(promised)
 
 
 @pytest.mark.parametrize("part", ["visual", "language_model"])

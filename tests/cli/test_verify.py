@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import ready
 from faults import in_another_process as fault
+from vllm_heads import without
 
 from sparkctl.cli import app
 from sparkctl.manifest.store import Run
+from sparkctl.steps import certificate as certificate_step
 from sparkctl.steps import verify_lossless
 from sparkctl.steps.verify_leaks import Looked
 from sparkctl.verify import lossless
@@ -139,6 +141,22 @@ def test_the_course_is_cheap_beside_the_training() -> None:
     assert steps(30_000) == 30  # a GPU
     assert steps(100) == 5  # a CPU: no fewer than that
     assert 5 < steps(120, hours=4) < 30
+
+
+@pytest.mark.parametrize("command", [("train",), ("verify", "lossless")])
+def test_no_certificate_is_made_for_a_base_that_training_refuses(
+    command: tuple[str, ...], run: Run, tmp_path: Path, qwen35_folder: Path, say: Callable[..., Said],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It takes minutes, and the head that is lacking is no matter of the engine's: so it is said first."""
+    monkeypatch.setattr(certificate_step, "certify", lambda *_: pytest.fail("a certificate is being made"))
+    base = without(qwen35_folder, tmp_path / "base", "mtp.norm.weight")
+    run = long(ready.run(tmp_path / "other", base, count=24, engine="native"))
+    status, _, err = say(*command, run.root)
+    assert status == 1
+    assert "is not whole, so what is trained on it could not be merged" in err
+    assert "promises `mtp.norm.weight`, and it is missing" in err
+    assert certificate(run) is None
 
 
 def test_a_dry_run_makes_none(run: Run, say: Callable[..., Said]) -> None:
