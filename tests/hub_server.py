@@ -47,15 +47,16 @@ def repository(made: Path) -> Path:
 class Fault:
     """What happens to requests whose line ("GET /org/name/…") holds `where`, `times` times.
 
-    status: the answer, with the hub's `code` (X-Error-Code). cut: bytes of the body after which the connection breaks.
-    body: of a refusal. page: a web page in place of the answer. whole: the file, whatever Range was asked for. said: a
-    Content-Range of other numbers. damaged: the last byte is another. surplus: bytes of the body beyond what it should
-    be (fewer where negative), and a length to match.
+    status: the answer, with `headers` and the hub's `code` (X-Error-Code). cut: bytes of the body after which the
+    connection breaks. body: of a refusal. page: a web page in place of the answer. whole: the file, whatever Range was
+    asked for. said: a Content-Range of other numbers. damaged: the last byte is another. surplus: bytes of the body
+    beyond what it should be (fewer where negative), and a length to match.
     """
 
     where: str
     status: int = 0
     code: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b"{}"
     cut: int | None = None
     page: bool = False
@@ -155,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.page:
             return self._send(200, b"<html>a web page</html>", {"Content-Type": "text/html"})
         if fault and fault.status:
-            return self._refuse(fault.status, fault.code, body=fault.body)
+            return self._refuse(fault.status, fault.code, fault.headers, fault.body)
         if self.hub.token and shown != f"Bearer {self.hub.token}":
             return self._refuse(401, "" if shown else "RepoNotFound")
         parts = path.strip("/").split("/")

@@ -9,12 +9,15 @@ from __future__ import annotations
 import errno
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from json import JSONDecodeError
+from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from sparkctl.errors import SparkError, UsageError
@@ -22,9 +25,13 @@ from sparkctl.files import sha256_file
 from sparkctl.model.token import keep_token
 from sparkctl.progress import Progress, Task
 
+if TYPE_CHECKING:
+    import httpx
+
 SMALL = ["*.json", "*.jinja", "*.txt", "*.model"]  # config, tokenizer, templates, the index of the weights
 NESTED = ["*/*"]  # other formats of the model lie in subfolders
 MB = 10**6
+TOO_MANY = 429
 ADDRESS = re.compile(r"'?\w+://\S+")
 AGAIN = "run the same command again: files that are complete are kept"
 
@@ -176,13 +183,28 @@ class Hub:
                 f"`{self.shown}` refuses access to `{self.id}` (HTTP {status})",
                 "set HF_TOKEN to a token that may read it",
             )
-        return SparkError(f"`{self.shown}` answered HTTP {status} for `{self.id}`", f"wait a little, then {AGAIN}")
+        wait = asked_to_wait(error.response)
+        asks = f" and asks to wait {wait:,} s" if wait else ""
+        message = f"`{self.shown}` answered HTTP {status} for `{self.id}`{asks}"
+        return SparkError(message, f"wait {f'{wait:,} s' if wait else 'a little'}, then {AGAIN}")
 
     @property
     def shown(self) -> str:
         """The endpoint without a password."""
         parts = urlsplit(self.endpoint)
         return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def asked_to_wait(answer: httpx.Response) -> int:
+    """Seconds that a refusal asks for before the next request, by the standard's header or the hub's own; else 0."""
+    from huggingface_hub.utils import parse_ratelimit_headers
+
+    said = answer.headers.get("Retry-After", "").strip()
+    try:
+        return int(said) if said.isdecimal() else max(0, ceil(parsedate_to_datetime(said).timestamp() - time.time()))
+    except (ValueError, OverflowError):
+        limit = parse_ratelimit_headers(answer.headers) if answer.status_code == TOO_MANY else None
+        return limit.reset_in_seconds if limit else 0
 
 
 def sentence(error: BaseException) -> str:

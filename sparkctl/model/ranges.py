@@ -10,13 +10,14 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from sparkctl.errors import SparkError
-from sparkctl.model.download import Hub, sentence
+from sparkctl.model.download import Hub, asked_to_wait, sentence
 from sparkctl.progress import Progress, silent
 
 if TYPE_CHECKING:
     import httpx
 
 TRIES = 5  # in a row without a byte, then it is given up
+PATIENCE = 300  # seconds that a server may ask us to wait: the hub counts requests in windows of so many
 CONNECT, READ = 10.0, 20.0  # seconds without an answer
 BUSY = {408, 429, 500, 502, 503, 504}
 CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
@@ -61,7 +62,9 @@ class RemoteFile:
                 yield piece
 
     def _persistent(self, start: int, stop: int) -> Generator[bytes]:
-        """The bytes over as many requests as it takes. Raises what the last of `TRIES` raised."""
+        """The bytes over as many requests as it takes. Raises what the last of `TRIES` raised, or one before it that
+        asks for more than our patience.
+        """
         import httpx
 
         failures = 0
@@ -75,11 +78,13 @@ class RemoteFile:
                 broken = error
             if start < stop:
                 failures += 1
-                if failures == TRIES:
+                wait = broken.wait if isinstance(broken, _Busy) else 0
+                if failures == TRIES or wait > PATIENCE:
                     raise broken.cause if isinstance(broken, _Busy) else broken
                 said = f"HTTP {broken.status}" if isinstance(broken, _Busy) else sentence(broken)
-                self._progress.say(f"`{self.shown}`: {said}; asking again")
-                time.sleep(2.0 ** (failures - 1))
+                then = f" in {wait} s, as it asks" if wait else ""
+                self._progress.say(f"`{self.shown}`: {said}; asking again{then}")
+                time.sleep(max(2.0 ** (failures - 1), wait))
 
     def _request(self, start: int, stop: int) -> Iterator[bytes]:
         import httpx
@@ -130,7 +135,7 @@ class RemoteFile:
             hf_raise_for_status(answer)
         except (HfHubHTTPError, UnicodeDecodeError) as error:  # the latter at a page that is not in UTF-8
             if answer.status_code in BUSY:
-                raise _Busy(error, answer.status_code) from error
+                raise _Busy(error, answer.status_code, asked_to_wait(answer)) from error
             raise
 
     def _strange(self, what: str) -> SparkError:
@@ -146,8 +151,8 @@ def _said(answer: httpx.Response, header: str) -> str:
 
 
 class _Busy(Exception):
-    """A refusal that passes."""
+    """A refusal that passes. wait: seconds that it asks for."""
 
-    def __init__(self, cause: Exception, status: int) -> None:
+    def __init__(self, cause: Exception, status: int, wait: int) -> None:
         super().__init__()
-        self.cause, self.status = cause, status
+        self.cause, self.status, self.wait = cause, status, wait

@@ -55,6 +55,7 @@ REFUSALS = [
     (dict(status=401), 1, "refuses access to `org/tiny` (HTTP 401)", "HF_TOKEN"),
     (dict(status=403), 1, "refuses access to `org/tiny` (HTTP 403)", "HF_TOKEN"),
     (dict(status=429), 1, "answered HTTP 429", "wait"),
+    (dict(status=429, headers={"Retry-After": "40"}), 1, "for `org/tiny` and asks to wait 40 s", "wait 40 s, then run"),
     (dict(status=500), 1, "answered HTTP 500", "wait"),
     (dict(status=503), 1, "answered HTTP 503", "wait"),
     (dict(page=True), 1, "does not answer as a hub does", "HF_ENDPOINT"),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import traceback
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from sparkctl.cli.app import system_error
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.model.download import sentence
-from sparkctl.model.ranges import TRIES
+from sparkctl.model.ranges import PATIENCE, TRIES
 from sparkctl.model.weights import INDEX, SINGLE
 from sparkctl.mtp.fetch import find_head
 from sparkctl.mtp.source import NoHead
@@ -116,6 +119,49 @@ def test_a_password_in_the_endpoint_is_not_told(
     shutil.rmtree(Path(os.environ["XDG_CACHE_HOME"]))
     hub.fail(f"{BYTES}{commit}/{SINGLE}", status=503)
     assert "answered HTTP 503" in refused(tmp_path).message
+
+
+WINDOW = {"RateLimit": '"resolvers";r=0;t=290'}  # as the hub says it, of windows of 300 s
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "then", "least"),
+    [
+        ({"Retry-After": "120"}, 503, "asking again in 120 s, as it asks", 120),
+        ({"Retry-After": "0"}, 503, "asking again", 1),
+        ({"Retry-After": "soon"}, 503, "asking again", 1),
+        (WINDOW, 429, "asking again in 290 s, as it asks", 290),
+        (WINDOW, 503, "asking again", 1),
+    ],
+)
+def test_a_hub_that_says_how_long_is_asked_no_sooner(
+    headers: dict[str, str], status: int, then: str, least: int, hub: HubServer, commit: str, folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    hub.fail(f"{BYTES}{commit}/{SINGLE}", status=status, headers=headers, times=1)
+    progress = Said()
+    assert heads.equal(heads.values(find_head(ID, WANTED, progress=progress)), heads.own(folder))
+    assert progress.lines == [f"`{ID}/{SINGLE}`: HTTP {status}; {then}"]
+    assert max(slept) == least
+
+
+def test_a_hub_that_asks_for_too_long_is_not_waited_for(
+    hub: HubServer, commit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said how long, as a number even of a date."""
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=2 * PATIENCE), usegmt=True)
+    for value in (str(PATIENCE + 1), date):
+        hub.fail(f"{BYTES}{commit}/{SINGLE}", status=503, headers={"Retry-After": value})
+        error = refused(tmp_path)
+        wait = int(re.search(r"answered HTTP 503 for `org/tiny` and asks to wait (\d+) s$", error.message)[1])
+        assert wait in ({PATIENCE + 1} if value != date else range(2 * PATIENCE - 60, 2 * PATIENCE + 1))
+        assert (error.hint or "").startswith(f"wait {wait} s, then run the same command again")
+        hub.faults.clear()
+    assert max(slept, default=0) < PATIENCE
 
 
 @pytest.mark.parametrize("address", [f"http://me:{SECRET}@hub.example/a", f"https://cdn.example/a?Signature={SECRET}"])
