@@ -285,7 +285,7 @@ class Resume(Table):
     when: str
 
 
-class MergeTable(Table):
+class MergedFolder(Table):
     checkpoint: str
     asked: str = Field("best", description="`--checkpoint` as it was given: best, last or an id")
     digest: str | None = Field(None, description="of that checkpoint as it was merged")
@@ -296,6 +296,12 @@ class MergeTable(Table):
     seconds: float
     created: str
     made_from: str
+
+
+class MergeTable(MergedFolder):
+    """The folder that was asked for last."""
+
+    others: list[MergedFolder] = Field(default_factory=list, description="folders that were asked for before")
 
 
 class HeadPlan(Course):

@@ -270,10 +270,11 @@ def _follow_move(manifest: Manifest, root: Path) -> None:
         manifest.plan.asked.recipe = moved(manifest.plan.asked.recipe)
     for file in manifest.data.files if manifest.data else []:
         file.path = moved(file.path) or ""
-    for merged in (manifest.merge, manifest.adapter, manifest.adapter_text, manifest.served):
-        if merged:
-            merged.folder = moved(merged.folder) or ""
+    for merged in (manifest.merge, manifest.adapter, manifest.adapter_text):
+        for one in (merged, *merged.others) if merged else ():
+            one.folder = moved(one.folder) or ""
     if manifest.served:
+        manifest.served.folder = moved(manifest.served.folder) or ""
         manifest.served.model = moved(manifest.served.model) or ""
         manifest.served.source = moved(manifest.served.source) or ""
     for checkpoint in manifest.checkpoints:

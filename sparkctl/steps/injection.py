@@ -26,6 +26,7 @@ from sparkctl.mtp.inject import ServedSeal, Target, read_target
 from sparkctl.mtp.source import HeadSource, NoHead, from_file
 from sparkctl.progress import Progress
 from sparkctl.steps.inputs import analysed
+from sparkctl.steps.merge import back_to
 from sparkctl.steps.merged import merged_model
 from sparkctl.steps.mtp_eval import SHIPPED, TRAINED
 from sparkctl.steps.mtp_training import Request as HeadRequest
@@ -210,8 +211,10 @@ def _trained(run: Run, request: Request, model: Model, progress: Progress) -> Pa
             f"`{train.again()}` trains one; `--mode default` takes the base's",
         )
     if model.merged and recorded.merged not in (None, model.identity):
+        other, anew = back_to(run, request.run, recorded.merged), train.again("--force")
         raise UsageError(
-            f"the MTP head of `{request.run}` was trained for another merged model", train.again("--force")
+            f"the MTP head of `{request.run}` was trained for another merged model",
+            f"`{other}` takes that one again; `{anew}` trains a head for this one" if other else anew,
         )
     if recorded.mode == "shipped":
         progress.say("training the MTP head did not help: `mtp train` kept the base's own")

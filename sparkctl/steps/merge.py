@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Literal
 from sparkctl.errors import UsageError
 from sparkctl.files import sha256_bytes, sha256_file, sweep_stages
 from sparkctl.manifest.fingerprint import fingerprint
-from sparkctl.manifest.schema import Checkpoint, MergeTable, ModelTable, TrainTable
+from sparkctl.manifest.schema import Checkpoint, MergedFolder, MergeTable, ModelTable, TrainTable
 from sparkctl.manifest.store import Run, now
 from sparkctl.merge.companions import companions
-from sparkctl.merge.seal import Seal, SealedFile, intact, read_seal, sealed_files, write_seal
+from sparkctl.merge.seal import Seal, SealedFile, intact, read_seal, sealed_as, sealed_files, write_seal
 from sparkctl.merge.serve import load_text_adapter, model_length, serve_adapter, serve_model
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.bases import same_base
 from sparkctl.steps.inputs import analysed, analyze_command
 from sparkctl.steps.training import CHECKPOINTS, model_folder, planned
+from sparkctl.steps.written import with_folder
 from sparkctl.train import state
 from sparkctl.words import here, quoted
 
@@ -63,14 +64,32 @@ def recorded(run: Run, shown: Path, adapter: AdapterClass | None = None) -> Requ
     A checkpoint that was named and is gone gives way to the best. shown: the run as the user named it.
     """
     table: MergeTable | None = getattr(run.manifest, TABLES[adapter])
-    if table is None:
-        return Request(shown, adapter=adapter)
+    return _request(run, shown, adapter, table) if table else Request(shown, adapter=adapter)
+
+
+def _request(run: Run, shown: Path, adapter: AdapterClass | None, table: MergedFolder) -> Request:
+    """The command line that wrote what `table` speaks of."""
     there = table.asked == "last" or run.manifest.checkpoint(table.asked) is not None
     out = None if table.folder == FOLDERS[adapter] else Path(here(run.resolve(table.folder)))
     return Request(shown, table.asked if there else "best", out, adapter)
 
 
-def superseded(run: Run, table: MergeTable) -> str | None:
+def back_to(run: Run, shown: Path, digest: str | None) -> str | None:
+    """The command that has [merge] speak again of the merged model of that digest, which is in another folder."""
+    for table in _folders(run, None)[1:]:
+        seal = sealed_as(run.resolve(table.folder), table.made_from)
+        if seal and seal.digest == digest and superseded(run, table) is None:
+            return _request(run, shown, None, table).again()
+    return None
+
+
+def _folders(run: Run, adapter: AdapterClass | None) -> list[MergedFolder]:
+    """What is recorded of every folder that such merges wrote, the last one first."""
+    table: MergeTable | None = getattr(run.manifest, TABLES[adapter])
+    return [MergedFolder(**table.model_dump(exclude={"others"})), *table.others] if table else []
+
+
+def superseded(run: Run, table: MergedFolder) -> str | None:
     """The checkpoint that the command which wrote `table` takes by now, where it is another one of the same training.
 
     What an earlier training gave is not superseded: the merge may be all that is left of it.
@@ -241,11 +260,9 @@ def _check_target(job: _Job, sealed: Seal | None, force: bool, progress: Progres
 
 def _outdated(job: _Job, sealed: Seal) -> bool:
     """Whether this command wrote the target from an earlier checkpoint of the training, and nobody changed it since."""
-    table: MergeTable | None = getattr(job.run.manifest, TABLES[job.request.adapter])
-    if table is None or superseded(job.run, table) is None:
-        return False
     asked = (sealed.made_from, job.run.relative(job.out), job.request.checkpoint)
-    return (table.made_from, table.folder, table.asked) == asked and intact(job.out, sealed)
+    wrote = [t for t in _folders(job.run, job.request.adapter) if (t.made_from, t.folder, t.asked) == asked]
+    return any(superseded(job.run, table) for table in wrote) and intact(job.out, sealed)
 
 
 def _kept(job: _Job, sealed: Seal) -> str:
@@ -255,10 +272,10 @@ def _kept(job: _Job, sealed: Seal) -> str:
         return "is the merge of another run"
     if not intact(job.out, sealed):
         return "was changed since it was written"
-    for adapter, name in TABLES.items():
-        table: MergeTable | None = getattr(run.manifest, name)
-        if adapter != job.request.adapter and table and (table.made_from, table.folder) == (sealed.made_from, path):
-            return f"was written by `{recorded(run, job.request.run, adapter).again()}`"
+    for adapter in TABLES:
+        for table in _folders(run, adapter):
+            if adapter != job.request.adapter and (table.made_from, table.folder) == (sealed.made_from, path):
+                return f"was written by `{_request(run, job.request.run, adapter, table).again()}`"
     if train and sealed.created <= train.started:
         return f"was made from {sealed.checkpoint} of an earlier training"
     if sealed.checkpoint != job.trained.name:
@@ -333,10 +350,12 @@ def _seal(job: _Job, merged: Merged, files: dict[str, SealedFile]) -> Seal:
 def _record(job: _Job, sealed: Seal) -> None:
     """The result's table, and a merged model among [[checkpoints]]; nothing where they say so already."""
     path = job.run.relative(job.out)
+    others = [t for t in _folders(job.run, job.request.adapter) if t.folder != path]
     table = MergeTable(
         checkpoint=sealed.checkpoint, asked=job.request.checkpoint, digest=state.digest(job.trained), folder=path,
         tensors=sealed.tensors, changed_tensors=sealed.changed_tensors, bytes=sealed.bytes, seconds=sealed.seconds,
         created=sealed.created, made_from=sealed.made_from,
+        others=[table for table in others if job.run.resolve(table.folder).exists()],
     )  # fmt: skip
     entry = Checkpoint(
         id=f"merged-{job.at.step:06d}", kind="merged", parent=job.trained.name, path=path, step=job.at.step,
@@ -347,10 +366,8 @@ def _record(job: _Job, sealed: Seal) -> None:
         return
     with job.run.edit() as manifest:
         setattr(manifest, name, table)
-        if job.request.adapter:
-            return
-        others = [c for c in manifest.checkpoints if c.id != entry.id and (c.kind != "merged" or c.path != path)]
-        manifest.checkpoints = [*others, entry]
+        if job.request.adapter is None:
+            manifest.checkpoints = with_folder(job.run, manifest, entry)
 
 
 def _card(job: _Job, merged: Merged) -> str:

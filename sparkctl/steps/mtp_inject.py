@@ -23,6 +23,7 @@ from sparkctl.progress import Progress, silent
 from sparkctl.steps.injection import Job, Request, Skip, decide
 from sparkctl.steps.inputs import analysed
 from sparkctl.steps.mtp_training import note_skip
+from sparkctl.steps.written import with_folder
 from sparkctl.words import counted, here, quoted
 
 CARD = "README.md"
@@ -207,8 +208,7 @@ def _record(job: Job, sealed: ServedSeal) -> None:
     )  # fmt: skip
     with job.run.edit() as manifest:
         manifest.served = table
-        others = [c for c in manifest.checkpoints if c.id != entry.id and (c.kind != "served" or c.path != path)]
-        manifest.checkpoints = [*others, entry]
+        manifest.checkpoints = with_folder(job.run, manifest, entry)
 
 
 def _skip(run: Run, request: Request, skip: Skip, dry_run: bool, progress: Progress) -> Result:

@@ -115,6 +115,42 @@ def test_what_the_training_went_past_is_made_anew(run: Run, said: Said) -> None:
     assert (table.checkpoint, table.asked) == ("step-000006", "best")
 
 
+@pytest.mark.parametrize("options", [(), ("--adapter-only",)])
+def test_every_folder_is_remembered_whatever_out_named_since(options: tuple[str, ...], run: Run, said: Said) -> None:
+    """The usual one too; one that was asked for with another checkpoint is no folder of this command."""
+    for out in ((), ("--out", "m"), ("--out", "named", "--checkpoint", "step-000003"), ("--out", "gone")):
+        merge("r1", *options, *out)
+    shutil.rmtree("gone")
+    train_on(run, "step-000006")
+    usual = "adapter" if options else "merged"
+    for out, folder in (((), f"r1/{usual}"), (("--out", "m"), "m")):
+        result = answer(said, "r1", *options, *out)
+        assert (result["checkpoint"], result["folder"], result["up_to_date"]) == ("step-000006", folder, False)
+        assert answer(said, "r1", *options, *out)["up_to_date"]
+    assert "`named` was made from step-000003, not from" in refused(said, 2, "r1", *options, "--out", "named")
+    table = getattr(Run.open(run.root).manifest, "adapter" if options else "merge")
+    found = [(one.folder, one.checkpoint) for one in (table, *table.others)]
+    assert found == [("../m", "step-000006"), (usual, "step-000006"), ("../named", "step-000003")]
+
+
+def test_every_folder_has_its_place_among_the_checkpoints(run: Run) -> None:
+    def entries_of(kind: str) -> list[tuple[str, str, str | None]]:
+        return [(c.id, c.path, c.parent) for c in Run.open(run.root).manifest.checkpoints if c.kind == kind]
+
+    merge("r1")
+    merge("r1", "--out", "m")
+    merge("r1")
+    first, second = ("merged-000003", "merged", "step-000003"), ("merged-000003-2", "../m", "step-000003")
+    assert entries_of("merged") == [second, first]
+    for out in ((), ("--out", "s")):
+        assert sparkctl(["mtp", "inject", "r1", "--mode", "default", *out]) == 0
+    served = [("served-000003", "served", first[0]), ("served-000003-2", "../s", first[0])]
+    assert entries_of("served") == served
+    shutil.rmtree("m")
+    merge("r1", "--checkpoint", "last", "--force")
+    assert entries_of("merged") == [("merged-000006", "merged", "step-000006")]
+
+
 def test_one_true_reason_keeps_a_merge(run: Run, said: Said) -> None:
     def kept(*arguments: str) -> str:
         return refused(said, 2, "r1", *arguments).splitlines()[0].partition("` ")[2]

@@ -279,6 +279,21 @@ def test_a_head_of_another_merged_model(run: Run, said: Said) -> None:
     inject(*TRAINED, "--into", "r1/merged", "--out", "mine")  # who names the folder means it
 
 
+def test_a_head_of_a_merged_model_in_another_folder(run: Run, said: Said) -> None:
+    """Which the user need not train anew: to merge into that folder once more is all."""
+    heads.trained_head(run)
+    seal = read_seal(run.root / "merged")
+    assert seal
+    with run.edit() as manifest:
+        assert manifest.mtp
+        manifest.mtp.merged = seal.digest
+    assert sparkctl(["merge", "r1", "--checkpoint", "last", "--out", "last one"]) == 0
+    text = refused(said, 2, *TRAINED)
+    assert "hint: `sparkctl merge r1` takes that one again; `sparkctl mtp train r1 --force` trains a head for" in text
+    assert sparkctl(["merge", "r1"]) == 0
+    inject(*TRAINED)
+
+
 def test_a_head_whose_training_has_not_ended(run: Run, said: Said) -> None:
     with run.edit() as manifest:
         manifest.mtp = schema.MtpTable(mode="training", made_from="test")

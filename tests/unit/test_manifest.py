@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.manifest import store
-from sparkctl.manifest.schema import Checkpoint, DataFile, MergeTable
+from sparkctl.manifest.schema import Checkpoint, DataFile, MergedFolder, MergeTable
 from sparkctl.manifest.store import NAME, Run, read_manifest
 
 
@@ -165,7 +165,7 @@ def test_an_edit_after_a_move_writes_paths_as_they_are_now(run: Run, tmp_path: P
     recipe.write_text("epochs = 3\n")
     data.write_text("{}\n")
     parent = Run.create(tmp_path / "r0")
-    for name in ("out", "out-adapter"):
+    for name in ("out", "out-adapter", "out-before"):
         (tmp_path / name).mkdir()
     merged = MergeTable(
         checkpoint="c", folder="../out", tensors=1, changed_tensors=1, bytes=1, seconds=1, created="x", made_from="x"
@@ -177,6 +177,7 @@ def test_an_edit_after_a_move_writes_paths_as_they_are_now(run: Run, tmp_path: P
         manifest.data.files = [DataFile(path="../chats.jsonl", sha256="x", size=1, mtime_ns=1, examples=1)]
         manifest.data.recipe = manifest.plan.recipe = "../mine.toml"
         manifest.merge, manifest.adapter = merged, merged.model_copy(update={"folder": "../out-adapter"})
+        manifest.merge.others = [MergedFolder(**merged.model_dump(exclude={"others"}) | {"folder": "../out-before"})]
         inside = Checkpoint(id="s", kind="step", path="checkpoints/s", created="x", digest="x")
         manifest.checkpoints = [*manifest.checkpoints, inside]
     (tmp_path / "deep" / "er").mkdir(parents=True)
@@ -190,6 +191,7 @@ def test_an_edit_after_a_move_writes_paths_as_they_are_now(run: Run, tmp_path: P
     where = {
         manifest.model.source: llama_folder, str(manifest.run.parent): parent.root, manifest.data.files[0].path: data,
         str(manifest.data.recipe): recipe, str(manifest.plan.recipe): recipe,
+        manifest.merge.others[0].folder: tmp_path / "out-before",
         manifest.merge.folder: tmp_path / "out", manifest.adapter.folder: tmp_path / "out-adapter",
         manifest.checkpoints[0].path: llama_folder,
     }  # fmt: skip

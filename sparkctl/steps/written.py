@@ -1,0 +1,23 @@
+"""Folders that steps wrote for good, among [[checkpoints]]: an entry a folder, whatever `--out` named since."""
+
+from __future__ import annotations
+
+from sparkctl.manifest.schema import Checkpoint, Manifest
+from sparkctl.manifest.store import Run
+
+
+def with_folder(run: Run, manifest: Manifest, entry: Checkpoint) -> list[Checkpoint]:
+    """[[checkpoints]] with a folder that was written, in the place of what its path held; those gone are forgotten.
+
+    A folder keeps its id; where another one has it, it gets a number: merged-000003-2.
+    """
+    same = (entry.kind, entry.path)
+    others = [c for c in manifest.checkpoints if (c.kind, c.path) != same and _is_there(run, entry, c)]
+    known = next((c.id for c in manifest.checkpoints if (c.kind, c.path, c.step) == (*same, entry.step)), None)
+    taken = {c.id for c in others}
+    free = [id for id in (entry.id, *(f"{entry.id}-{n + 2}" for n in range(len(taken)))) if id not in taken]
+    return [*others, entry.model_copy(update={"id": known or free[0]})]
+
+
+def _is_there(run: Run, entry: Checkpoint, other: Checkpoint) -> bool:
+    return other.kind != entry.kind or run.resolve(other.path).exists()
