@@ -330,7 +330,7 @@ def test_memory_does_not_follow_the_file(tmp_path: Path, qwen35_folder: Path, fe
     for count in (few, times * few):
         data = lines(tmp_path / f"{count}.jsonl", *(chat(f"question {i}", "word " * words) for i in range(count)))
         peaks.append(peak(data, tmp_path / f"r{count}", qwen35_folder))
-    assert peaks[1] < 1.05 * peaks[0], peaks
+    assert peaks[1] < 1.1 * peaks[0], peaks  # seen: .7 to 5.2 % more; all of the longer file would be a fifth
 
 
 def test_memory_does_not_follow_a_line_that_is_dropped(tmp_path: Path, qwen35_folder: Path) -> None:
