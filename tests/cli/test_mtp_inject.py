@@ -264,13 +264,18 @@ def test_a_shipped_head_that_was_kept(run: Run, said: Said) -> None:
     assert "trained head" not in shown
 
 
-def test_a_head_of_another_merged_model(run: Run, said: Said) -> None:
+def train_for_what_is_merged(run: Run) -> None:
+    """A trained head that the manifest says was made for the folder `merged` as it is now."""
     heads.trained_head(run)
     seal = read_seal(run.root / "merged")
     assert seal
     with run.edit() as manifest:
         assert manifest.mtp
         manifest.mtp.merged = seal.digest
+
+
+def test_a_head_of_another_merged_model(run: Run, said: Said) -> None:
+    train_for_what_is_merged(run)
     inject(*TRAINED)
     assert sparkctl(["merge", "r1", "--checkpoint", "last", "--force"]) == 0
     text = refused(said, 2, *TRAINED)
@@ -281,12 +286,7 @@ def test_a_head_of_another_merged_model(run: Run, said: Said) -> None:
 
 def test_a_head_of_a_merged_model_in_another_folder(run: Run, said: Said) -> None:
     """Which the user need not train anew: to merge into that folder once more is all."""
-    heads.trained_head(run)
-    seal = read_seal(run.root / "merged")
-    assert seal
-    with run.edit() as manifest:
-        assert manifest.mtp
-        manifest.mtp.merged = seal.digest
+    train_for_what_is_merged(run)
     assert sparkctl(["merge", "r1", "--checkpoint", "last", "--out", "last one"]) == 0
     text = refused(said, 2, *TRAINED)
     assert "hint: `sparkctl merge r1` takes that one again; `sparkctl mtp train r1 --force` trains a head for" in text
