@@ -9,8 +9,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event
 
 CHUNK = 1 << 20  # bytes read at a time: large enough for full disk speed, small beside any memory
 
@@ -20,13 +22,50 @@ def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file, read in chunks."""
+def sha256_file(path: Path, given_up: Event | None = None) -> str:
+    """Hex digest of a file, read in chunks; of no use once it is `given_up`, which ends it."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
+        while not (given_up and given_up.is_set()) and (chunk := file.read(CHUNK)):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the disk has it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+class Sealing:
+    """Finds the digests of files and gives them to the disk, in threads of its own, while the next ones are written.
+
+    An error in its block gives that up. What reading or the disk raised comes out of `digests`.
+    """
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(thread_name_prefix="sealing")
+        self._given_up = Event()
+        self._digests: dict[str, Future[str]] = {}
+        self._synced: list[Future[None]] = []
+
+    def __enter__(self) -> Sealing:
+        return self
+
+    def add(self, path: Path) -> None:
+        """A file that is written to its end."""
+        self._digests[path.name] = self._threads.submit(sha256_file, path, self._given_up)
+        self._synced.append(self._threads.submit(sync_file, path))
+
+    def digests(self) -> dict[str, str]:
+        """Of each file by its name, once the disk has them all."""
+        for one in self._synced:
+            one.result()
+        return {name: one.result() for name, one in self._digests.items()}
+
+    def __exit__(self, *error: object) -> None:
+        self._given_up.set()
+        self._threads.shutdown(cancel_futures=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -71,8 +110,7 @@ def staged_file(final: Path) -> Iterator[Path]:
     try:
         with naming(final):
             yield Path(temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+            sync_file(Path(temporary))
         Path(temporary).chmod(0o644)
         os.replace(temporary, final)
     except BaseException:
@@ -98,8 +136,7 @@ def staged_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
         yield stage
         for path in sorted(stage.rglob("*")):
             if path.is_file() and not path.is_symlink():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                sync_file(path)
         sync_folder(stage)
         if final.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".old.tmp", dir=final.parent))

@@ -45,8 +45,9 @@ class Loop:
     """A training, ready to run. `state` is where it stands; `run` takes it to the schedule's end.
 
     rate: learning rate of a step (from 0). saved: told of each checkpoint. held_out: packs that are never trained.
-    ahead: the device is given a step before the numbers of the one before it are read, so that it never waits for the
-    host; nothing is evaluated or saved of a step whose numbers have not been looked at.
+    ahead: the device is given a step before the numbers of the one before it are read, so that it need not wait for the
+    host; nothing is evaluated or saved of a step whose numbers have not been looked at. Of several ranks it gains
+    nothing: they agree before each step on whether to stop.
     """
 
     engine: Engine
@@ -166,13 +167,19 @@ class Loop:
         measured = now.eval_loss if self.held_out else 0.0
         if measured is not None and (now.best_eval_loss is None or measured < now.best_eval_loss or not self.held_out):
             now.best_checkpoint, now.best_eval_loss = id, measured if self.held_out else None
-        now.seconds += time.monotonic() - self._counted
-        self._counted = time.monotonic()
+        self._count_time()
         if self.ranks.writes:
             path = state.save(self.folder, now, self.optimizer)
             self.saved(path, now, state.prune(self.folder, self.keep, now.best_checkpoint))
+        self._count_time()  # of the save, which it does not know itself
         self._saved_at = now.step
         self._ended = Moment(self.engine.device)
+
+    def _count_time(self) -> None:
+        """Add what has passed since it was added last."""
+        now = time.monotonic()
+        self.state.seconds += now - self._counted
+        self._counted = now
 
     def _stop(self) -> bool:
         """Whether a signal or a lack of memory stops any rank: all stop at the same step."""

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, ValidationError
 
 from sparkctl.errors import SparkError
-from sparkctl.files import naming, sha256_file, staged_folder
+from sparkctl.files import Sealing, naming, sha256_file, staged_folder
 from sparkctl.manifest.schema import Lora
 from sparkctl.manifest.table import Mode, Table
 from sparkctl.train import random
@@ -90,13 +90,16 @@ def save(folder: Path, state: State, optimizer: Optimizer) -> Path:
 
 
 def write(stage: Path, state: State, optimizer: Optimizer) -> None:
-    """The four files, into a folder that is there."""
+    """The four files, into a folder that is there; the disk has them then."""
     randoms = {RANDOM + name: value for name, value in random.capture().items()}
-    _write_tensors(stage / TRAINABLE, dict(optimizer.parameters))
-    _write_tensors(stage / OPTIMIZER, {**dict(optimizer.moments()), **randoms})
-    (stage / STATE).write_bytes(_canonical(state.model_dump(mode="json", exclude_none=True)))
-    digests = {name: sha256_file(stage / name) for name in (OPTIMIZER, STATE, TRAINABLE)}
-    (stage / DIGESTS).write_bytes(_canonical(digests))
+    with Sealing() as sealing:
+        _write_tensors(stage / TRAINABLE, dict(optimizer.parameters))
+        sealing.add(stage / TRAINABLE)
+        _write_tensors(stage / OPTIMIZER, {**dict(optimizer.moments()), **randoms})
+        sealing.add(stage / OPTIMIZER)
+        (stage / STATE).write_bytes(_canonical(state.model_dump(mode="json", exclude_none=True)))
+        sealing.add(stage / STATE)
+        (stage / DIGESTS).write_bytes(_canonical(sealing.digests()))
 
 
 def digest(checkpoint: Path) -> str:

@@ -44,10 +44,12 @@ def test_no_step_s_time_is_that_of_an_evaluation_or_a_save(
     training.engine.before = taking(lambda pack: None, 1.0)
     training.engine.eval_sum = taking(training.engine.eval_sum, 100.0)
     monkeypatch.setattr(state, "save", taking(state.save, 1000.0))
-    training.run()
+    end = training.run()
     seconds, packs = training.lines("seconds"), [len(training.schedule.step(n)) for n in range(5)]
     assert list(seconds) == [1, 2, 3, 4, 5]
     assert list(seconds.values()) == pytest.approx(packs, abs=0.01)
+    evaluated = 100.0 * len(training.held_out) * 4
+    assert end.seconds == pytest.approx(sum(packs) + evaluated + 3 * 1000.0, abs=0.01)  # the last save's as well
 
 
 @pytest.mark.parametrize("ahead", [False, True])
