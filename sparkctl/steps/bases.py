@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +16,11 @@ from sparkctl.words import here, quoted
 
 if TYPE_CHECKING:
     from sparkctl.model.hub import ModelSource
+    from sparkctl.model.promise import Promise
 
 SHOWN = 3  # problems of a base that are told
 AS_PUBLISHED = "take it as it was published, or have its config.json promise what is there and analyze again"
-HEADLESS = " (transformers saves a Qwen3.5 without its MTP head: `mtp_num_hidden_layers` is 0 then)"
+HEADLESS = " (transformers saves a Qwen3.5 without its MTP head: set `mtp_num_hidden_layers` to 0 in a copy of it)"
 
 
 def read_base(folder: Path, model: ModelTable, known: BaseTable | None, progress: Progress) -> BaseTable:
@@ -98,14 +99,15 @@ def require_known_head(source: ModelSource, another: str) -> None:
         )
 
 
-def require_whole(folder: Path) -> None:
-    """Raise SparkError where the base is not what its config.json promises: no merge of it would pass its audit."""
+def require_whole(folder: Path, promised: Callable[[], Promise] | None = None) -> None:
+    """Raise SparkError where the base is not what its config.json promises: no merge of it would pass its audit.
+
+    promised: gives that promise, where another process makes it; else transformers is imported here.
+    """
     from sparkctl.model import mtp
     from sparkctl.model.audit import audit
-    from sparkctl.model.promise import promising
 
-    with promising(folder) as promised:
-        problems = audit(folder, counted=False, promised=promised)
+    problems = audit(folder, counted=False, promised=promised)
     if not problems:
         return
     hint = AS_PUBLISHED

@@ -13,6 +13,7 @@ from sparkctl.manifest.evidence import Lossless
 from sparkctl.manifest.fingerprint import fingerprint
 from sparkctl.manifest.schema import PlanTable
 from sparkctl.manifest.store import now
+from sparkctl.model.promise import promising
 from sparkctl.progress import Progress
 from sparkctl.steps.bases import require_whole
 from sparkctl.steps.certificate_process import certify
@@ -39,7 +40,8 @@ def certified(job: Job, steps: int, choices: dict[str, str], progress: Progress)
     from sparkctl.verify.lossless import Setting, chosen_packs
 
     plan, began, folder = job.plan, time.monotonic(), job.model_folder(progress)
-    require_whole(folder)
+    with promising(folder) as promised:  # in a process of its own, as all that a certificate computes
+        require_whole(folder, promised)
     schedule = Schedule(
         job.store(), pack_length=plan.pack_length, gradient_accumulation=plan.gradient_accumulation,
         epochs=plan.epochs, seed=plan.seed, max_steps=plan.max_steps,

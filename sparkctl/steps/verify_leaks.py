@@ -53,9 +53,9 @@ def verify_leaks(
         try:
             found += look(config, one, mode, machine, progress, allow_slow=allow_slow, name=name)
         except SparkError as error:
-            if one == usual and run is None and " RUN" in (error.hint or ""):  # an engine's command for a run
-                raise type(error)(error.message, without) from None
             if one == usual:
+                if run is None and name in (error.hint or ""):  # a command for a run, and there is none
+                    error.hint = without
                 raise
             found.append(Finding(f"{one} engine", "whole model", refused=error.message))
     safe = recommend_command(run, shown=folder, engine="reference") if run else "plan with `--engine reference`"

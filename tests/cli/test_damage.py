@@ -213,7 +213,7 @@ def test_a_head_that_the_weights_lack_is_named_at_once(
     for command in (("analyze", data, "--run", tmp_path / "r1", "--model", base), ("recommend", run.root, "--force")):
         status, text = said(capsys, *command)
         assert (status, "lacks the MTP head" in " ".join(text.split())) == ((1, True) if promised else (0, False)), text
-        assert ("`mtp_num_hidden_layers` is 0 then" in " ".join(text.split())) == bool(promised)
+        assert ("set `mtp_num_hidden_layers` to 0" in " ".join(text.split())) == bool(promised)
 
 
 @pytest.mark.parametrize("part", ["visual", "language_model"])
