@@ -9,7 +9,9 @@ import heads
 import pytest
 from vllm_heads import without
 
+from sparkctl import telling
 from sparkctl.errors import SparkError
+from sparkctl.model import promise
 from sparkctl.model.audit import audit
 from sparkctl.steps.bases import require_whole
 
@@ -33,3 +35,10 @@ def test_a_head_of_other_sizes_is_not_a_head_that_was_lost(qwen35_folder: Path, 
         require_whole(base)
     assert "`mtp." in "".join(audit(base))
     assert "without its MTP head" not in (caught.value.hint or "")
+
+
+def test_a_training_imports_what_it_needs_once(qwen35_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of its own would import transformers for 4 s, and the training then once more."""
+    monkeypatch.setattr(promise, "imported", lambda: False)
+    monkeypatch.setattr(telling, "beside", lambda *_, **__: pytest.fail("another process"))
+    require_whole(qwen35_folder)
