@@ -10,10 +10,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkctl.bench.workload import Workload, checkpoint_folder, model_of
+from sparkctl.errors import SparkError
 from sparkctl.model.families import DELTA, USUAL
 from sparkctl.model.plain import plain_layers
 from sparkctl.train.engines.hopper import allow_on_hopper
@@ -42,7 +44,9 @@ def stock(work: Workload, device: torch.device) -> Stack:
 
 
 def peft_fla(work: Workload, device: torch.device) -> Stack:
-    """transformers and peft with fla's kernels; checkpointing where the workload says so."""
+    """transformers and peft with fla's kernels, never without; checkpointing where the workload says so."""
+    if not find_spec("fla"):
+        raise SparkError("flash-linear-attention is not installed", "pip install flash-linear-attention")
     return _transformers(work, device, checkpointing=work.checkpointing)
 
 

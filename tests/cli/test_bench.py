@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from sparkctl.bench import clock, setting, stacks, step, workload
 from sparkctl.bench.predict import predict
 from sparkctl.cli import app, bench_options
+from sparkctl.errors import SparkError
 
 
 def test_two_stacks_compute_the_same_on_a_tiny_shape(bench: Any) -> None:
@@ -35,6 +36,13 @@ def test_a_stack_that_fails_is_a_row(bench: Any) -> None:
     status, said = bench("step", "--stacks", "unsloth", "--steps", 1, "--pack", 32, "--documents", 1)
     assert (status, said["ok"]) == (1, False)
     assert said["stacks"][0]["failed"] == "stack `unsloth` failed: unsloth is not installed"
+
+
+def test_a_stack_is_not_measured_without_what_it_is_named_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would take plain torch and say nothing."""
+    monkeypatch.setattr(stacks, "find_spec", lambda name: None)
+    with pytest.raises(SparkError, match="flash-linear-attention is not installed"):
+        stacks.peft_fla(workload.Workload({}, "lora", (32,), (16,)), None)
 
 
 def test_a_hub_id_is_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
