@@ -229,7 +229,7 @@ def _checkpoint(run: Run, request: Request, progress: Progress) -> Path:
         )
     id = _wanted(train, wanted)
     if wanted == "best" and train.best_checkpoint is None and id:
-        progress.say(f"note: nothing was held out, so there is no best checkpoint: taking the last, {id}")
+        progress.say(f"note: no held-out loss was measured, so there is no best checkpoint: taking the last, {id}")
     if id is None:
         raise UsageError(f"`{run.root}` has no checkpoint yet", f"sparkctl resume {quoted(run.root)}")
     if id not in there:
