@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json as jsonlib
 import os
+import re
 import sys
 import textwrap
 import time
@@ -32,6 +33,8 @@ from sparkctl.progress import Progress, Task
 from sparkctl.words import size
 
 QUIET_SECONDS = 15.0  # between progress lines where stderr is no terminal
+COMMAND = re.compile(r"`[^`\n]+`|^sparkctl .*$", re.MULTILINE)
+GLUE = "\0"  # stands for a space that is no place to break a line
 WIDE = 10_000  # columns where there is no terminal: nothing is wrapped in a pipe or a log
 
 
@@ -135,10 +138,11 @@ def remark(text: str, hint: str | None, label: str, style: str) -> None:
 
 
 def _line(console: Console, text: str, label: str = "", style: str = "") -> None:
-    """A message, on a terminal broken between words, never in one."""
-    text = f"{label} {text}" if label else text
+    """A message, on a terminal broken between words, never in one, nor in a command: that one can be copied."""
+    text = f"{label} {COMMAND.sub(lambda found: found[0].replace(' ', GLUE), text)}".lstrip()
     if console.width < WIDE:
         text = "\n".join(_broken(line, console.width) for line in text.split("\n"))
+    text = text.replace(GLUE, " ")
     message = Text(text)
     message.stylize(style, 0, len(label))
     console.print(message, soft_wrap=True)

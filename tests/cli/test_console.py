@@ -96,6 +96,17 @@ def test_a_terminal_gets_messages_broken_between_words(monkeypatch: pytest.Monke
     assert [line for line in lines if len(line) > 60] == [path]
 
 
+def test_a_terminal_gets_commands_unbroken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is copied from it is one line, whatever the terminal is wide."""
+    terminal = Terminal(monkeypatch, "stderr")
+    command = "sparkctl recommend runs/r1 --tokens-per-step 2048 --pack-length 2688 --max-steps 30"
+    console.failure(SparkError(f"{LONG} `{command}` {LONG}", command), json=False)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", terminal.text()).replace("\r", "").splitlines()
+    assert f"`{command}`" in lines
+    assert any(line.endswith(command) for line in lines[-2:])
+    assert [line for line in lines if len(line) > 60 and command not in line] == []
+
+
 def test_a_message_stands_above_the_live_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(monkeypatch, "stderr")
     progress = console.progress()
