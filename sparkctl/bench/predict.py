@@ -9,6 +9,8 @@ from sparkctl.bench.setting import require_room
 from sparkctl.bench.workload import Workload, synthetic
 from sparkctl.errors import OtherOptions
 from sparkctl.hardware.ceiling import DEVICES, Ceiling
+from sparkctl.hardware.load import Load, splitting
+from sparkctl.hardware.memory import peak
 from sparkctl.hardware.shape import Shape
 from sparkctl.manifest.table import Mode
 from sparkctl.model import catalog
@@ -32,12 +34,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step's parts on a device, the shape's name and what it computes."""
+    """A step's parts on a device, the shape's name and what it computes. peak_memory: bytes that a training takes."""
 
     ceiling: Ceiling
     shape: str
     work: Workload
     parts: list[Part]
+    peak_memory: int
 
     @property
     def seconds(self) -> float:
@@ -49,6 +52,11 @@ class Prediction:
         """At best."""
         return self.work.tokens / self.seconds
 
+    @property
+    def fits(self) -> bool:
+        """Whether the device has the memory for it."""
+        return self.peak_memory <= self.ceiling.memory
+
 
 def predict(name: str, shape: str, mode: Mode, pack: int, documents: int, checkpointing: bool = False) -> Prediction:
     """The step of a published shape with LoRA r = 128 or whole. Raises UsageError at an unknown device or shape."""
@@ -57,7 +65,8 @@ def predict(name: str, shape: str, mode: Mode, pack: int, documents: int, checkp
     work = synthetic(config, mode, pack, documents, checkpointing=checkpointing)
     size = count(config["model_type"], config, Path("config.json"))
     trainable = work.rank * size.adapter_width if work.lora else 0
-    return Prediction(ceiling, shape, work, parts(work, size.text_parameters, trainable))
+    needed = peak_memory(work, size.text_parameters, trainable, ceiling.capability)
+    return Prediction(ceiling, shape, work, parts(work, size.text_parameters, trainable), needed)
 
 
 def device(name: str) -> Ceiling:
@@ -65,6 +74,17 @@ def device(name: str) -> Ceiling:
     if name not in DEVICES:
         raise OtherOptions(f"no device `{name}`; there are {', '.join(DEVICES)}", device=next(iter(DEVICES)))
     return DEVICES[name]
+
+
+def peak_memory(work: Workload, parameters: int, trainable: int, capability: str) -> int:
+    """Bytes that a training by the native engine takes, by the memory model; the arguments as of `parts`."""
+    shape = Shape.from_config(work.config, parameters)
+    load = Load(
+        mode=work.mode, trainable=trainable or parameters, rank=work.rank if work.lora else 0, area=work.tokens,
+        longest=max(work.lengths), labels=sum(work.labels), checkpointing=work.checkpointing, device="cuda", fla=True,
+        engine="native", multiprocessors=splitting(capability, shape.head_dim),
+    )  # fmt: skip
+    return peak(shape, load).total
 
 
 def parts(work: Workload, parameters: int, trainable: int) -> list[Part]:

@@ -21,7 +21,8 @@ def as_json(found: Prediction) -> dict[str, Any]:
     ]
     return {
         "ok": True, "prediction": True, "device": found.ceiling.name, "shape": found.shape, "mode": found.work.mode,
-        "seconds": found.seconds, "tokens_per_second": found.tokens_per_second, "parts": parts,
+        "seconds": found.seconds, "tokens_per_second": found.tokens_per_second, "peak_memory": found.peak_memory,
+        "memory": found.ceiling.memory, "fits": found.fits, "parts": parts,
     }  # fmt: skip
 
 
@@ -33,8 +34,15 @@ def as_table(found: Prediction) -> Group:
         table.add_column(column, justify="left" if column in ("part", "bound by") else "right")
     for p in found.parts:
         limit = "memory" if p.bytes / found.ceiling.bytes >= p.seconds(found.ceiling) else "operations"
-        ms = f"{1e3 * p.seconds(found.ceiling):.1f}"
+        ms = f"{1e3 * p.seconds(found.ceiling):,.1f}"
         table.add_row(p.name, f"{p.operations / 1e12:.2f}", f"{p.bytes / 1e9:.1f}", ms, limit)
     ceiling = f"{found.ceiling.bytes / 1e9:,.0f} GB/s, {found.ceiling.operations / 1e12:,.0f} TFLOP/s"
     titled = console.titled(f"{title} on {found.ceiling.name}", table)
-    return Group(titled, f"at best {found.tokens_per_second:,.0f} tok/s, at {ceiling}; real steps take longer")
+    rate = f"at best {found.tokens_per_second:,.0f} tok/s, at {ceiling}; real steps take longer"
+    needed, there = (f"{memory / 2**30:,.1f} GiB" for memory in (found.peak_memory, found.ceiling.memory))
+    room = (
+        f"a training takes {needed} of {there}"
+        if found.fits
+        else f"a training does not fit: it takes {needed} of {there}"
+    )
+    return Group(titled, rate, room)

@@ -181,6 +181,19 @@ def test_a_prediction_says_so_and_bounds_what_was_measured(bench: Any) -> None:
     assert grown == set(again) - {"lm_head and cross-entropy"}
 
 
+def test_a_prediction_says_whether_a_training_fits(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the memory model: the 2B's peak on an H200 is one of those that were measured, 15.70 GiB."""
+    known = predict("h200", "qwen3.5-2b", "lora", 5376, 12)
+    assert known.peak_memory / 2**30 == pytest.approx(15.70, rel=0.05)
+    said = bench("predict", "--device", "gb10", "--shape", "qwen3.5-27b", "--mode", "full")[1]
+    assert said["fits"] is False
+    assert said["peak_memory"] > 16 * 26e9 > said["memory"]  # fp32 masters, gradients and moments alone
+    assert app.run(["bench", "predict", "--shape", "qwen3.5-27b", "--mode", "full"]) == 0
+    assert "a training does not fit: it takes " in capsys.readouterr().out
+    assert app.run(["bench", "predict"]) == 0
+    assert " GiB of 119.2 GiB" in capsys.readouterr().out
+
+
 def test_documents_fill_the_pack_to_the_token() -> None:
     for total, count in ((5376, 12), (5376, 40), (5376, 1), (64, 32)):
         lengths = workload.spread(total, count)
