@@ -86,3 +86,10 @@ def intact(folder: Path, seal: Seal) -> bool:
         if status.st_size != file.size or (status.st_mtime_ns > written and sha256_file(path) != file.sha256):
             return False
     return True
+
+
+def untouched(folder: Path, seal: Seal) -> bool:
+    """Whether it is intact and holds nothing else: no file or folder that somebody put there since."""
+    names = {Path(SEAL), *map(Path, seal.files)}
+    known = names.union(*(name.parents for name in names))
+    return intact(folder, seal) and all(path.relative_to(folder) in known for path in folder.rglob("*"))

@@ -19,7 +19,7 @@ from sparkctl.manifest.fingerprint import fingerprint
 from sparkctl.manifest.schema import Checkpoint, MergedFolder, MergeTable, ModelTable, TrainTable
 from sparkctl.manifest.store import Run, now
 from sparkctl.merge.companions import companions
-from sparkctl.merge.seal import Seal, SealedFile, intact, read_seal, sealed_as, sealed_files, write_seal
+from sparkctl.merge.seal import Seal, SealedFile, intact, read_seal, sealed_as, sealed_files, untouched, write_seal
 from sparkctl.merge.serve import load_text_adapter, model_length, serve_adapter, serve_model
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.bases import same_base
@@ -262,7 +262,7 @@ def _outdated(job: _Job, sealed: Seal) -> bool:
     """Whether this command wrote the target from an earlier checkpoint of the training, and nobody changed it since."""
     asked = (sealed.made_from, job.run.relative(job.out), job.request.checkpoint)
     wrote = [t for t in _folders(job.run, job.request.adapter) if (t.made_from, t.folder, t.asked) == asked]
-    return any(superseded(job.run, table) for table in wrote) and intact(job.out, sealed)
+    return any(superseded(job.run, table) for table in wrote) and untouched(job.out, sealed)
 
 
 def _kept(job: _Job, sealed: Seal) -> str:
@@ -270,7 +270,7 @@ def _kept(job: _Job, sealed: Seal) -> str:
     run, train, path = job.run, job.run.manifest.train, job.run.relative(job.out)
     if sealed.run != run.manifest.run.id:
         return "is the merge of another run"
-    if not intact(job.out, sealed):
+    if not untouched(job.out, sealed):
         return "was changed since it was written"
     for adapter in TABLES:
         for table in _folders(run, adapter):

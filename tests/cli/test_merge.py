@@ -151,6 +151,17 @@ def test_every_folder_has_its_place_among_the_checkpoints(run: Run) -> None:
     assert entries_of("merged") == [("merged-000006", "merged", "step-000006")]
 
 
+def test_what_the_user_put_into_a_merge_is_not_swept_away(run: Run, said: Said) -> None:
+    merge("r1")
+    mine = run.root / "merged" / "notes.txt"
+    mine.touch()
+    assert answer(said, "r1")["up_to_date"]
+    train_on(run, "step-000006")
+    text = refused(said, 2, "r1")
+    assert "error: `r1/merged` was changed since it was written\nhint: `sparkctl merge r1 --force` replaces it" in text
+    assert mine.exists()
+
+
 def test_one_true_reason_keeps_a_merge(run: Run, said: Said) -> None:
     def kept(*arguments: str) -> str:
         return refused(said, 2, "r1", *arguments).splitlines()[0].partition("` ")[2]
