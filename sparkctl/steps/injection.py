@@ -26,8 +26,7 @@ from sparkctl.mtp.inject import ServedSeal, Target, read_target
 from sparkctl.mtp.source import HeadSource, NoHead, from_file
 from sparkctl.progress import Progress
 from sparkctl.steps.inputs import analysed
-from sparkctl.steps.merge import back_to
-from sparkctl.steps.merged import merged_model
+from sparkctl.steps.merged import back_to, merged_model
 from sparkctl.steps.mtp_eval import SHIPPED, TRAINED
 from sparkctl.steps.mtp_training import Request as HeadRequest
 from sparkctl.words import here

@@ -19,7 +19,7 @@ from sparkctl.manifest.fingerprint import fingerprint
 from sparkctl.manifest.schema import Checkpoint, MergedFolder, MergeTable, ModelTable, TrainTable
 from sparkctl.manifest.store import Run, now
 from sparkctl.merge.companions import companions
-from sparkctl.merge.seal import Seal, SealedFile, intact, read_seal, sealed_as, sealed_files, untouched, write_seal
+from sparkctl.merge.seal import Seal, SealedFile, intact, read_seal, sealed_files, untouched, write_seal
 from sparkctl.merge.serve import load_text_adapter, model_length, serve_adapter, serve_model
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.bases import same_base
@@ -64,26 +64,17 @@ def recorded(run: Run, shown: Path, adapter: AdapterClass | None = None) -> Requ
     A checkpoint that was named and is gone gives way to the best. shown: the run as the user named it.
     """
     table: MergeTable | None = getattr(run.manifest, TABLES[adapter])
-    return _request(run, shown, adapter, table) if table else Request(shown, adapter=adapter)
+    return request_of(run, shown, adapter, table) if table else Request(shown, adapter=adapter)
 
 
-def _request(run: Run, shown: Path, adapter: AdapterClass | None, table: MergedFolder) -> Request:
+def request_of(run: Run, shown: Path, adapter: AdapterClass | None, table: MergedFolder) -> Request:
     """The command line that wrote what `table` speaks of."""
     there = table.asked == "last" or run.manifest.checkpoint(table.asked) is not None
     out = None if table.folder == FOLDERS[adapter] else Path(here(run.resolve(table.folder)))
     return Request(shown, table.asked if there else "best", out, adapter)
 
 
-def back_to(run: Run, shown: Path, digest: str | None) -> str | None:
-    """The command that has [merge] speak again of the merged model of that digest, which is in another folder."""
-    for table in _folders(run, None)[1:]:
-        seal = sealed_as(run.resolve(table.folder), table.made_from)
-        if seal and seal.digest == digest and superseded(run, table) is None:
-            return _request(run, shown, None, table).again()
-    return None
-
-
-def _folders(run: Run, adapter: AdapterClass | None) -> list[MergedFolder]:
+def folders(run: Run, adapter: AdapterClass | None) -> list[MergedFolder]:
     """What is recorded of every folder that such merges wrote, the last one first."""
     table: MergeTable | None = getattr(run.manifest, TABLES[adapter])
     return [MergedFolder(**table.model_dump(exclude={"others"})), *table.others] if table else []
@@ -97,11 +88,11 @@ def superseded(run: Run, table: MergedFolder) -> str | None:
     train = run.manifest.train
     if train is None or table.created <= train.started:
         return None
-    wanted = _wanted(train, table.asked)
+    wanted = wanted_id(train, table.asked)
     return wanted if wanted != table.checkpoint else None
 
 
-def _wanted(train: TrainTable, asked: str) -> str | None:
+def wanted_id(train: TrainTable, asked: str) -> str | None:
     """The id of a checkpoint that is named best, last or by its id; None where there is none yet."""
     return {"best": train.best_checkpoint or train.last_checkpoint, "last": train.last_checkpoint}.get(asked, asked)
 
@@ -227,7 +218,7 @@ def _checkpoint(run: Run, request: Request, progress: Progress) -> Path:
             f"warning: the training stopped at step {train.step} of {train.steps}: "
             f"`sparkctl resume {quoted(run.root)}` ends it"
         )
-    id = _wanted(train, wanted)
+    id = wanted_id(train, wanted)
     if wanted == "best" and train.best_checkpoint is None and id:
         progress.say(f"note: no held-out loss was measured, so there is no best checkpoint: taking the last, {id}")
     if id is None:
@@ -261,7 +252,7 @@ def _check_target(job: _Job, sealed: Seal | None, force: bool, progress: Progres
 def _outdated(job: _Job, sealed: Seal) -> bool:
     """Whether this command wrote the target from an earlier checkpoint of the training, and nobody changed it since."""
     asked = (sealed.made_from, job.run.relative(job.out), job.request.checkpoint)
-    wrote = [t for t in _folders(job.run, job.request.adapter) if (t.made_from, t.folder, t.asked) == asked]
+    wrote = [t for t in folders(job.run, job.request.adapter) if (t.made_from, t.folder, t.asked) == asked]
     return any(superseded(job.run, table) for table in wrote) and untouched(job.out, sealed)
 
 
@@ -273,9 +264,9 @@ def _kept(job: _Job, sealed: Seal) -> str:
     if not untouched(job.out, sealed):
         return "was changed since it was written"
     for adapter in TABLES:
-        for table in _folders(run, adapter):
+        for table in folders(run, adapter):
             if adapter != job.request.adapter and (table.made_from, table.folder) == (sealed.made_from, path):
-                return f"was written by `{_request(run, job.request.run, adapter, table).again()}`"
+                return f"was written by `{request_of(run, job.request.run, adapter, table).again()}`"
     if train and sealed.created <= train.started:
         return f"was made from {sealed.checkpoint} of an earlier training"
     if sealed.checkpoint != job.trained.name:
@@ -350,7 +341,7 @@ def _seal(job: _Job, merged: Merged, files: dict[str, SealedFile]) -> Seal:
 def _record(job: _Job, sealed: Seal) -> None:
     """The result's table, and a merged model among [[checkpoints]]; nothing where they say so already."""
     path = job.run.relative(job.out)
-    others = [t for t in _folders(job.run, job.request.adapter) if t.folder != path]
+    others = [t for t in folders(job.run, job.request.adapter) if t.folder != path]
     table = MergeTable(
         checkpoint=sealed.checkpoint, asked=job.request.checkpoint, digest=state.digest(job.trained), folder=path,
         tensors=sealed.tensors, changed_tensors=sealed.changed_tensors, bytes=sealed.bytes, seconds=sealed.seconds,

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from sparkctl.cli.app import run as sparkctl
 from sparkctl.manifest import schema
 from sparkctl.manifest.store import Run
-from sparkctl.merge.seal import read_seal
 from sparkctl.steps.mtp_eval import SHIPPED
 
 
@@ -262,36 +261,6 @@ def test_a_shipped_head_that_was_kept(run: Run, said: Said) -> None:
     shown = " ".join(said.readouterr().out.split())
     assert "the base's head, since training did not help, 1 token to draft → r1/served" in shown
     assert "trained head" not in shown
-
-
-def train_for_what_is_merged(run: Run) -> None:
-    """A trained head that the manifest says was made for the folder `merged` as it is now."""
-    heads.trained_head(run)
-    seal = read_seal(run.root / "merged")
-    assert seal
-    with run.edit() as manifest:
-        assert manifest.mtp
-        manifest.mtp.merged = seal.digest
-
-
-def test_a_head_of_another_merged_model(run: Run, said: Said) -> None:
-    train_for_what_is_merged(run)
-    inject(*TRAINED)
-    assert sparkctl(["merge", "r1", "--checkpoint", "last", "--force"]) == 0
-    text = refused(said, 2, *TRAINED)
-    assert "was trained for another merged model" in text
-    assert "hint: sparkctl mtp train r1 --force" in text
-    inject(*TRAINED, "--into", "r1/merged", "--out", "mine")  # who names the folder means it
-
-
-def test_a_head_of_a_merged_model_in_another_folder(run: Run, said: Said) -> None:
-    """Which the user need not train anew: to merge into that folder once more is all."""
-    train_for_what_is_merged(run)
-    assert sparkctl(["merge", "r1", "--checkpoint", "last", "--out", "last one"]) == 0
-    text = refused(said, 2, *TRAINED)
-    assert "hint: `sparkctl merge r1` takes that one again; `sparkctl mtp train r1 --force` trains a head for" in text
-    assert sparkctl(["merge", "r1"]) == 0
-    inject(*TRAINED)
 
 
 def test_a_head_whose_training_has_not_ended(run: Run, said: Said) -> None:
