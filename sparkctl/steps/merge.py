@@ -341,12 +341,11 @@ def _seal(job: _Job, merged: Merged, files: dict[str, SealedFile]) -> Seal:
 def _record(job: _Job, sealed: Seal) -> None:
     """The result's table, and a merged model among [[checkpoints]]; nothing where they say so already."""
     path = job.run.relative(job.out)
-    others = [t for t in folders(job.run, job.request.adapter) if t.folder != path]
+    others = [t for t in folders(job.run, job.request.adapter) if t.folder != path and _still_holds(job.run, t)]
     table = MergeTable(
         checkpoint=sealed.checkpoint, asked=job.request.checkpoint, digest=state.digest(job.trained), folder=path,
         tensors=sealed.tensors, changed_tensors=sealed.changed_tensors, bytes=sealed.bytes, seconds=sealed.seconds,
-        created=sealed.created, made_from=sealed.made_from,
-        others=[table for table in others if job.run.resolve(table.folder).exists()],
+        created=sealed.created, made_from=sealed.made_from, others=others,
     )  # fmt: skip
     entry = Checkpoint(
         id=f"merged-{job.at.step:06d}", kind="merged", parent=job.trained.name, path=path, step=job.at.step,
@@ -359,6 +358,12 @@ def _record(job: _Job, sealed: Seal) -> None:
         setattr(manifest, name, table)
         if job.request.adapter is None:
             manifest.checkpoints = with_folder(job.run, manifest, entry)
+
+
+def _still_holds(run: Run, table: MergedFolder) -> bool:
+    """Whether the folder is the merge that `table` speaks of, not one that something else wrote there since."""
+    seal = read_seal(run.resolve(table.folder))
+    return seal is not None and seal.made_from == table.made_from
 
 
 def _card(job: _Job, merged: Merged) -> str:
