@@ -67,8 +67,7 @@ class Request:
 
 def recorded(run: Run, shown: Path, table: ServedTable) -> Request:
     """The command line that [served] was written by. shown: the run as the user named it."""
-    merged, base = run.manifest.merge, run.manifest.model
-    into = None if merged and table.model == merged.folder else Path(here(run.resolve(table.model)))
+    base, into = run.manifest.model, None if table.merged else Path(here(run.resolve(table.model)))
     name, _, commit = table.source.partition("@")
     head = name if is_hub_id(name) and commit else here(run.resolve(table.source))
     own = base and base.source in (name, table.source)

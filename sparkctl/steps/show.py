@@ -235,8 +235,7 @@ def _served(run: Run, table: ServedTable, merged: Step, head: Step, again: Calla
     detail = f"{whose}, {counted(table.draft_length, 'token')} to draft → {here(folder)}"
     if sealed_as(folder, table.made_from, ServedSeal) is None:
         return Step("mtp inject", "stale", detail, mend, BROKEN)
-    own = run.manifest.merge is not None and table.model == run.manifest.merge.folder
-    if own and (problem := _another_model(run, table.merged, merged)):
+    if table.merged and (problem := _another_model(run, table.merged, merged)):
         return Step("mtp inject", "stale", detail, mend, problem)
     if table.mode == "trained" and head.status == "stale":
         return Step("mtp inject", "stale", detail, mend, "; the head is stale")

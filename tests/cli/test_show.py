@@ -153,7 +153,7 @@ def test_a_mount_that_cannot_be_written_is_shown(
 @pytest.fixture
 def merged(tmp_path: Path, qwen35_folder: Path, say: Say) -> Run:
     """A run of a Qwen3.5 that is trained and merged."""
-    run = ready.run(tmp_path / "r1", qwen35_folder, count=12, max_steps=3)
+    run = ready.run(tmp_path / "r1", qwen35_folder, count=12, max_steps=3, save_every=1)
     with run.edit() as manifest:
         assert manifest.model
         manifest.model.model_type = "qwen3_5"
@@ -214,11 +214,11 @@ def test_a_merge_is_looked_into(merged: Run, say: Say) -> None:
     assert hint(say, merged, "merge") == f"sparkctl merge {merged.root} --out '{here(elsewhere)}' --force"
 
 
-def leave_head(run: Run) -> None:
-    """As `mtp train` leaves a run."""
-    (run.root / "mtp").mkdir()
+def leave_head(run: Run, model: str = "merged") -> None:
+    """As `mtp train` leaves a run. model: the merged folder, in the run."""
+    (run.root / "mtp").mkdir(exist_ok=True)
     (run.root / "mtp" / "head.safetensors").touch()
-    seal = read_seal(run.root / "merged")
+    seal = read_seal(run.root / model)
     assert seal
     with run.edit() as manifest:
         manifest.mtp = MtpTable(mode="trained", head="mtp/head.safetensors", merged=seal.digest, made_from="x")
@@ -290,6 +290,27 @@ def test_a_training_begun_anew_leaves_the_merge_stale(merged: Run, say: Say) -> 
     found = states(say, merged)
     assert [found[name] for name in LATER] == ["done", "stale", "stale"]
     assert "the merged model is another one by now" in say("show", merged.root)
+
+
+def test_what_is_served_of_another_merged_model_is_stale(merged: Run, say: Say) -> None:
+    """Wherever the model lay that it was made from; one that `--into` named is no merged model to compare with."""
+    with_head(merged, say)
+    now = merged.manifest.merge
+    assert now
+    another = next(c.id for c in merged.manifest.checkpoints if c.kind == "step" and c.id != now.checkpoint)
+    say("merge", merged.root, "--checkpoint", another, "--out", merged.root / "other")
+    assert states(say, merged)["mtp inject"] == "stale"
+    assert "the merged model is another one by now" in say("show", merged.root)
+    leave_head(merged, "other")  # trained anew for this model
+    mend = f"sparkctl mtp inject {merged.root} --mode default --force"
+    assert hint(say, merged, "mtp inject") == mend
+    shutil.rmtree(merged.root / "merged")
+    assert states(say, merged)["mtp inject"] == "stale"
+    say(*mend.split()[1:])
+    assert states(say, merged)["mtp inject"] == "done"
+    say(*mend.split()[1:], "--into", merged.root / "other")
+    say("merge", merged.root, "--force")
+    assert states(say, merged)["mtp inject"] == "done"
 
 
 def test_a_merge_that_the_training_went_past_is_stale(tmp_path: Path, llama_folder: Path, say: Say) -> None:
