@@ -286,6 +286,8 @@ class Resume(Table):
 
 
 class MergedFolder(Table):
+    """A folder that a merge wrote, and what from."""
+
     checkpoint: str
     asked: str = Field("best", description="`--checkpoint` as it was given: best, last or an id")
     digest: str | None = Field(None, description="of that checkpoint as it was merged")
@@ -301,7 +303,7 @@ class MergedFolder(Table):
 class MergeTable(MergedFolder):
     """The folder that was asked for last."""
 
-    others: list[MergedFolder] = Field(default_factory=list, description="folders that were asked for before")
+    others: list[MergedFolder] | None = Field(None, description="folders that were asked for before")
 
 
 class HeadPlan(Course):

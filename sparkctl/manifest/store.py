@@ -271,7 +271,7 @@ def _follow_move(manifest: Manifest, root: Path) -> None:
     for file in manifest.data.files if manifest.data else []:
         file.path = moved(file.path) or ""
     for merged in (manifest.merge, manifest.adapter, manifest.adapter_text):
-        for one in (merged, *merged.others) if merged else ():
+        for one in (merged, *(merged.others or ())) if merged else ():
             one.folder = moved(one.folder) or ""
     if manifest.served:
         manifest.served.folder = moved(manifest.served.folder) or ""

@@ -77,7 +77,7 @@ def request_of(run: Run, shown: Path, adapter: AdapterClass | None, table: Merge
 def folders(run: Run, adapter: AdapterClass | None) -> list[MergedFolder]:
     """What is recorded of every folder that such merges wrote, the last one first."""
     table: MergeTable | None = getattr(run.manifest, TABLES[adapter])
-    return [MergedFolder(**table.model_dump(exclude={"others"})), *table.others] if table else []
+    return [MergedFolder(**table.model_dump(exclude={"others"})), *(table.others or ())] if table else []
 
 
 def superseded(run: Run, table: MergedFolder) -> str | None:
@@ -345,7 +345,7 @@ def _record(job: _Job, sealed: Seal) -> None:
     table = MergeTable(
         checkpoint=sealed.checkpoint, asked=job.request.checkpoint, digest=state.digest(job.trained), folder=path,
         tensors=sealed.tensors, changed_tensors=sealed.changed_tensors, bytes=sealed.bytes, seconds=sealed.seconds,
-        created=sealed.created, made_from=sealed.made_from, others=others,
+        created=sealed.created, made_from=sealed.made_from, others=others or None,
     )  # fmt: skip
     entry = Checkpoint(
         id=f"merged-{job.at.step:06d}", kind="merged", parent=job.trained.name, path=path, step=job.at.step,

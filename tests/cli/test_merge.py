@@ -129,7 +129,7 @@ def test_every_folder_is_remembered_whatever_out_named_since(options: tuple[str,
         assert answer(said, "r1", *options, *out)["up_to_date"]
     assert "`named` was made from step-000003, not from" in refused(said, 2, "r1", *options, "--out", "named")
     table = getattr(Run.open(run.root).manifest, "adapter" if options else "merge")
-    found = [(one.folder, one.checkpoint) for one in (table, *table.others)]
+    found = [(one.folder, one.checkpoint) for one in (table, *(table.others or ()))]
     assert found == [("../m", "step-000006"), (usual, "step-000006"), ("../named", "step-000003")]
 
 

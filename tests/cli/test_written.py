@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tomllib
 from pathlib import Path
 
 import merging_run
@@ -26,7 +27,7 @@ def remembered(run: Run) -> list[str]:
     """The folders of [merge] but the last one."""
     table = Run.open(run.root).manifest.merge
     assert table
-    return [other.folder for other in table.others]
+    return [other.folder for other in table.others or ()]
 
 
 def test_a_merge_whose_folder_another_step_wrote_since(run: Run) -> None:
@@ -62,3 +63,12 @@ def test_a_merge_that_the_user_changed_is_still_one(run: Run) -> None:
     merge("r1", "--out", "m")
     assert remembered(run) == ["merged"]
     assert listed(run) == {("merged", "merged"), ("merged", "../m")}
+
+
+def test_a_merge_that_is_the_only_one_says_nothing_of_others(run: Run) -> None:
+    """A version that knows of none reads such a manifest."""
+    merge("r1", "--out", "m")
+    assert "others" in tomllib.loads((run.root / "run.toml").read_text())["merge"]
+    shutil.rmtree("m")
+    merge("r1")
+    assert "others" not in tomllib.loads((run.root / "run.toml").read_text())["merge"]

@@ -188,6 +188,7 @@ def test_an_edit_after_a_move_writes_paths_as_they_are_now(run: Run, tmp_path: P
     manifest = read_manifest(moved.root)
     assert manifest.run.folder == str(moved.root)
     assert manifest.model and manifest.data and manifest.plan and manifest.merge and manifest.adapter  # noqa: PT018
+    assert manifest.merge.others
     where = {
         manifest.model.source: llama_folder, str(manifest.run.parent): parent.root, manifest.data.files[0].path: data,
         str(manifest.data.recipe): recipe, str(manifest.plan.recipe): recipe,
