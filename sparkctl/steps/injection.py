@@ -26,7 +26,7 @@ from sparkctl.mtp.inject import ServedSeal, Target, read_target
 from sparkctl.mtp.source import HeadSource, NoHead, from_file
 from sparkctl.progress import Progress
 from sparkctl.steps.inputs import analysed
-from sparkctl.steps.merged import back_to, merged_model
+from sparkctl.steps.merged import back_to, merged_entry, merged_model
 from sparkctl.steps.mtp_eval import SHIPPED, TRAINED
 from sparkctl.steps.mtp_training import Request as HeadRequest
 from sparkctl.words import here
@@ -170,9 +170,7 @@ def _digest_there(job: Job) -> str:
 def _merged(run: Run, request: Request) -> Model:
     """The run's merged model."""
     folder, sealed = merged_model(run, request.run)
-    path = run.relative(folder)
-    entry = next((c for c in run.manifest.checkpoints if c.kind == "merged" and c.path == path), None)
-    return Model(folder, sealed.files, sealed.digest, entry)
+    return Model(folder, sealed.files, sealed.digest, merged_entry(run, folder))
 
 
 def _foreign(request: Request, folder: Path) -> Model:

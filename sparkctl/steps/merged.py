@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparkctl.errors import UsageError
+from sparkctl.manifest.schema import Checkpoint
 from sparkctl.manifest.store import Run
 from sparkctl.merge.seal import Seal, sealed_as
 from sparkctl.steps.merge import Request, folders, recorded, request_of, wanted_id
@@ -27,6 +28,11 @@ def merged_model(run: Run, shown: Path) -> tuple[Path, Seal]:
         what = "is not what `merge` wrote" if folder.exists() else "is gone"
         raise UsageError(f"`{here(folder)}` {what}", recorded(run, shown).again("--force"))
     return folder, seal
+
+
+def merged_entry(run: Run, folder: Path) -> Checkpoint | None:
+    """The merged model in that folder among [[checkpoints]]."""
+    return next((c for c in run.manifest.checkpoints if c.kind == "merged" and run.resolve(c.path) == folder), None)
 
 
 def back_to(run: Run, shown: Path, digest: str | None) -> str | None:

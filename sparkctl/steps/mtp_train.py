@@ -21,7 +21,7 @@ from sparkctl.plan.heads import HeadWishes, plan_head
 from sparkctl.progress import Progress, silent
 from sparkctl.steps import mtp_eval
 from sparkctl.steps.inputs import TOKENS, analysed, analyze_command
-from sparkctl.steps.merged import merged_model
+from sparkctl.steps.merged import merged_entry, merged_model
 from sparkctl.steps.mtp_training import HEAD, HeadJob, Request, head_fingerprint, note_skip, plan_settings
 from sparkctl.steps.record import carry_out, newest_whole, resumed
 from sparkctl.steps.training import claimed, model_folder
@@ -117,7 +117,7 @@ def _planned(run: Run, request: Request, progress: Progress) -> HeadJob:
         run.manifest.plan, Shape.from_config(info.config, info.text_parameters), TokenStore.open(run.root / TOKENS),
         request.wishes, model.config_sha256,
     )  # fmt: skip
-    entry = next((c for c in run.manifest.checkpoints if c.kind == "merged" and run.resolve(c.path) == merged), None)
+    entry = merged_entry(run, merged)
     made_from = head_fingerprint(plan, analysis.digest, seal.digest, shipped)
     return HeadJob(
         run,
