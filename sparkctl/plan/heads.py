@@ -111,9 +111,10 @@ def seconds(plan: PlanTable, shape: Shape, documents: Documents, wishes: HeadWis
     else:
         rate = plan.estimates.tokens_per_second * _model_operations(plan, shape, documents)
         rate /= heads.operations(shape, documents.label_share, wishes.steps)
-    tokens = (wishes.epochs or EPOCHS) * documents.tokens + (
-        1 + SAVES
-    ) * estimates.EVAL_SHARE * documents.held_out_tokens
+    trained = (wishes.epochs or EPOCHS) * documents.tokens
+    if wishes.max_steps:
+        trained = min(trained, wishes.max_steps * plan.tokens_per_step)
+    tokens = trained + (1 + SAVES) * estimates.EVAL_SHARE * documents.held_out_tokens
     return start_seconds(shape) + tokens / rate + SAVES * estimates.save_seconds(heads.parameters(shape))
 
 

@@ -139,7 +139,7 @@ def _up_to_date(run: Run, inputs: Inputs, request: Request, dry_run: bool) -> Re
             inputs.record_wishes(manifest)
     shown = _show(run.root / TOKENS, inputs.chat_format(), request.show) if request.show else []
     model, data, analysis = analysed(run)
-    notes = _notes(request, inputs.eval_fraction, analysis, *["--force"] * (run.manifest.train is not None))
+    notes = _notes(request, inputs, analysis, *["--force"] * (run.manifest.train is not None))
     return Result(run.root, model, data, analysis, True, run.made("base"), shown, notes)
 
 
@@ -273,7 +273,7 @@ class _Analysis:
             made_from=inputs.made_from,
         )
         data = inputs.data_table(self._request.skip_bad, tally.dropped, tally.bad)
-        notes = _notes(self._request, inputs.eval_fraction, analysis)
+        notes = _notes(self._request, inputs, analysis)
         return Result(root, self._model_table(), data, analysis, shown=shown, notes=notes)
 
     def _model_table(self) -> ModelTable:
@@ -301,13 +301,30 @@ class _Analysis:
         manifest.checkpoints = [base, *(c for c in manifest.checkpoints if c.id != "base")]
 
 
-def _notes(request: Request, fraction: float, analysis: AnalysisTable, *force: str) -> list[str]:
+def _notes(request: Request, inputs: Inputs, analysis: AnalysisTable, *force: str) -> list[str]:
+    """What a person may not have meant. force: what a command that mends it needs where the run is trained."""
+    return _beyond_the_model(request, inputs, analysis, *force) + _few_held_out(request, inputs, analysis, *force)
+
+
+def _beyond_the_model(request: Request, inputs: Inputs, analysis: AnalysisTable, *force: str) -> list[str]:
+    """Whether an example is longer than the model was made for, and what leaves such out."""
+    from sparkctl.model.inspect import read_config, text_part
+
+    most = text_part(read_config(inputs.source.folder)).get("max_position_embeddings")
+    if not isinstance(most, int) or analysis.max <= most:
+        return []
+    shorter = replace(request, max_seq_length=most).again(*force)
+    told = f"the longest example has {analysis.max:,} tokens, and the model was made for {most:,}"
+    return [f"{told}; `{shorter}` leaves out what is longer"]
+
+
+def _few_held_out(request: Request, inputs: Inputs, analysis: AnalysisTable, *force: str) -> list[str]:
     """Whether what is held out is too little to choose by, and what holds more out, where a fifth of the data suffices.
 
-    A `--eval-fraction` of 0 says that nothing is to be. force: what the command needs where the run is trained.
+    A `--eval-fraction` of 0 says that nothing is to be.
     """
     held_out, examples = analysis.eval_examples, analysis.examples
-    if held_out >= FEW or fraction <= 0:
+    if held_out >= FEW or inputs.eval_fraction <= 0:
         return []
     told = f"{counted(held_out, 'example')} held out" if held_out else "nothing is held out"
     rests = "the best checkpoint and the choice between two MTP heads rest on what is held out, and below"

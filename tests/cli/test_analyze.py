@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,25 @@ def test_several_files_and_gzip(analyze: Analyze, tmp_path: Path) -> None:
     assert answer.json["analysis"]["examples"] == 27
     shown = analyze(one, two, "--run", tmp_path / "r1", json=False).out
     assert "12 examples equal to an earlier one; each is kept" in shown
+
+
+def test_examples_beyond_the_model_are_noted_with_the_command_that_leaves_them_out(
+    analyze: Analyze, tmp_path: Path, qwen35_folder: Path
+) -> None:
+    base, made_for = shutil.copytree(qwen35_folder, tmp_path / "base"), 60
+    config = json.loads((base / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = made_for
+    (base / "config.json").write_text(json.dumps(config))
+    short, long = (chat(f"question {i}", "word " * (100 if i == 5 else 2)) for i in (1, 5))
+    data = lines(tmp_path / "chats.jsonl", short, long)
+    answer = analyze(data, "--run", tmp_path / "r1", model=base)
+    note = answer.json["notes"][0]
+    longest = answer.json["analysis"]["max"]
+    assert note.startswith(f"the longest example has {longest} tokens, and the model was made for {made_for}; `")
+    command = shlex.split(note.split("`")[1])
+    again = analyze(*command[2:], model=None)
+    assert again.json["analysis"]["max"] <= made_for < longest
+    assert [text for text in again.json["notes"] if "was made for" in text] == []
 
 
 def test_too_little_held_out_is_noted_with_the_command_that_mends_it(analyze: Analyze, tmp_path: Path) -> None:

@@ -200,6 +200,15 @@ def test_the_hint_of_an_interrupted_training_goes_on_with_it(
     assert f"hint: {hint} --force\n" in capsys.readouterr().err
 
 
+def test_few_steps_are_not_expected_to_take_as_long_as_all(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = []
+    for asked in ((), ("--max-steps", "1000000"), ("--max-steps", "1")):
+        assert sparkctl(["mtp", "train", "r1", *asked, "--dry-run", "--json"]) == 0
+        plan = json.loads(capsys.readouterr().out)["plan"]
+        seconds.append(plan["estimated_seconds"] - plan["estimated_start_seconds"])
+    assert seconds[0] == seconds[1] > seconds[2] > 0
+
+
 def test_under_torchrun_the_ranks_share_a_step_and_the_first_writes(run: Run, tmp_path: Path) -> None:
     shutil.copytree(run.root, tmp_path / "alone")
     four = [*FEW, "--max-steps", "4"]
