@@ -66,8 +66,11 @@ def show(folder: Path) -> Shown:
 
 
 def next_command(folder: Path) -> str | None:
-    """The command that brings the run in `folder` further; None where every step is done."""
-    return next((step.mend for step in _steps(Run.open(folder), folder) if step.mend), None)
+    """The command that brings the run in `folder` further; None where every step is done. No step needs an adapter, so
+    that comes last.
+    """
+    open_steps = [step for step in _steps(Run.open(folder), folder) if step.mend]
+    return min(open_steps, key=lambda step: step.name.startswith("adapter")).mend if open_steps else None
 
 
 def _steps(run: Run, shown: Path) -> list[Step]:
