@@ -140,9 +140,16 @@ def staged_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
         sync_folder(stage)
         if final.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".old.tmp", dir=final.parent))
-            os.replace(final, old / final.name)
-            os.replace(stage, final)
-            shutil.rmtree(old, ignore_errors=True)
+            try:
+                os.replace(final, old / final.name)
+                os.replace(stage, final)
+            except BaseException:
+                if not final.exists():
+                    os.replace(old / final.name, final)
+                raise
+            finally:
+                if final.exists():
+                    shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(stage, final)
     except BaseException:
