@@ -139,7 +139,8 @@ def remark(text: str, hint: str | None, label: str, style: str) -> None:
 
 def _line(console: Console, text: str, label: str = "", style: str = "") -> None:
     """A message, on a terminal broken between words, never in one, nor in a command: that one can be copied."""
-    text = f"{label} {COMMAND.sub(lambda found: found[0].replace(' ', GLUE), text)}".lstrip()
+    text = COMMAND.sub(lambda found: found[0].replace(" ", GLUE), text)
+    text = f"{label} {text}" if label else text
     if console.width < WIDE:
         text = "\n".join(_broken(line, console.width) for line in text.split("\n"))
     text = text.replace(GLUE, " ")

@@ -76,6 +76,11 @@ def test_a_pipe_gets_whole_lines_without_blanks_at_their_ends(capsys: pytest.Cap
     assert capsys.readouterr().out == f"{chat.plain}\n{LONG}\nlong   {LONG}\nshort  1\n"
 
 
+def test_a_message_without_a_label_keeps_its_indent(capsys: pytest.CaptureFixture[str]) -> None:
+    console.progress().say("  `sparkctl show r1` tells more")
+    assert capsys.readouterr().err == "  `sparkctl show r1` tells more\n"
+
+
 def test_a_terminal_gets_titles_unfolded_and_chats_unwrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(monkeypatch, "stdout")
     table = Table()
