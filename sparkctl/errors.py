@@ -79,6 +79,14 @@ class Interrupted(SparkError):
 AGAIN = "run the same command again: nothing was left half-written"
 
 
+class ControlC(KeyboardInterrupt):
+    """Ctrl-C, under a class of its own.
+
+    Where KeyboardInterrupt itself has left an `exec` of text, of which dataclasses are made, `python -m` ends by
+    SIGINT, whatever status it was to exit with.
+    """
+
+
 class Terminated(BaseException):
     """SIGTERM. No Exception, so that no `except` on its way takes it for a failure of the work."""
 

@@ -17,6 +17,7 @@ from sparkctl import __version__
 from sparkctl.cli import console
 from sparkctl.errors import (
     AGAIN,
+    ControlC,
     OtherOptions,
     SparkError,
     Terminated,
@@ -151,8 +152,9 @@ def _sentence(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _on_sigterm() -> None:
-    """Let SIGTERM leave through the boundary, so that every clean-up on the way runs; it is heard once."""
+def _on_signals() -> None:
+    """Let Ctrl-C and SIGTERM leave through the boundary, so that every clean-up on the way runs; SIGTERM is heard
+    once."""
     owner = os.getpid()
 
     def leave(number: int, frame: FrameType | None) -> None:
@@ -161,13 +163,18 @@ def _on_sigterm() -> None:
         signal.signal(number, signal.SIG_IGN)
         raise Terminated
 
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise ControlC
+
     signal.signal(signal.SIGTERM, leave)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell has it ignored for what it runs with &
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def main() -> None:
     """The installed command."""
     console.forgiving()
-    _on_sigterm()
+    _on_signals()
     try:
         status = run(sys.argv[1:])
     except Exception:

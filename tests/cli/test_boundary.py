@@ -188,6 +188,24 @@ def test_a_bug_is_a_traceback_and_70(
     assert "Traceback" in capsys.readouterr().err
 
 
+INTERRUPTED_IN_TEXT = """
+import sys
+from sparkctl.cli import app
+from sparkctl.steps import show
+
+show.show = lambda folder: exec("import signal; signal.raise_signal(signal.SIGINT)")
+sys.argv = ["sparkctl", "show", "r1"]
+app.main()
+"""
+
+
+def test_ctrl_c_is_130_wherever_it_comes(tmp_path: Path) -> None:
+    """`python -m` ends by SIGINT where KeyboardInterrupt has left an `exec` of text, though it was caught."""
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED_IN_TEXT)
+    done = subprocess.run([sys.executable, "-m", "interrupted"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (130, "error: interrupted")
+
+
 def test_the_installed_command_speaks_without_colour(tmp_path: Path) -> None:
     command = Path(sys.executable).with_name("sparkctl")
     done = subprocess.run([command, "show", tmp_path], capture_output=True, text=True, env={"NO_COLOR": "1"})

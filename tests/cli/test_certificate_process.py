@@ -181,7 +181,7 @@ def test_a_bug_there_is_a_bug_here(
 ) -> None:
     in_the_child(RAISING.format(error="ValueError('odd')"))
     monkeypatch.setattr(sys, "argv", ["sparkctl", "train", str(run.root)])
-    monkeypatch.setattr(app, "_on_sigterm", lambda: None)
+    monkeypatch.setattr(app, "_on_signals", lambda: None)
     with pytest.raises(SystemExit) as ended:
         app.main()
     assert ended.value.code == app.BUG
