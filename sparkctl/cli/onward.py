@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,5 +17,9 @@ def answer(run: Path, data: dict[str, Any], human: RenderableType, *, json: bool
     from sparkctl.steps.show import next_command
 
     then = next_command(run) if more else None
-    line = [Text(f"\nnext: {then}")] if then else []
-    console.answer({**data, "next": then}, Group(human, *line), json=json)
+    console.answer({**data, "next": then}, Group(human, *lines([then] if then else [])), json=json)
+
+
+def lines(commands: Sequence[str]) -> list[Text]:
+    """The commands that come next, each whole on a line of its own, to be copied; nothing where there are none."""
+    return [Text("\nnext: " + "\n      ".join(commands))] if commands else []

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from sparkctl.cli import console
+from sparkctl.cli import console, onward
 from sparkctl.cli.options import JsonOpt, RunArg
 from sparkctl.words import counted, here
 
@@ -62,27 +62,28 @@ def _json(shown: Shown) -> dict[str, Any]:
 def _human(shown: Shown) -> RenderableType:
     manifest = shown.run.manifest
     pairs: list[tuple[str, object]] = [("folder", here(shown.run.root)), ("created", manifest.run.created)]
-    if manifest.model:
-        pairs.append(("model", f"{manifest.model.source}, {manifest.model.parameters:,} parameters"))
-    return Group(console.rows(manifest.run.name, *pairs), "", _steps(shown.steps), "", _tree(shown))
+    if model := manifest.model:
+        source = model.source if model.revision else here(shown.run.resolve(model.source))
+        pairs.append(("model", f"{source}, {model.parameters:,} parameters"))
+    rows = console.rows(manifest.run.name, *pairs)
+    return Group(rows, "", _steps(shown.steps), "", _tree(shown), *onward.lines(shown.mends))
 
 
 def _steps(steps: list[Step]) -> Table:
     table = Table(box=None, pad_edge=False, show_edge=False)
-    for column in ("step", "state", "", "next"):
+    for column in ("step", "state", ""):
         table.add_column(column, overflow="fold")
     for step in steps:
         state = f"[{COLOURS[step.status]}]{step.status}[/]"
-        table.add_row(step.name, state, Text(step.detail + step.problem), Text(step.mend or ""))
+        table.add_row(step.name, state, Text(step.detail + step.problem))
     return table
 
 
 def _tree(shown: Shown) -> Tree:
     """Rounds from the first down to this one, each under the one it came from, with its checkpoints."""
     first = f"{escape(shown.missing_parent)} [dim](not there)[/]" if shown.missing_parent else None
-    tree = Tree(first or _label(shown.rounds[-1]))
-    at, rounds = tree, list(reversed(shown.rounds))
-    for number, run in enumerate(rounds):
+    at = tree = Tree(first or _label(shown.rounds[-1]))
+    for number, run in enumerate(reversed(shown.rounds)):
         at = at if number == 0 and first is None else at.add(_label(run))
         _checkpoints(at, run)
     return tree

@@ -53,6 +53,11 @@ class Shown:
     rounds: list[Run]
     missing_parent: str | None  # a parent that is recorded and cannot be opened
 
+    @property
+    def mends(self) -> list[str]:
+        """The commands that bring the run further, in order. No step needs an adapter, so that comes last."""
+        return _mends(self.steps)
+
     def values(self) -> dict[str, Any]:
         """The manifest as plain values, under its own names."""
         return self.run.manifest.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -66,11 +71,12 @@ def show(folder: Path) -> Shown:
 
 
 def next_command(folder: Path) -> str | None:
-    """The command that brings the run in `folder` further; None where every step is done. No step needs an adapter, so
-    that comes last.
-    """
-    open_steps = [step for step in _steps(Run.open(folder), folder) if step.mend]
-    return min(open_steps, key=lambda step: step.name.startswith("adapter")).mend if open_steps else None
+    """The command that brings the run in `folder` further; None where every step is done."""
+    return next(iter(_mends(_steps(Run.open(folder), folder))), None)
+
+
+def _mends(steps: list[Step]) -> list[str]:
+    return [step.mend for step in sorted(steps, key=lambda step: step.name.startswith("adapter")) if step.mend]
 
 
 def _steps(run: Run, shown: Path) -> list[Step]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from analyzing import Analyze, Answer
+from showing import Say
 
 from sparkctl.cli import app
 from sparkctl.steps import certificate_process
@@ -53,3 +54,15 @@ def bench(capsys: pytest.CaptureFixture[str]) -> Any:
         return status, json.loads(capsys.readouterr().out)
 
     return run
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Say:
+    """Run the command, which has to end well; its stdout."""
+
+    def call(*arguments: object, status: int = 0) -> str:
+        assert app.run([str(argument) for argument in arguments]) == status
+        captured = capsys.readouterr()
+        return captured.err if status else captured.out
+
+    return call
