@@ -111,7 +111,7 @@ def _plan(plan: PlanTable) -> list[tuple[str, object]]:
     return [
         ("mode", plan.mode + lora),
         ("engine", plan.engine),
-        ("epochs", plan.epochs),
+        ("epochs", plan.epochs if plan.steps != plan.max_steps else f"at most {plan.epochs}"),
         ("steps", plan.steps),
         ("tokens per step", f"{plan.gradient_accumulation} × {plan.pack_length:,}"),
         ("learning rate", f"{plan.learning_rate:g}, {decay}"),

@@ -123,7 +123,7 @@ def merge(request: Request, *, force: bool = False, dry_run: bool = False, progr
         if sealed and not force and sealed.made_from == job.made_from and intact(job.out, sealed):
             if not (dry_run or run.read_only):
                 _record(job, sealed)
-            _tell_stale(run, progress)
+            _tell_training(run, progress)
             return job.result(sealed, up_to_date=True)
         _check_target(job, sealed, force, progress)
         state.verify(job.trained)
@@ -132,7 +132,7 @@ def merge(request: Request, *, force: bool = False, dry_run: bool = False, progr
         run.require_writable()
         sweep_stages(job.out.parent, job.out.name)
         written = _write(job, force, progress)
-        _tell_stale(run, progress)
+        _tell_training(run, progress)
         return job.result(written)
 
 
@@ -213,11 +213,6 @@ def _checkpoint(run: Run, request: Request, progress: Progress) -> Path:
     if train.gate and not train.gate.passed:
         loss = f"{train.gate.loss:.4f} held-out loss"
         progress.say(f"warning: the gate of `{run.root}` did not let this training through: {loss}")
-    if train.status != "done":
-        progress.say(
-            f"warning: the training stopped at step {train.step} of {train.steps}: "
-            f"`sparkctl resume {quoted(run.root)}` ends it"
-        )
     id = wanted_id(train, wanted)
     if wanted == "best" and train.best_checkpoint is None and id:
         progress.say(f"note: no held-out loss was measured, so there is no best checkpoint: taking the last, {id}")
@@ -274,16 +269,22 @@ def _kept(job: _Job, sealed: Seal) -> str:
     return f"was made from {sealed.checkpoint} with other files of the base"
 
 
-def _tell_stale(run: Run, progress: Progress) -> None:
-    """Say so where the run holds another plan or other data than it was trained by: the merge is of the old ones."""
+def _tell_training(run: Run, progress: Progress) -> None:
+    """Say so where the training is another one than the run plans by now, or not at its end."""
+    train = run.manifest.train
     try:
         now_planned = planned(run).made_from
     except UsageError:
         now_planned = None
-    if run.manifest.train and run.manifest.train.made_from != now_planned:
+    if train and train.made_from != now_planned:
         progress.say(
             f"warning: the training of `{run.root}` was by another plan or other data than it holds now: "
             f"`sparkctl train {quoted(run.root)} --force` trains it anew"
+        )
+    elif train and train.status != "done":
+        progress.say(
+            f"warning: the training stopped at step {train.step} of {train.steps}: "
+            f"`sparkctl resume {quoted(run.root)}` ends it"
         )
 
 

@@ -259,13 +259,16 @@ def test_the_card_tells_the_lineage_and_no_local_path(qwen35_folder: Path, tmp_p
     parent = merging_run.trained_run(tmp_path / "r1", qwen35_folder)
     child = merging_run.trained_run(tmp_path / "r2", qwen35_folder, parent=parent)
     merge(str(child.root))
+    with child.edit() as manifest:
+        manifest.plan = manifest.plan and manifest.plan.model_copy(update={"max_steps": manifest.plan.steps})
     merge(str(child.root), "--adapter-only")
-    for folder, library in (("merged", "transformers"), ("adapter", "peft")):
+    for folder, library, epochs in (("merged", "transformers", "2"), ("adapter", "peft", "at most 2")):
         text = (child.root / folder / "README.md").read_text()
         _, front, body = text.split("---\n", 2)
         matter = yaml.safe_load(front)
         assert (matter["library_name"], matter["base_model"]) == (library, qwen35_folder.name)
         assert "sparkctl" in matter["tags"]
+        assert f"| epochs | {epochs} |" in body
         for told in (child.manifest.run.id, parent.manifest.run.id, "ab" * 32, "0.3000", "vllm serve", "0.01"):
             assert told in body, told
         assert str(tmp_path) not in text

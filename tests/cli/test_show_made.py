@@ -133,6 +133,13 @@ def test_a_merge_of_a_stopped_training_says_so(merged: Run, capsys: pytest.Captu
     assert command(["merge", str(merged.root)]) == 0
     hint = f"`sparkctl resume {merged.root}` ends it"
     assert f"warning: the training stopped at step 1 of 2: {hint}\n" in capsys.readouterr().err
+    with merged.edit() as manifest:
+        assert manifest.plan
+        manifest.plan.learning_rate *= 2
+    assert command(["merge", str(merged.root)]) == 0
+    said = capsys.readouterr().err
+    assert "trains it anew\n" in said
+    assert "resume" not in said  # it would be refused
 
 
 def test_a_training_begun_anew_leaves_the_merge_stale(merged: Run, say: Say) -> None:
