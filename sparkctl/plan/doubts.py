@@ -11,8 +11,10 @@ from sparkctl.plan.resolve import Decisions
 STEEP = 10.0  # times the usual rate
 
 
-def doubts(made: Decisions, documents: Documents, parameters: int, steps: int) -> Iterator[tuple[str, str]]:
-    """(name of the choice, what is odd about it). steps: those of the run."""
+def doubts(
+    made: Decisions, documents: Documents, parameters: int, steps: int, epoch_steps: int
+) -> Iterator[tuple[str, str]]:
+    """(name of the choice, what is odd about it). steps: those of the run; epoch_steps: those of one epoch."""
     values = made.values
     usual = rules.learning_rate(values["mode"], parameters).value
     if values["learning_rate"] > STEEP * usual:
@@ -26,5 +28,8 @@ def doubts(made: Decisions, documents: Documents, parameters: int, steps: int) -
     most = values.get("max_steps")
     if most and most > steps:
         yield "max_steps", f"the run ends after {steps:,} steps: raise the epochs to train longer"
+    elif most and most < epoch_steps and made.origin["max_steps"] != "flag":
+        unseen = "a part of the data goes unseen"
+        yield "max_steps", f"of an epoch's {epoch_steps:,} steps, so {unseen}: `--max-steps {epoch_steps}` is all of it"
     if not len(documents.held_out_lengths):
         yield "keep", "nothing is held out, so no loss tells which checkpoint is the best: the last one counts as it"

@@ -199,7 +199,7 @@ class _Planner:
     def _table(self, variant: Variant, accumulation: int, steps: int) -> PlanTable:
         made, values, wishes, at = self._made, self._values, self._wishes, self._at
         costs = self._estimates(variant, steps)
-        for name, doubt in doubts(made, self._documents, at.table.parameters, steps):
+        for name, doubt in doubts(made, self._documents, at.table.parameters, steps, self._epoch_steps):
             made.reasons[name] += f"; warning: {doubt}"
         lora = Lora(r=variant.lora_r, alpha=values["lora_alpha"]) if variant.mode == "lora" else None
         return PlanTable(

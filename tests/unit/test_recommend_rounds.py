@@ -76,6 +76,17 @@ def test_what_may_not_be_meant_is_said_and_done(
     assert not any("warning:" in reason for reason in usual.reasons.values())
 
 
+def test_a_round_that_was_cut_for_a_try_says_that_it_still_is(chats: Store) -> None:
+    parent = recommend(situation(chats), wishes(max_steps=3))
+    plan = recommend(situation(chats), wishes(parent=parent))
+    assert (plan.steps, plan.origin["max_steps"]) == (3, "parent")
+    told = re.search(r"; warning: of an epoch's (\d+) steps, .*`--max-steps \1`", plan.reasons["max_steps"])
+    assert told
+    whole = recommend(situation(chats), wishes(parent=parent, max_steps=int(told[1])))
+    assert whole.steps == recommend(situation(chats), wishes(epochs=1)).steps
+    assert "warning" not in recommend(situation(chats), wishes(parent=whole)).reasons["max_steps"]
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), -float("inf")])
 @pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "max_grad_norm"])
 def test_a_number_that_is_none_is_refused(name: str, value: float) -> None:
