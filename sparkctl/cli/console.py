@@ -9,11 +9,12 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -104,14 +105,15 @@ def _json(data: dict[str, Any]) -> None:
 
 
 def _show(console: Console, item: RenderableType) -> None:
-    """Print; a Text as it is, never wrapped, and a table without blanks at its lines' ends where it goes to a file."""
+    """Print; a Text as it is, never wrapped; a table never cut, and without blanks at its lines' ends in a file."""
     if isinstance(item, Group):
         for part in item.renderables:
             _show(console, part)
     elif isinstance(item, Text):
         console.print(item, soft_wrap=True)
     elif console.width < WIDE:
-        console.print(item)
+        least = Measurement.get(console, console.options.update(max_width=WIDE), item).minimum
+        console.print(item, width=max(console.width, least), crop=False)
     else:
         with console.capture() as caught:
             console.print(item)
@@ -166,6 +168,25 @@ def rows(title: str, *pairs: tuple[str, object]) -> Group:
     for name, value in pairs:
         table.add_row(Text(name), Text(str(value)))
     return titled(title, table)
+
+
+def figures(columns: Sequence[str], lines: Sequence[Sequence[str]], *, left: int = 1) -> Table:
+    """A table whose first `left` columns are names and whose others are figures.
+
+    A column that no line fills is left out; a line may end early. On a narrow terminal cells fold between words.
+    """
+    table, narrow = Table(box=None, pad_edge=False), out().width < WIDE
+    filled = [i for i in range(len(columns)) if any(len(line) > i and line[i] for line in lines)]
+    for i in filled:
+        name, cells = columns[i], [line[i] for line in lines if len(line) > i]
+        longest = max(len(word) for word in " ".join([name, *cells]).split())
+        single = all(" " not in cell for cell in cells)  # then no line of it folds but its name
+        if narrow and single and len(name) > longest:
+            name = name.replace(" ", "\n")
+        table.add_column(name, justify="left" if i < left else "right", min_width=longest, no_wrap=single)
+    for line in lines:
+        table.add_row(*(Text(line[i]) for i in filled if i < len(line)))
+    return table
 
 
 def duration(seconds: float) -> str:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.markup import escape
-from rich.table import Table
 
 from sparkctl.cli import console, timings
 from sparkctl.words import counted
@@ -37,12 +36,7 @@ def kernel_line(row: KernelRow) -> str:
 def kernels_table(at: Setting, rows: list[KernelRow]) -> Group:
     """Operators for a person."""
     columns = ("operator", "kernel", "error", "ms", "p20 to p80", "busy ms", "of ceiling", "torch ms", "a library's ms")
-    table = _table(columns, left=2)
-    for row in rows:
-        worst = f"{max(row.errors.values()):.2f}" if row.errors else ""
-        table.add_row(
-            row.operator, row.kernel, worst, *(_times(row) if row.ours else ["failed" if row.failed else "wrong"])
-        )
+    table = console.figures(columns, [_figures(row) for row in rows], left=2)
     title = f"{at.name}, {at.work.tokens:,} tokens in {counted(len(at.work.lengths), 'document')}, on {at.machine.name}"
     notes = [
         "error: the worst result's distance from fp32 over what is allowed, twice plain torch's in bf16; 1 at most",
@@ -53,14 +47,16 @@ def kernels_table(at: Setting, rows: list[KernelRow]) -> Group:
     return Group(console.titled(title, table), *map(escape, notes))
 
 
-def _times(row: KernelRow) -> list[str]:
-    assert row.ours
+def _figures(row: KernelRow) -> list[str]:
+    named = [row.operator, row.kernel, f"{max(row.errors.values()):.2f}" if row.errors else ""]
+    if not row.ours:
+        return [*named, "failed" if row.failed else "wrong"]
     assert row.eager
     share = f"{row.share:.0%}{'*' if row.memory_bound else ''}" if row.share else ""
     busy = f"{1e3 * row.ours.busy:.3f}" if row.ours.busy else ""
     library = f"{_shown(row.library[1])} ({row.library[0]})" if row.library else ""
     spread = f"{1e3 * row.ours.p20:.3f} to {1e3 * row.ours.p80:.3f}"
-    return [f"{1e3 * row.ours.p50:.3f}", spread, busy, share, _shown(row.eager), library]
+    return [*named, f"{1e3 * row.ours.p50:.3f}", spread, busy, share, _shown(row.eager), library]
 
 
 def _shown(timing: Timing) -> str:
@@ -79,11 +75,12 @@ def products_table(at: Setting, rows: list[ProductRow], kept: bool) -> Group:
     if not rows:
         return Group("torch computes every product on a CPU: there is nothing to choose from")
     ways = list(rows[0].timed.seconds | rows[0].timed.wrong)
-    table = _table(("product", *(f"{way} µs" for way in ways), "best", "TFLOP/s"), left=1)
+    lines = []
     for row in rows:
         seconds = row.timed.seconds
         cells = [f"{1e6 * seconds[way]:.1f}" if way in seconds else "wrong" for way in ways]
-        table.add_row(row.name, *cells, row.timed.best, f"{row.operations / seconds[row.timed.best] / 1e12:.0f}")
+        lines.append([row.name, *cells, row.timed.best, f"{row.operations / seconds[row.timed.best] / 1e12:.0f}"])
+    table = console.figures(("product", *(f"{way} µs" for way in ways), "best", "TFLOP/s"), lines)
     title = f"products of {at.name}, {at.work.trained}, {at.work.tokens:,} tokens, on {at.machine.name}"
     end = "trainings that start on this machine take the best of each" if kept else "nothing was kept"
     return Group(console.titled(title, table), end)
@@ -109,10 +106,3 @@ def _setting(at: Setting) -> dict[str, Any]:
 
     setting = {"machine": at.machine.model_dump(), "shape": at.name, "note": at.note}
     return {**setting, "lengths": at.work.lengths, "labels": sum(at.work.labels), "versions": versions()}
-
-
-def _table(columns: tuple[str, ...], left: int) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < left else "right")
-    return table

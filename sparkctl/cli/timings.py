@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Group
 from rich.markup import escape
-from rich.table import Table
 
 from sparkctl.cli import arriving, console
 from sparkctl.progress import Progress
@@ -70,13 +69,8 @@ def step_table(at: Setting, rows: list[Row]) -> Group:
         f"{counted(len(at.work.lengths), 'document')} "
         f"on {at.machine.name}"
     )
-    table = Table(box=None, pad_edge=False)
-    cells = [["failed"] if row.failed else _cells(row, rows[0]) for row in rows]
-    filled = [i for i in range(len(COLUMNS)) if any(len(line) > i and line[i] for line in cells)]  # a CPU fills fewer
-    for column in ("stack", *(COLUMNS[i] for i in filled)):
-        table.add_column(column, justify="left" if column == "stack" else "right")
-    for row, line in zip(rows, cells, strict=True):
-        table.add_row(row.stack, *(line[i] for i in filled if i < len(line)))
+    lines = [[row.stack, *(["failed"] if row.failed else _cells(row, rows[0]))] for row in rows]
+    table = console.figures(("stack", *COLUMNS), lines)
     notes = [row.failed for row in rows if row.failed] + ([at.note] if at.note else [])
     if any(row.kept for row in rows):
         notes.append(f"plans of {at.name} on this machine expect native's rate from now on")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -183,6 +183,21 @@ def test_the_histogram_is_aligned(tmp_path: Path) -> None:
 
     lines = analysis._histogram(Analysis()).plain.splitlines()[-3:]  # type: ignore[arg-type]  # all it looks at
     assert lines == ["  0 to 127 " + "█" * 40 + " 40", "128 to 255 0", "256 to 383 █ 1"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_figures_fold_between_words_and_are_never_cut(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(console, "out", lambda: Console(file=terminal, width=width))
+    lines = [["linear_cross_entropy", "flash 2 of torch", "12.305", "", "12.302 to 12.321", "44%*"], ["x", "", "wrong"]]
+    names = ["operator", "kernel", "ms", "busy ms", "p20 to p80", "of ceiling"]
+    console.answer({}, console.figures(names, lines, left=2), json=False)
+    shown = terminal.getvalue()
+    found = set(shown.split())
+    assert found == {word for line in [names[:3], names[4:], *lines] for cell in line for word in cell.split()}
+    longest = max(len(line.rstrip()) for line in shown.splitlines())
+    assert longest <= max(width, 65)  # 65: of the longest words side by side
+    assert len(shown.splitlines()) == {60: 5, 80: 4, 200: 4}[width]  # two of the names, one longer than its figures
 
 
 def test_columns_that_nobody_fills_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
