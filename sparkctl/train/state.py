@@ -93,10 +93,10 @@ def write(stage: Path, state: State, optimizer: Optimizer) -> None:
     """The four files, into a folder that is there; the disk has them then."""
     randoms = {RANDOM + name: value for name, value in random.capture().items()}
     with Sealing() as sealing:
+        _write_tensors(stage / OPTIMIZER, {**dict(optimizer.moments()), **randoms})  # first, being the longest to seal
+        sealing.add(stage / OPTIMIZER)
         _write_tensors(stage / TRAINABLE, dict(optimizer.parameters))
         sealing.add(stage / TRAINABLE)
-        _write_tensors(stage / OPTIMIZER, {**dict(optimizer.moments()), **randoms})
-        sealing.add(stage / OPTIMIZER)
         (stage / STATE).write_bytes(_canonical(state.model_dump(mode="json", exclude_none=True)))
         sealing.add(stage / STATE)
         (stage / DIGESTS).write_bytes(_canonical(sealing.digests()))
