@@ -69,13 +69,9 @@ def load_tokenizer(folder: Path) -> Loaded:
 
 
 def _unloadable(folder: Path, error: Exception) -> SparkError:
-    """What keeps the tokenizer from being loaded: its own files or, since transformers reads that first, config.json,
-    whose values alone are checked by strict classes.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-
+    """What keeps the tokenizer from being loaded: its own files or config.json, which transformers reads first."""
     said = str(error).strip().splitlines() or [type(error).__name__]
-    if isinstance(error, StrictDataclassError):  # the validator's name, then what it says
+    if str(error) == _refusal_of_config(folder):  # of a strict class the validator's name, then what it says
         why = said[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ").rstrip(".")
         return SparkError(
             f"`{folder / 'config.json'}` is not one that transformers takes: {why[:1].lower()}{why[1:]}",
@@ -85,6 +81,19 @@ def _unloadable(folder: Path, error: Exception) -> SparkError:
         f"the tokenizer in `{folder}` cannot be loaded: {said[0]}",
         "take the tokenizer files from the model's publisher again",
     )
+
+
+def _refusal_of_config(folder: Path) -> str | None:
+    """What transformers says of a config.json that it does not take; None of one that it takes, or where none is."""
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        return None
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as refusal:  # its classes stumble in whatever way a value leads to
+        return str(refusal)
+    return None
 
 
 def _load_with_transformers(folder: Path) -> Direct:

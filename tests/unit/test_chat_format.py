@@ -170,6 +170,7 @@ def test_models_without_what_is_needed_are_refused(tmp_path: Path) -> None:
     [
         ({"hidden_size": 34}, "the hidden size .34. is not a multiple"),
         ({"rms_norm_eps": "small"}, "expected float, got str"),
+        ({"dtype": "bfloat99"}, "'torch' has no attribute 'bfloat99'"),
     ],
 )
 def test_a_config_that_transformers_refuses_is_not_the_tokenizers_fault(
