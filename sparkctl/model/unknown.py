@@ -17,8 +17,9 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 def measure(folder: Path, kind: str, allow_unknown: bool) -> Count:
     """Parameters of the model in `folder`, of type `kind`.
 
-    Raises UsageError where transformers has no class for its language model, where its config names its sizes in
-    another way, and, without `allow_unknown`, where it lacks one of the usual projections.
+    Raises UsageError where transformers has no class for its language model, or one whose tensors are not those of its
+    checkpoints, where its config names its sizes in another way, and, without `allow_unknown`, where it lacks one of
+    the usual projections.
     """
     from torch import nn
 
@@ -31,6 +32,12 @@ def measure(folder: Path, kind: str, allow_unknown: bool) -> Count:
     lacking = [target for target in USUAL if target not in found]
     if not found or not all(size in (config.get("text_config") or config) for size in SIZES):
         raise UsageError(f"`{folder}` is of model type `{kind}`, which cannot be trained here", _known())
+    if _fused(kind):
+        raise UsageError(
+            f"`{folder}` is of model type `{kind}`, whose experts transformers fuses as it loads them, so that no "
+            "merge could write them back",
+            _known(),
+        )
     if lacking and not allow_unknown:
         raise UsageError(
             f"`{folder}` is of the unknown model type `{kind}`, which has no {', '.join(lacking)}",
@@ -63,6 +70,14 @@ def _built(folder: Path, kind: str) -> tuple[nn.Module, Any, dict[str, Any]]:
             f"`{folder}` is of model type `{kind}`, whose language model {version} cannot load alone", _known()
         )
     return whole, text, config.to_dict()
+
+
+def _fused(kind: str) -> bool:
+    """Whether transformers makes tensors of this type's checkpoints into others, as of most mixtures of experts."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    return any(isinstance(step, WeightConverter) for step in get_checkpoint_conversion_mapping(kind) or ())
 
 
 def _parameters(model: nn.Module) -> int:

@@ -292,7 +292,8 @@ def test_read_config_gives_the_file_as_it_stands(qwen35_folder: Path) -> None:
 PHI = dict(
     SMALL, model_type="phi3", pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
-MOE = dict(SMALL, model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+MOE = dict(SMALL, model_type="gpt_oss", head_dim=8, num_local_experts=4, num_experts_per_tok=2)
 
 
 def test_another_type_with_the_usual_projections_is_taken(tmp_path: Path) -> None:
@@ -301,6 +302,27 @@ def test_another_type_with_the_usual_projections_is_taken(tmp_path: Path) -> Non
     assert (info.model_type, info.targets) == ("gemma2", USUAL)
     agrees(info, tmp_path)
     assert Shape.from_config(info.config, full_parameters(info)).queries == 6 * 8
+
+
+@pytest.mark.parametrize("allow_unknown", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(SMALL, model_type="qwen3_moe", **EXPERTS),
+        dict(SMALL, model_type="qwen2_moe", shared_expert_intermediate_size=16, **EXPERTS),
+        dict(SMALL, model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
+        dict(TEXT, model_type="qwen3_5_moe_text", shared_expert_intermediate_size=16, **EXPERTS),
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_experts_that_are_fused_as_they_are_loaded_are_refused(
+    config: dict[str, Any], allow_unknown: bool, tmp_path: Path
+) -> None:
+    """Their training would be refused as one on a base that is not whole, which it is; qwen2_moe, whose shared expert
+    has the usual projections, came as far as that unasked."""
+    error = refused(folder(tmp_path, config), allow_unknown=allow_unknown)
+    assert f"`{config['model_type']}`, whose experts transformers fuses" in error.message
+    assert "--allow-unknown" not in (error.hint or "")
 
 
 @pytest.mark.parametrize(
@@ -364,5 +386,5 @@ def test_analyze_refuses_and_allows(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert app.run([*command, "--allow-unknown"]) == 0, capsys.readouterr().err
     table = Run.open(tmp_path / "r1").manifest.model
     assert table
-    assert (table.model_type, table.allow_unknown) == ("qwen3_moe", True)
+    assert (table.model_type, table.allow_unknown) == ("gpt_oss", True)
     assert table.parameters == inspect(model, allow_unknown=True).parameters
