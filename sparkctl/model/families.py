@@ -174,6 +174,8 @@ def _attention(kind: str, c: _Sizes) -> tuple[list[Linear], int]:
         c.require_multiple("num_attention_heads", "num_key_value_heads")
     if kind == "llama":
         c.require_multiple("hidden_size", "num_attention_heads")
+    if c.values.get("sliding_window") is not None and (kind == "mistral" or c.flag("use_sliding_window")):
+        c["sliding_window"]  # a size: through a window of none no token sees itself
     D, Q, K = c["hidden_size"], c["num_attention_heads"] * c.head_dim, c.kv_heads * c.head_dim
     out = kind in ("llama", "qwen3", "qwen3_5", "qwen3_5_text") and c.flag("attention_bias")
     biased = out or kind == "qwen2"
