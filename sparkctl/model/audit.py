@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sparkctl.errors import SparkError
+from sparkctl.model.anew import file_anew
+from sparkctl.model.format import EXPONENTS, finite
 from sparkctl.model.names import LIVE, NESTED, nested_name, text_prefix
 from sparkctl.model.promise import Promise, promise, read_config
-from sparkctl.model.weights import INDEX, Layout, read_layout
+from sparkctl.model.weights import INDEX, Checkpoint, Layout, read_layout
 
 
 def audit(folder: Path, *, counted: bool = True, promised: Callable[[], Promise] | None = None) -> list[str]:
@@ -32,6 +34,19 @@ def audit(folder: Path, *, counted: bool = True, promised: Callable[[], Promise]
         return [told.wrong or f"`{folder / 'config.json'}` was changed while its promise was looked up"]
     placed = layout.problems + _misplaced(layout) + (_miscounted(folder, layout) if counted else [])
     return [*told.problems, *placed, *_unlike(layout, told)]
+
+
+def not_finite(folder: Path) -> SparkError | None:
+    """What is wrong with the language model in `folder` where one of its values is NaN or infinite; reads all of it."""
+    checkpoint = Checkpoint(folder)
+    text = (text_prefix(checkpoint.names()), "lm_head.")
+    for name in checkpoint.names():
+        file = checkpoint.file(name)
+        if not name.startswith(text) or file.dtype(name) not in EXPONENTS:
+            continue
+        if not all(finite(piece, file.dtype(name)) for piece in file.pieces(name)):
+            return SparkError(f"`{name}` in `{file.path}` holds NaN or an infinite value", file_anew(file.path))
+    return None
 
 
 def _unlike(layout: Layout, told: Promise) -> list[str]:

@@ -26,16 +26,22 @@ FREE = "free some memory (`ps -eo rss,args --sort=-rss | head` shows who holds i
 
 
 class Numbers:
-    """Checks losses and gradient norms before their step is saved. `place` says where a document was read."""
+    """Checks losses and gradient norms before their step is saved.
 
-    def __init__(self, place: Callable[[int], str], hint: str) -> None:
-        self._place, self._hint = place, hint
+    place: says where a document was read. base: looked up where a number is none; gives what is wrong with the weights
+    that are trained on, whose fault it is then.
+    """
+
+    def __init__(
+        self, place: Callable[[int], str], hint: str, base: Callable[[], SparkError | None] = lambda: None
+    ) -> None:
+        self._place, self._hint, self._base = place, hint, base
 
     def check(self, step: int, packs: Sequence[Pack], sums: Sequence[float]) -> None:
         """Raise SparkError naming the first pack of optimiser step `step` whose loss is NaN or infinite."""
         for pack, loss in zip(packs, sums, strict=True):
             if not math.isfinite(loss):
-                raise SparkError(f"the loss of step {step} is {loss} in the pack of {self._name([pack])}", self._hint)
+                raise self._error(f"the loss of step {step} is {loss} in the pack of {self._name([pack])}")
 
     def check_held_out(self, what: str, packs: Sequence[Pack], sums: Sequence[float]) -> None:
         """Raise SparkError naming the first held-out pack whose loss is NaN or infinite."""
@@ -50,8 +56,11 @@ class Numbers:
                 raise self.no_number(f"the {what} of step {step}", value, packs)
 
     def no_number(self, what: str, value: float, packs: Sequence[Pack]) -> SparkError:
-        """The error that names the packs' documents."""
-        return SparkError(f"{what} is {value}, with {self._name(packs)}", self._hint)
+        """The error that names the packs' documents, unless the base is to blame."""
+        return self._error(f"{what} is {value}, with {self._name(packs)}")
+
+    def _error(self, message: str) -> SparkError:
+        return self._base() or SparkError(message, self._hint)
 
     def _name(self, packs: Sequence[Pack]) -> str:
         ids = [document.id for pack in packs for document in pack.documents]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sparkctl.data.batches import Pack, Schedule, eval_packs
 from sparkctl.manifest.schema import Course, PlanTable
+from sparkctl.model.audit import not_finite
 from sparkctl.progress import Progress, silent
 from sparkctl.train import guard, random, state
 from sparkctl.train.engines import make_engine
@@ -55,6 +56,7 @@ class Session:
     state: State
     ranks: Ranks
     advice: Advice
+    folder: Path | None = None  # of the base, where that is what is trained on
 
     @classmethod
     def open(
@@ -66,10 +68,12 @@ class Session:
 
         name: the run in hints. allow_slow: a GPU may compute in plain torch what lacks its fast kernel.
         """
-        return cls.of(
+        session = cls.of(
             plan, store, lambda: make_engine(plan, folder, choices, name, allow_slow),
             State(mode=plan.mode, lora=plan.lora), advice or _advice(name, store), ranks,
         )  # fmt: skip
+        session.folder = folder
+        return session
 
     @classmethod
     def of(
@@ -115,6 +119,7 @@ class Session:
         numbers = guard.Numbers(
             self.store.place,
             f"look at these examples; a lower rate may help: `{self.advice.rate} {self.plan.learning_rate / 2:g}`",
+            lambda: not_finite(self.folder) if self.folder else None,
         )
         steps = self.schedule.steps
         return Loop(

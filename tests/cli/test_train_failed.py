@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ready
 import torch
+from safetensors.torch import load_file, save_file
 
 from sparkctl.cli import app
 from sparkctl.errors import SparkError
@@ -46,6 +48,23 @@ def test_the_hint_at_a_loss_that_is_no_number_can_be_pasted(
         with Run.open(run.root).edit() as manifest:
             assert manifest.plan.learning_rate == planned.learning_rate / 2
             manifest.plan = planned  # as if it had not been pasted
+
+
+@pytest.mark.parametrize("engine", ["reference", "native"])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_a_base_that_holds_no_number_is_named_and_no_example_blamed(
+    engine: str, name: str, tmp_path: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(llama_folder, tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    tensors[name][-40:, 3] = float("inf")  # of the embedding, rows of a few tokens
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    run = ready.run(tmp_path / "run", model, count=24, engine=engine)
+    assert app.run(["train", str(run.root)]) == 1
+    said = capsys.readouterr().err
+    assert f"error: `{name}` in `{model}/model.safetensors` holds NaN or an infinite value" in said
+    assert "--learning-rate" not in said
+    assert f"hint: cp WHOLE_COPY {model}/model.safetensors" in said
 
 
 def test_a_driver_that_ends_meanwhile_costs_the_rate_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
