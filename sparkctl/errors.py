@@ -97,7 +97,10 @@ def interruption(stop: BaseException, answer: dict[str, Any] | None = None) -> I
     return Interrupted("interrupted", AGAIN, number, answer=answer)
 
 
-NO_MEMORY = re.compile(r"out of memory|can(?:no|')t allocate memory|STATUS_ALLOC_FAILED", re.IGNORECASE)
+NO_MEMORY = re.compile(
+    r"out of memory|can(?:no|')t allocate memory|STATUS_ALLOC_FAILED|std::bad_alloc|failed to map segment",
+    re.IGNORECASE,
+)
 GPU_MEMORY = re.compile(r"CUDA|CUBLAS|CUDNN|HIP")
 ASKED_AND_FREE = re.compile(r"Tried to allocate ([\d.]+ \w+).*?total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is")
 
@@ -112,7 +115,7 @@ def memory_ended(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     named = type(error).__name__ == "OutOfMemoryError"
-    return isinstance(error, RuntimeError) and (named or NO_MEMORY.search(str(error)) is not None)
+    return isinstance(error, RuntimeError | ImportError) and (named or NO_MEMORY.search(str(error)) is not None)
 
 
 def memory_error(error: BaseException) -> SparkError:

@@ -114,7 +114,7 @@ def run(arguments: Sequence[str]) -> int:
         return stopped.exit_status
     except SystemExit as ended:  # whoever read our stdout has gone (`| head`): Typer ends quietly
         return ended.code if isinstance(ended.code, int) else 1
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ImportError) as error:  # the last of a library that did not fit
         if not memory_ended(error):
             raise
         return _no_memory(error, json)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkctl.data.direct import HARMLESS, NAMED, Direct, load_directly, read_table
-from sparkctl.errors import SparkError
+from sparkctl.errors import SparkError, memory_ended
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -51,6 +51,8 @@ def load_tokenizer(folder: Path) -> Loaded:
     try:
         found = load_directly(folder) or _load_with_transformers(folder)
     except Exception as error:  # the libraries raise their own, the standard and bare exceptions of Rust
+        if memory_ended(error):
+            raise
         raise _unloadable(folder, error) from None
     backend = found.backend
     backend.no_truncation()

@@ -112,6 +112,8 @@ def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureF
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), 1, "error: not enough GPU memory\n"),
         (MemoryError(), 1, "error: not enough memory\nhint: `ps -eo rss,args --sort=-rss | head` shows who holds it"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "error: not enough memory\n"),
+        (RuntimeError("std::bad_alloc"), 1, "error: not enough memory\n"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), 1, "error: not enough memory\n"),
         (OSError(errno.EPIPE, "Broken pipe"), 1, ""),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 import tiny
 from chatting import ADD, TOOLS, TWO, encode, example, load, refused, say, shown
 
+from sparkctl.data import tokenizer
 from sparkctl.data.chat import ChatFormat
 from sparkctl.errors import SparkError
 
@@ -183,6 +184,18 @@ def test_a_config_that_transformers_refuses_is_not_the_tokenizers_fault(
     with pytest.raises(SparkError, match=f"odd/config.json` is not one that transformers takes: .*{why}") as caught:
         ChatFormat.load(folder)
     assert "config.json that was published" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("short", [MemoryError(), ImportError("libtorch_cpu.so: failed to map segment from shared")])
+def test_memory_that_ends_is_no_files_fault(
+    short: Exception, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(folder: Path) -> None:
+        raise short
+
+    monkeypatch.setattr(tokenizer, "load_directly", load)
+    with pytest.raises(type(short)):
+        ChatFormat.load(llama_folder)
 
 
 def test_where_a_server_stops_is_read_from_the_generation_config(tmp_path: Path) -> None:
