@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sparkctl.errors import AGAIN, SparkError
+from sparkctl.files import naming
 from sparkctl.train import guard, random, state
 from sparkctl.words import size
 
@@ -60,7 +61,8 @@ def check_disk(optimizer: Optimizer, folder: Path, now: State, checkpoints: int,
     stage = Path(tempfile.mkdtemp(prefix=".rehearsal.", suffix=".tmp", dir=folder))
     try:
         there = sum(state.size(path) for path in state.listed(folder))
-        state.write(stage, now, optimizer)
+        with naming(folder):
+            state.write(stage, now, optimizer)
         each = state.size(stage)
         wanted = each * checkpoints
         room = shutil.disk_usage(stage).free + each + there

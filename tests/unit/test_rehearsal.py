@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,19 @@ def test_an_allocation_that_really_fails_is_memory() -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="size of tensor"), guard.memory("a test", "hint"):
         torch.ones(2) + torch.ones(3)
+
+
+def test_a_file_that_may_not_grow_is_said_with_its_place(run: Run, llama_folder: Path, tmp_path: Path) -> None:
+    """As under `ulimit -f`."""
+    opened, before = session(run, llama_folder), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            opened.rehearse(tmp_path / "checkpoints")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(tmp_path / "checkpoints")
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_a_full_disk_fails_in_minute_one(run: Run, llama_folder: Path, small_disk: Path) -> None:
