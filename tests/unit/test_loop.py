@@ -33,6 +33,8 @@ def test_held_out_loss_at_the_start_at_each_checkpoint_and_at_the_end(tmp_path: 
     assert evals[11] < evals[4] < evals[0]
     assert training.saved[0] == ("step-000004", evals[4], [])
     assert (end.best_checkpoint, end.best_eval_loss, end.step) == ("step-000011", evals[11], 11)
+    assert (end.first_loss, end.first_eval_loss) == (losses[1], evals[0])
+    assert end.recent_losses == [losses[n] for n in range(2, 12)]
     assert [p.name for p in state.listed(tmp_path / "checkpoints")] == ["step-000011"]
     rates = training.lines("learning_rate")
     assert rates[1] == pytest.approx(0.15)
