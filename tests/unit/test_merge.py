@@ -122,6 +122,19 @@ def test_a_stored_head_follows_the_embedding_where_they_are_tied(
     assert torch.equal(after["model.embed_tokens.weight"], masters["model.embed_tokens.weight"].bfloat16())
 
 
+def test_a_tied_head_that_was_trained_apart_has_its_own_master(dense: Callable[[str], Path], tmp_path: Path) -> None:
+    """transformers doesn't tie a stored head that differs from the embedding."""
+    base = Path(shutil.copytree(dense("llama"), tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    head = 2 * tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": head}, base / "model.safetensors", metadata={"format": "pt"})
+    masters = merging.masters(base, tmp_path / "t.safetensors")
+    merge_checkpoint(base, tmp_path / "t.safetensors", tmp_path / "out", lora=None)
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(after[name], masters[name].bfloat16()), name
+
+
 @pytest.mark.parametrize("outer", [True, False, None])
 @pytest.mark.parametrize("text", [True, False])
 def test_which_key_ties_a_head_of_a_multimodal_model(
