@@ -13,7 +13,7 @@ from sparkctl.data.split import choose_held_out, prompt_key, row_hash
 def example(*messages: tuple[str, Any], **extra: Any) -> Any:
     turns = [{"role": role, "content": content} for role, content in messages]
     return SimpleNamespace(
-        messages=turns, tools=extra.get("tools"), template_kwargs={}, place=str(Path("x:1")),
+        messages=turns, tools=extra.get("tools"), template_kwargs=extra.get("kwargs", {}), place=str(Path("x:1")),
         untrained=extra.get("untrained", ()),
     )  # fmt: skip
 
@@ -29,6 +29,7 @@ def test_the_key_is_the_prompts() -> None:
     assert key != prompt_key(example(BASE[0], ("user", "What is 2 + 3?"), BASE[2]), 0)
     assert key != prompt_key(example(BASE[1], BASE[2]), 0)
     assert key != prompt_key(example(*BASE), 1)
+    assert key != prompt_key(example(("developer", "Be brief."), *BASE), 0)
     assert 0 <= key < 2**64
 
 
@@ -44,6 +45,8 @@ def test_the_row_hash_is_everything() -> None:
     assert len(one) == 16
     assert one != row_hash(example(*BASE[:2], ("assistant", "Four.")))
     assert one != row_hash(example(*BASE, tools=[{"name": "add"}]))
+    assert one != row_hash(example(*BASE, kwargs={"enable_thinking": False}))
+    assert one != row_hash(example(*BASE, untrained=(2,)))
 
 
 def keys(count: int, seed: int = 0) -> np.ndarray:
