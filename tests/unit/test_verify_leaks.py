@@ -29,7 +29,7 @@ from sparkctl.model import catalog
 from sparkctl.progress import silent
 from sparkctl.steps.leaks_process import leaks_apart
 from sparkctl.steps.verify_leaks import Looked, verify_leaks
-from sparkctl.verify.leaks import Finding, engine_leaks
+from sparkctl.verify.leaks import LENGTHS, Finding, engine_leaks
 from sparkctl.verify.operators import operator_leaks
 from sparkctl.verify.small import PARTS, parts_of, write_model
 from sparkctl.verify.stack import CALLS, stack_leaks
@@ -90,6 +90,25 @@ def test_an_operator_without_boundaries_leaks_and_is_named(part: str) -> None:
     assert [one.part for one in found if one.leaks] == [part]
 
 
+@pytest.mark.parametrize("where", [slice(LENGTHS[0]), slice(-LENGTHS[2], None)], ids=["first", "last"])
+@pytest.mark.parametrize("what", ["output", "gradient"])
+def test_a_leak_into_one_document_alone_is_seen(where: slice, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of forward or of backward alone, from the changed document into the one before it or behind it."""
+    real, between = attention_reference.attention, slice(LENGTHS[0], -LENGTHS[2])
+
+    def leaking(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
+        out, other, own = real(q, k, v, *rest), v[between].mean().detach(), v[where].sum()
+        added = torch.zeros_like(out)
+        if what == "output":
+            added[where] = other
+        else:
+            added[between] = other * (own - own.detach())  # 0, but for its gradient
+        return out + added
+
+    monkeypatch.setattr(attention_reference, "attention", leaking)
+    assert [one.part for one in operator_leaks(QWEN, CPU) if one.leaks] == ["attention"]
+
+
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_the_native_engine_is_tight(mode: Any) -> None:
     found = engine_leaks(QWEN, "native", mode, this_machine(), silent)
@@ -103,6 +122,7 @@ def test_an_engine_whose_operators_leak_is_named_part_by_part() -> None:
         with unbounded(part):
             found = engine_leaks(QWEN, "native", "lora", this_machine(), silent)
         assert [one.part for one in found if one.failed] == [part, "whole model"]
+        assert [(one.leaks, one.noise) for one in found if one.failed] == [(True, 0)] * 2  # and not for being blind
         assert max(one.leak for one in found) > 0.01
 
 
