@@ -45,6 +45,14 @@ def test_every_training_example_once_an_epoch_in_a_new_order(folder: Path) -> No
     assert {frozenset(p) for p in by_epoch[0]} != {frozenset(p) for p in by_epoch[1]}
 
 
+def test_the_seed_decides_every_epoch(folder: Path) -> None:
+    store = TokenStore.open(folder)
+    one, other = (Schedule(store, **SETTINGS | {"seed": seed}) for seed in (5, 6))
+    for epoch in range(3):
+        n = next(n for n in range(one.steps) if one.epoch(n) == epoch)
+        assert ids(one.step(n)) != ids(other.step(n))
+
+
 def test_counts_are_those_of_the_documents(folder: Path) -> None:
     schedule = Schedule(TokenStore.open(folder), **SETTINGS)
     for n in range(schedule.steps):
