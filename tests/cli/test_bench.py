@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sparkctl.bench import clock, setting, stacks, step, workload
 from sparkctl.bench.predict import predict
+from sparkctl.bench.worker import Measured
 from sparkctl.cli import app, bench_options
 from sparkctl.errors import SparkError
 
@@ -29,6 +30,7 @@ def test_two_stacks_compute_the_same_on_a_tiny_shape(bench: Any) -> None:
     # the rival's is a mean over labels and sees one document: near, not equal
     assert native["measured"]["loss"] / said["labels"] == pytest.approx(rival["measured"]["loss"], rel=0.02)
     assert 0 < native["share"] < 1
+    assert native["measured"]["p20"] < native["measured"]["p80"]  # of two calls the faster and the slower
     assert native["measured"]["first_step"] > 1
 
 
@@ -209,4 +211,9 @@ def test_overlapping_intervals_count_once() -> None:
     assert clock.union([(5, 7), (0, 2), (1, 3), (6, 6.5)]) == 5
     assert clock.union([]) == 0
     times = clock.Times([3.0, 1.0, 2.0, 5.0, 4.0])
-    assert [times.percentile(p) for p in (0, 50, 100)] == [1.0, 3.0, 5.0]
+    assert [times.percentile(p) for p in (0, 20, 50, 80, 100)] == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_the_slow_calls_are_the_low_speeds() -> None:
+    row = step.Row("native", 8, Measured("native", 1.0, 1, 1, False, {}, 0.0, p20=1.0, p50=2.0, p80=4.0))
+    assert [row.rate(p) for p in (20, 50, 80)] == [2.0, 4.0, 8.0]
