@@ -23,12 +23,14 @@ from sparkctl_kernels.documents import documents
 from sparkctl_kernels.gated_delta import op as gated_delta
 from sparkctl_kernels.gated_delta import reference as gated_delta_reference
 
+from sparkctl.data.batches import Pack
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.hardware.machine import this_machine
 from sparkctl.model import catalog
 from sparkctl.progress import silent
 from sparkctl.steps.leaks_process import leaks_apart
 from sparkctl.steps.verify_leaks import Looked, verify_leaks
+from sparkctl.train.engines.native.engine import NativeEngine
 from sparkctl.verify.leaks import LENGTHS, Finding, engine_leaks
 from sparkctl.verify.operators import operator_leaks
 from sparkctl.verify.small import PARTS, parts_of, write_model
@@ -124,6 +126,16 @@ def test_an_engine_whose_operators_leak_is_named_part_by_part() -> None:
         assert [one.part for one in found if one.failed] == [part, "whole model"]
         assert [(one.leaks, one.noise) for one in found if one.failed] == [(True, 0)] * 2  # and not for being blind
         assert max(one.leak for one in found) > 0.01
+
+
+def test_a_leak_in_evaluation_alone_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = NativeEngine.eval_sum
+
+    def leaking(self: NativeEngine, pack: Pack) -> torch.Tensor:
+        return real(self, pack) + int(pack.documents[len(pack.documents) // 2].ids[-1])
+
+    monkeypatch.setattr(NativeEngine, "eval_sum", leaking)
+    assert [one.leaks for one in engine_leaks(LLAMA, "native", "lora", this_machine(), silent)] == [True]
 
 
 def test_the_reference_is_tight() -> None:
