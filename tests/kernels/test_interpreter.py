@@ -129,6 +129,29 @@ def test_gradients_of_the_public_operators(name: str) -> None:
         assert float((a - b).norm()) <= LIMIT * float(b.norm()), name
 
 
+SMALL = 1e-3  # of a row: its mean square is the epsilon then
+
+
+@inside
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("rms_norm", {0: SMALL}), ("add_rms_norm", {0: SMALL, 1: SMALL}), ("gated_norm", {0: SMALL}),
+        ("qk_norm_rope", {0: SMALL, 1: SMALL}), ("causal_conv", {0: SMALL}),
+        ("gated_delta", {3: 30.0, 5: 0.0, 6: 0.0}),  # softplus is its argument there
+    ],
+)  # fmt: skip
+def test_epsilons_and_large_rates_are_the_reference_s(name: str, changes: dict[int, float]) -> None:
+    inputs, operator, reference = OPERATORS[name]
+    torch.manual_seed(0)
+    tensors = [tensor * changes.get(i, 1.0) for i, tensor in enumerate(inputs())]
+    if name == "gated_delta":
+        tensors[5] = tensors[5] - 4.0  # and its decay slow
+    found, truth = (results(call, tensors) for call in (operator, reference))
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)]
+    assert max(errors) < LIMIT, errors
+
+
 @inside
 @pytest.mark.parametrize(("name", "arguments"), schemas(), ids=lambda value: value if isinstance(value, str) else "")
 def test_torch_s_own_check(name: str, arguments: tuple[Any, ...]) -> None:
