@@ -62,6 +62,25 @@ def test_the_best_is_kept_when_the_loss_rises_again(tmp_path: Path) -> None:
     assert state.read_state(tmp_path / "checkpoints" / "step-000004").best_checkpoint == "step-000004"
 
 
+def test_each_step_is_made_at_its_rate_and_counted_in_its_epoch(tmp_path: Path) -> None:
+    training = Training(tmp_path, plan=ready.plan(save_every=1, keep=9))
+    rates: list[float] = []
+    step = training.optimizer.step
+    training.optimizer.step = lambda rate: rates.append(rate) or step(rate)
+    training.run()
+    assert rates == list(training.lines("learning_rate").values())
+    states = [state.read_state(path) for path in state.listed(tmp_path / "checkpoints")]
+    epochs = [training.schedule.epoch(n) for n in range(training.schedule.steps)]
+    assert [at.epoch for at in states] == epochs
+    assert set(epochs) == {0, 1}
+
+
+def test_the_peak_is_that_of_all_resumes(tmp_path: Path) -> None:
+    training = Training(tmp_path, plan=ready.plan(max_steps=3))
+    training.state.peak_memory = 1 << 50
+    assert training.run().peak_memory == 1 << 50
+
+
 def test_without_held_out_documents_the_newest_is_the_best(tmp_path: Path) -> None:
     ready.store(tmp_path / "tokens", ready.documents(40), np.zeros(40, dtype=bool))
     training = Training(tmp_path)
@@ -280,5 +299,6 @@ def test_two_ranks_give_the_losses_of_one_process(tmp_path: Path) -> None:
     for key in ("loss", "eval_loss", "grad_norm"):
         assert two.lines(key) == pytest.approx(alone.lines(key), rel=1e-6)  # observed 2e-7
     assert two.lines("tokens") == alone.lines("tokens")
-    state.load(tmp_path / "two" / "checkpoints" / "step-000006", two.optimizer)
+    end = state.load(tmp_path / "two" / "checkpoints" / "step-000006", two.optimizer)
+    assert end.tokens == alone.state.tokens == sum(alone.lines("tokens").values())
     assert torch.allclose(two.engine.table, alone.engine.table, atol=1e-5)

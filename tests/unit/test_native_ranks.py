@@ -37,7 +37,8 @@ def test_two_ranks_train_as_one_process(qwen35_folder: Path, tmp_path: Path, mod
     for key in ("loss", "eval_loss", "grad_norm"):
         assert two.lines(key) == pytest.approx(alone.lines(key), rel=LIMIT), key
     assert two.lines("tokens") == alone.lines("tokens")
-    state.load(tmp_path / "two" / "checkpoints" / "step-000006", two.optimizer)
+    end = state.load(tmp_path / "two" / "checkpoints" / "step-000006", two.optimizer)
+    assert (end.tokens, end.epoch) == (alone.state.tokens, alone.state.epoch)
     apart = max(
         float((parameter.detach() - alone.engine.parameters()[name]).abs().max())
         for name, parameter in two.engine.parameters().items()

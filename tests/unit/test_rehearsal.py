@@ -6,11 +6,12 @@ from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ready
 import torch
 
-from sparkctl.data.batches import Pack
+from sparkctl.data.batches import Pack, make_pack
 from sparkctl.errors import SparkError
 from sparkctl.manifest.store import Run
 from sparkctl.train import guard, random, rehearsal
@@ -50,6 +51,24 @@ def test_a_run_with_it_is_bit_equal_to_one_without(run: Run, llama_folder: Path,
     again_lines, again = train(rehearsed, tmp_path / "with")
     assert again_lines == lines
     assert all(torch.equal(again[name], values[name]) for name in values)
+
+
+def test_what_it_draws_is_as_if_never_drawn(run: Run, llama_folder: Path, tmp_path: Path) -> None:
+    opened = session(run, llama_folder)
+    step = opened.engine.micro_step
+    opened.engine.micro_step = lambda pack, scale: (torch.rand(1), step(pack, scale))[1]
+    before = random.capture()
+    opened.rehearse(tmp_path / "checkpoints")
+    assert all(torch.equal(value, before[name]) for name, value in random.capture().items())
+
+
+def test_it_evaluates_the_largest_pack(run: Run, llama_folder: Path, tmp_path: Path) -> None:
+    opened = session(run, llama_folder)
+    opened.held_out = [make_pack(opened.store, np.arange(count)) for count in (1, 3, 2)]
+    tried: list[Pack] = []
+    opened.engine.eval_sum = lambda pack: (tried.append(pack), torch.zeros(()))[1]
+    opened.rehearse(tmp_path / "checkpoints")
+    assert tried == [opened.held_out[1]]
 
 
 def test_it_tries_the_longest_pack(run: Run, llama_folder: Path, tmp_path: Path) -> None:
