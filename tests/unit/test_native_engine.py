@@ -89,6 +89,11 @@ def test_masters_are_read_again_after_an_optimiser_step(qwen35_folder: Path, mod
         for name, parameter in truth.parameters().items():
             parameter.copy_(made.parameters()[name])
     assert gradients(truth, packs)[0] == pytest.approx(after, rel=1e-6)
+    evaluated = float(made.eval_sum(packs[0]))
+    with torch.no_grad():  # as a checkpoint is loaded
+        for parameter in made.parameters().values():
+            parameter.mul_(1.5)
+    assert float(made.eval_sum(packs[0])) != evaluated
 
 
 def slow(made: Any) -> Any:
