@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sparkctl.bench import clock, setting, stacks, step, workload
 from sparkctl.bench.predict import predict
 from sparkctl.bench.worker import Measured
-from sparkctl.cli import app, bench_options
+from sparkctl.cli import app, bench_options, timings
 from sparkctl.errors import SparkError
 
 
@@ -217,3 +217,14 @@ def test_overlapping_intervals_count_once() -> None:
 def test_the_slow_calls_are_the_low_speeds() -> None:
     row = step.Row("native", 8, Measured("native", 1.0, 1, 1, False, {}, 0.0, p20=1.0, p50=2.0, p80=4.0))
     assert [row.rate(p) for p in (20, 50, 80)] == [2.0, 4.0, 8.0]
+
+
+def test_ratios_are_those_of_the_first_stack() -> None:
+    work, machine = workload.Workload({}, "lora", (8,), (4,)), ready.plan().machine
+    at = setting.Setting("a shape", work, 1, machine)
+    measured = (Measured(name, 1.0, 1, 1, False, {}, 0.0, p20=s, p50=s, p80=s) for name, s in (("a", 3.0), ("b", 2.0)))
+    rows = [step.Row(one.stack, 8, one) for one in measured]
+    assert [stack["ratio"] for stack in timings.step_json(at, rows)["stacks"]] == [1.0, 1.5]
+    table = timings.step_table(at, rows).renderables[0].renderables[-1]
+    ratios = next(column for column in table.columns if column.header == "ratio")
+    assert list(ratios.cells) == ["1.00", "1.50"]
