@@ -99,12 +99,24 @@ def test_ranks_share_a_step_in_equal_counts(folder: Path, world_size: int) -> No
         assert sorted(dealt) == sorted(i for pack in ids(packs) for i in pack)
 
 
+@pytest.mark.parametrize(("tokens", "shares"), [([8, 3, 6, 1], [9, 9]), ([1, 5, 9], [9, 6])])
+def test_ranks_finish_together(tokens: list[int], shares: list[int]) -> None:
+    """From the most tokens to the fewest, to and fro."""
+    packs = [Pack([], count, 0) for count in tokens]
+    assert [sum(pack.tokens for pack in share(packs, rank, 2)) for rank in range(2)] == shares
+
+
 def test_eval_packs_hold_the_held_out_part(folder: Path) -> None:
     store = TokenStore.open(folder)
     packs = eval_packs(store, 128)
     assert sorted(i for pack in ids(packs) for i in pack) == list(range(0, 300, 10))
     assert ids(eval_packs(store, 128)) == ids(packs)
     assert max(pack.tokens for pack in packs) <= 128
+    longest = int(store.lengths[store.held_out].max())
+    for length in (longest - 1, 2):  # a held-out document may be longer than a pack
+        longer = eval_packs(store, length)
+        assert sorted(i for pack in ids(longer) for i in pack) == list(range(0, 300, 10))
+        assert max(pack.tokens for pack in longer) == longest
 
 
 def test_the_rehearsal_pack_holds_the_longest_document(folder: Path) -> None:
