@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from sparkctl.verify.gradients import (
     ratio,
     together,
 )  # fmt: skip
-from sparkctl.verify.lossless import Setting, certificate, chosen_packs, judged, judges
+from sparkctl.verify.lossless import Setting, certificate, chosen_packs, judged, judges, load_engine, measure
 
 
 def pack(count: int, seed: int, longest: int = 70) -> Pack:
@@ -61,7 +62,8 @@ def good(setting: Setting) -> Certificate:
     return certify(setting)
 
 
-def test_a_good_engine_passes(good: Certificate) -> None:
+def test_a_good_engine_passes(good: Certificate, setting: Setting) -> None:
+    assert len(setting.documents) == 32
     assert good.problems == []
     assert good.worst.ratio < 1.5  # observed: 1.07
     assert min(row.theirs for row in good.tensors) > 1e-3  # bf16 it is
@@ -125,6 +127,22 @@ def test_an_engine_that_gives_no_number_is_refused(setting: Setting, monkeypatch
     found = certify(replace(setting, packs=setting.packs[:1]))
     assert len(found.problems) == 5  # gradients, formula, documents, loss and norm of the course
     assert found.worst.ratio == math.inf
+
+
+def test_a_course_begins_without_gradients_and_reaches_the_plan_s_rate(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the plan's warm-up is, and whatever was computed before."""
+    rates: list[float] = []
+    step = lossless.Optimizer.step
+    monkeypatch.setattr(lossless.Optimizer, "step", lambda self, rate: rates.append(rate) or step(self, rate))
+    slow = replace(setting, plan=setting.plan.model_copy(update={"warmup_steps": 100}))
+    found = [
+        measure(replace(slow, packs=packs), partial(load_engine, slow), Truth(tmp_path), "", silent, making=True)
+        for packs in ([], setting.packs[:1])
+    ]
+    assert found[0].course == found[1].course
+    assert max(rates) == slow.plan.learning_rate
 
 
 def test_the_reference_is_as_far_from_the_truth_as_itself(llama_folder: Path) -> None:
