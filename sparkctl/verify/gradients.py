@@ -138,5 +138,6 @@ def together(name: str, entries: int) -> str:
 
 
 def ratio(ours: float, theirs: float) -> float:
-    """How many times as far from the truth as the reference; nothing below FLOOR counts."""
-    return max(ours, FLOOR) / max(theirs, FLOOR) if math.isfinite(ours) else math.inf
+    """How many times as far from the truth as the reference; nothing below FLOOR counts. Never NaN, so that the worst
+    can be found: infinite where either is no number."""
+    return max(ours, FLOOR) / max(theirs, FLOOR) if math.isfinite(ours) and not math.isnan(theirs) else math.inf

@@ -129,7 +129,7 @@ def test_an_engine_that_gives_no_number_is_refused(setting: Setting, monkeypatch
     assert found.worst.ratio == math.inf
 
 
-def test_a_course_begins_without_gradients_and_reaches_the_plan_s_rate(
+def test_each_pack_and_a_course_begin_without_gradients_and_that_reaches_the_plan_s_rate(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However long the plan's warm-up is, and whatever was computed before."""
@@ -139,9 +139,11 @@ def test_a_course_begins_without_gradients_and_reaches_the_plan_s_rate(
     slow = replace(setting, plan=setting.plan.model_copy(update={"warmup_steps": 100}))
     found = [
         measure(replace(slow, packs=packs), partial(load_engine, slow), Truth(tmp_path), "", silent, making=True)
-        for packs in ([], setting.packs[:1])
+        for packs in ([], 2 * setting.packs[:1])
     ]
     assert found[0].course == found[1].course
+    first, second = (Truth(tmp_path).of(number) for number in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
     assert max(rates) == slow.plan.learning_rate
 
 
@@ -218,7 +220,7 @@ def test_distances_are_relative_root_mean_squares() -> None:
     assert Distance(error=1.0).relative == math.inf
     assert Distance().relative == 0.0
     assert ratio(1e-9, 1e-12) == 1.0
-    assert ratio(math.nan, 1.0) == math.inf
+    assert ratio(math.nan, 1.0) == ratio(1.0, math.nan) == math.inf
 
 
 def test_small_tensors_of_all_layers_are_judged_as_one() -> None:
@@ -250,6 +252,8 @@ def test_a_gradient_that_is_missing_is_zero(tmp_path: Path) -> None:
     add_distances(found, Engine(a=None, b=torch.ones(2)), truth)  # type: ignore[arg-type]
     assert found["a"].relative == 1.0
     assert found["b"].relative == math.inf
+    add_distances(found, Engine(a=torch.tensor([3.0, 0.0]), b=None), truth)  # type: ignore[arg-type]
+    assert (found["a"].error, found["a"].truth) == (25.0 + 16.0, 50.0)  # of both packs
     with pytest.raises(SparkError, match="train other tensors: `b`"):
         add_distances({}, Engine(a=None), truth)  # type: ignore[arg-type]
     with pytest.raises(SparkError, match="train other tensors: `c`"):
