@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ from sparkctl.steps import killing, verify_resume
 from sparkctl.steps.killing import Killer, killed_training
 from sparkctl.steps.resume import resume
 from sparkctl.steps.train import train
-from sparkctl.train import session
+from sparkctl.train import session, state
 from sparkctl.train.engines.native.engine import NativeEngine
 from sparkctl.verify.resume import differences
 
@@ -111,6 +112,22 @@ def test_a_training_that_fails_says_why(run: Run) -> None:
 
 def test_what_is_missing_is_a_difference(tmp_path: Path) -> None:
     assert differences(tmp_path / "a", tmp_path / "b", 4) == ["`step-000004` is missing"] * 2
+
+
+def test_a_line_or_a_number_that_one_lacks_is_a_difference(tmp_path: Path) -> None:
+    for name in "ab":
+        folder = tmp_path / name / "checkpoints" / "step-000002"
+        folder.mkdir(parents=True)
+        for file in (state.TRAINABLE, state.OPTIMIZER):
+            (folder / file).write_bytes(b"the same")
+    first, last = {"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "seconds": 1.0}
+    (tmp_path / "a" / "metrics.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(last)}\n")
+    for lines, count in (
+        ([first, last | {"seconds": 2.0}], 0), ([first], 2), ([first, {"step": 2}], 1),
+        ([first, last | {"grad_norm": 1.0}], 1), ([first, last, {"step": 2, "eval_loss": 1.0}], 2),
+    ):  # fmt: skip
+        (tmp_path / "b" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert len(differences(tmp_path / "a", tmp_path / "b", 2)) == count, lines
 
 
 @pytest.mark.parametrize("draws", [0, 3])
