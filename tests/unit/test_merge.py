@@ -287,6 +287,15 @@ def test_adapters_that_do_not_fit_are_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_rounding_makes_infinite_is_refused(base: Path, tmp_path: Path) -> None:
+    masters = merging.masters(base, tmp_path / "t.safetensors")
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    masters[name][0, 0] = 3.4e38  # fp32 holds it, bf16 ends at 3.39e38
+    save_file(masters, tmp_path / "t.safetensors")
+    with pytest.raises(SparkError, match=f"`{name}` is not finite: NaN, or too large for BF16"):
+        merge_checkpoint(base, tmp_path / "t.safetensors", tmp_path / "out", lora=None)
+
+
 def test_a_quantised_base_is_refused(base: Path, tmp_path: Path) -> None:
     trained = merging.adapters(base, tmp_path / "t.safetensors", LORA)
     for shard in base.glob("*.safetensors"):
