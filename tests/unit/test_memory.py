@@ -11,7 +11,7 @@ from pathlib import Path
 import plans
 import pytest
 
-from sparkctl.hardware import heads
+from sparkctl.hardware import heads, memory
 from sparkctl.hardware.load import BF16, Load
 from sparkctl.hardware.memory import peak, saved
 from sparkctl.hardware.shape import Shape
@@ -33,6 +33,17 @@ def test_a_model_published_in_f32_stays_so() -> None:
     config["text_config"]["dtype"] = "float32"
     wide, shape = Shape.from_config(config, 1_881_825_088), plans.model("2b").shape
     assert peak(wide, H200).weights - peak(shape, H200).weights == 2 * 1_881_825_088
+
+
+def test_a_head_of_its_own_is_no_layer_and_layers_without_a_list_are_counted() -> None:
+    config, shape = plans.config("2b"), plans.model("2b").shape
+    apart = replace(shape, tied=False, parameters=shape.parameters + shape.head_parameters)
+    assert apart.layer_parameters == shape.layer_parameters
+    text = config["text_config"]
+    del text["layer_types"]
+    text["full_attention_interval"] = 4
+    assert Shape.from_config(config, shape.parameters) == shape
+    assert (shape.attention_layers, shape.rule_layers) == (6, 18)
 
 
 def test_full_fine_tuning_holds_18_bytes_a_parameter() -> None:
@@ -62,6 +73,8 @@ def test_measured_on_an_h200(load: Load, gib: float | None) -> None:
 def test_checkpointing_saves_and_more_tokens_cost() -> None:
     shape = plans.model("4b").shape
     assert saved(shape, replace(H200, checkpointing=True)) < saved(shape, H200) / 5
+    inputs = BF16 * H200.area * shape.hidden * shape.layers
+    assert saved(shape, replace(H200, checkpointing=True)) > inputs + H200.area * memory.rule_bytes(shape, H200)
     assert saved(shape, replace(H200, area=2 * H200.area)) > 1.9 * saved(shape, H200)
     assert saved(shape, replace(H200, fla=False)) > 1.5 * saved(shape, H200)
 

@@ -86,6 +86,8 @@ def test_operations_of_a_token() -> None:
     load = replace(LOAD, labels=int(0.35 * LOAD.area))
     assert operations(shape, load) == pytest.approx(6.95e9, rel=0.01)
     assert operations(shape, replace(load, mode="full")) == pytest.approx(9.3e9, rel=0.01)
+    again = operations(shape, replace(load, checkpointing=True)) - operations(shape, load)
+    assert again == pytest.approx(2 * (shape.layer_parameters + load.trainable))
 
 
 def test_a_cpu_by_its_matrix_products() -> None:
