@@ -70,6 +70,13 @@ def test_another_seed_puts_other_documents_together_even_where_all_lengths_diffe
     assert len(mixes[0] & mixes[1]) <= 1
 
 
+def test_documents_are_mixed_within_packs() -> None:
+    lengths = np.random.RandomState(3).randint(1, 200, 1000)
+    packs = best_fit(lengths, 512, seed=0)
+    inside = [np.diff(lengths[packs.pack(i)][1:]) for i in range(len(packs))]
+    assert np.mean([(steps <= 0).all() for steps in inside]) < 0.5  # best fit places the longest first
+
+
 def test_too_long_documents_are_counted() -> None:
     with pytest.raises(
         SparkError, match="2 of 4 documents are longer than a pack of 10 tokens; the longest has 12"
