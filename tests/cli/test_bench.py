@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import plans
 import pytest
 import ready
 import tiny
 from safetensors.torch import load_file, save_file
 
-from sparkctl.bench import clock, setting, stacks, step, workload
-from sparkctl.bench.predict import predict
+from sparkctl.bench import clock, heads, predict, setting, stacks, step, worker, workload
 from sparkctl.bench.worker import Measured
 from sparkctl.cli import app, bench_options, timings
 from sparkctl.errors import SparkError
@@ -173,10 +175,10 @@ def test_a_prediction_says_so_and_bounds_what_was_measured(bench: Any) -> None:
     assert said["prediction"] is True
     assert said["seconds"] == pytest.approx(sum(part["seconds"] for part in said["parts"]))
     # docs/performance.md, the least that was seen on an H200: 81.9 ms GPU-busy with LoRA, 106.8 in full fine-tuning
-    assert 0.65 * 81.9e-3 < predict("h200", "qwen3.5-2b", "lora", 5376, 12).seconds < 81.9e-3
-    assert 0.65 * 106.8e-3 < predict("h200", "qwen3.5-2b", "full", 5376, 12).seconds < 106.8e-3
-    longer = predict("gb10", "qwen3.5-2b", "lora", 5376, 12, checkpointing=True)
-    plain = predict("gb10", "qwen3.5-2b", "lora", 5376, 12)
+    assert 0.65 * 81.9e-3 < predict.predict("h200", "qwen3.5-2b", "lora", 5376, 12).seconds < 81.9e-3
+    assert 0.65 * 106.8e-3 < predict.predict("h200", "qwen3.5-2b", "full", 5376, 12).seconds < 106.8e-3
+    longer = predict.predict("gb10", "qwen3.5-2b", "lora", 5376, 12, checkpointing=True)
+    plain = predict.predict("gb10", "qwen3.5-2b", "lora", 5376, 12)
     assert longer.seconds > 1.2 * plain.seconds
     again = {part.name: part.operations + part.bytes for part in longer.parts}
     grown = {part.name for part in plain.parts if again[part.name] > part.operations + part.bytes}
@@ -185,7 +187,7 @@ def test_a_prediction_says_so_and_bounds_what_was_measured(bench: Any) -> None:
 
 def test_a_prediction_says_whether_a_training_fits(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """By the memory model: the 2B's peak on an H200 is one of those that were measured, 15.70 GiB."""
-    known = predict("h200", "qwen3.5-2b", "lora", 5376, 12)
+    known = predict.predict("h200", "qwen3.5-2b", "lora", 5376, 12)
     assert known.peak_memory / 2**30 == pytest.approx(15.70, rel=0.05)
     said = bench("predict", "--device", "gb10", "--shape", "qwen3.5-27b", "--mode", "full")[1]
     assert said["fits"] is False
@@ -217,6 +219,64 @@ def test_overlapping_intervals_count_once() -> None:
 def test_the_slow_calls_are_the_low_speeds() -> None:
     row = step.Row("native", 8, Measured("native", 1.0, 1, 1, False, {}, 0.0, p20=1.0, p50=2.0, p80=4.0))
     assert [row.rate(p) for p in (20, 50, 80)] == [2.0, 4.0, 8.0]
+
+
+def test_a_cold_start_has_empty_caches_and_the_measured_one_has_them_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, set[str], bool]] = []
+
+    def measure(name: str, work: Any, device: str, steps: int, variables: dict[str, str]) -> Measured:
+        folders = [Path(folder) for folder in variables.values()]
+        seen.append((steps, set(variables), any(folder.exists() for folder in folders)))
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+        return Measured(name, 30.0 - steps, 1, 1, False, {}, 0.0)
+
+    monkeypatch.setattr(step, "_measure", measure)
+    monkeypatch.setattr(step, "operations_of", lambda *_: 0.0)
+    at = setting.Setting("a shape", workload.Workload({}, "lora", (8,), (4,)), 1, ready.plan().machine)
+    cold, warm = (next(iter(step.bench_step(at, ["native"], steps=20, cold=cold))) for cold in (True, False))
+    caches = set(step.CACHES)
+    assert seen == [(0, caches, False), (20, caches, True), (20, set(), False)]
+    assert (cold.cold, warm.cold) == (30.0, None)
+
+
+def test_operations_are_those_that_a_stack_does() -> None:
+    work, shape = workload.synthetic(plans.config("2b"), "lora", 64, 2), plans.model("2b").shape
+    made = Measured("native", 1.0, 1000, 20, False, {}, 0.0, p20=1.0, p50=2.0, p80=3.0, gemm_rate=10.0)
+
+    def more(**changes: Any) -> float:
+        found, plain = (step.operations_of(one, work, shape.parameters) for one in (replace(made, **changes), made))
+        return found - plain
+
+    assert more(head_rows=21) == pytest.approx(4 * shape.head_parameters)
+    assert more(trainable=1001) == pytest.approx(64 * 6)
+    assert more(checkpointing=True) == pytest.approx(64 * 2 * (shape.layer_parameters + 1000))
+    assert step.Row("native", 64, made, operations=10.0).share == 0.5
+
+
+def test_a_stack_is_warm_when_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+    stack = SimpleNamespace(
+        step=lambda: done.append(1) or 2.0, trainable=1, head_rows=1, checkpointing=False, choices={}
+    )
+    monkeypatch.setattr(heads, "stacks_of", lambda work: {"native": lambda work, device: stack})
+    monkeypatch.setattr(worker.clock, "in_a_row", lambda work, device, count: done.append(-count) or clock.Times([0.5]))
+    found = worker.measure("native", workload.Workload({}, "lora", (8,), (4,)), "cpu", 5)
+    assert done[:5] == [1, 1, 1, 1, -5]  # the first step, three more, then those that are timed
+    assert found.gemm_rate == 2 * 768**3 / 0.5
+
+
+def test_a_prediction_is_the_roofline_of_its_parts() -> None:
+    work, shape = workload.synthetic(plans.config("2b"), "lora", 4000, 2), plans.model("2b").shape
+    assert sum(work.labels) == pytest.approx(0.35 * 4000, abs=2)
+    parts = {part.name: part for part in predict.parts(work, shape.parameters, 1000)}
+    square = sum(length**2 for length in work.lengths) / 2  # half a square of scores for each document, 14 a score
+    assert parts["attention"].operations == 14 * square * shape.queries * shape.attention_layers
+    assert parts["lm_head and cross-entropy"].operations == 4 * sum(work.labels) * shape.head_parameters
+    spark = predict.device("gb10")
+    assert (spark.bytes, spark.operations) == (273e9, 100e12)
+    for operations, size, seconds in ((9e13, 1.0, 1.0), (1.0, 273e9, 1.0), (9e13, 546e9, 2.0)):
+        assert predict.Part("", operations, size).seconds(spark) == pytest.approx(seconds)
 
 
 def test_ratios_are_those_of_the_first_stack() -> None:
