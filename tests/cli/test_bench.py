@@ -287,4 +287,4 @@ def test_ratios_are_those_of_the_first_stack() -> None:
     assert [stack["ratio"] for stack in timings.step_json(at, rows)["stacks"]] == [1.0, 1.5]
     table = timings.step_table(at, rows).renderables[0].renderables[-1]
     ratios = next(column for column in table.columns if column.header == "ratio")
-    assert list(ratios.cells) == ["1.00", "1.50"]
+    assert [str(cell) for cell in ratios.cells] == ["1.00", "1.50"]

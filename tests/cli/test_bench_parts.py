@@ -247,3 +247,11 @@ def test_on_a_gpu_every_operator_is_right_and_every_product_has_its_ways(bench: 
         assert status == 0
         assert {way for row in said["products"] for way in row["timed"]["seconds"]} == set(ways.WAYS)
         assert [row["name"] for row in said["products"] if row["timed"]["wrong"]] == []
+
+
+def test_a_kernels_share_of_the_ceiling_is_by_its_busy_time() -> None:
+    timed = kernels.Timing(p20=3.0, p50=4.0, p80=5.0, busy=2.0)
+    row = kernels.Row("rms_norm", "triton", {}, timed, timed, ceiling=1.0)
+    assert row.share == 0.5
+    assert replace(row, ours=replace(timed, busy=None)).share == 0.25  # where no GPU counts it
+    assert replace(row, ours=None).share is None

@@ -33,7 +33,7 @@ from sparkctl.steps.verify_leaks import Looked, verify_leaks
 from sparkctl.train.engines.native.engine import NativeEngine
 from sparkctl.verify.leaks import LENGTHS, Finding, engine_leaks
 from sparkctl.verify.operators import operator_leaks
-from sparkctl.verify.small import PARTS, parts_of, write_model
+from sparkctl.verify.small import PARTS, WINDOW, parts_of, write_model
 from sparkctl.verify.stack import CALLS, stack_leaks
 
 CPU = torch.device("cpu")
@@ -275,3 +275,7 @@ def test_what_another_process_finds_is_what_is_found_here() -> None:
     apart = leaks_apart(*asked, allow_slow=False, name="RUN", without="sparkctl verify leaks --engine native")
     assert apart == engine_leaks(*asked)
     assert [one.part for one in apart] == ["attention"]
+
+
+def test_a_sliding_window_is_felt_within_each_document() -> None:
+    assert min(LENGTHS) > WINDOW
