@@ -87,6 +87,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit status; a bug's traceback is left to Python, with status 70."""
     json = "--json" in arguments
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})  # held since the process began
         status = command_line()(args=list(arguments) or ["--help"], prog_name="sparkctl", standalone_mode=False)
         if status == INTERRUPTED:  # what Typer makes of a Ctrl-C inside a command
             raise KeyboardInterrupt
@@ -172,7 +173,7 @@ def _on_signals() -> None:
 
 
 def main() -> None:
-    """The installed command."""
+    """The command line of this process, whose signals are let through once they can be answered."""
     console.forgiving()
     _on_signals()
     try:

@@ -208,6 +208,30 @@ def test_ctrl_c_is_130_wherever_it_comes(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr.splitlines()[0]) == (130, "error: interrupted")
 
 
+WHILE_IMPORTING = """
+import signal, sys
+
+class Knock:
+    @staticmethod
+    def find_spec(name, path, target=None):
+        if name == "typer":
+            signal.raise_signal({number})
+
+sys.meta_path.insert(0, Knock)
+from sparkctl.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_python_imports_is_answered(number: int, status: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WHILE_IMPORTING.format(number=int(number)), "show", str(tmp_path), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = json.loads(done.stdout)
+    assert (done.returncode, said["error"], said["exit_status"]) == (status, "interrupted", status), done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_installed_command_speaks_without_colour(tmp_path: Path) -> None:
     command = Path(sys.executable).with_name("sparkctl")
     done = subprocess.run([command, "show", tmp_path], capture_output=True, text=True, env={"NO_COLOR": "1"})
