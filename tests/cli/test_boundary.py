@@ -232,6 +232,15 @@ def test_a_signal_while_python_imports_is_answered(number: int, status: int, tmp
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_answer_changes_nothing(number: int) -> None:
+    """Python ends then, and torch with it: what raised there would be a traceback."""
+    ending = f"import atexit, signal; atexit.register(signal.raise_signal, {int(number)})"
+    command = [sys.executable, "-c", f"{ending}; from sparkctl.__main__ import main; main()", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"sparkctl {__version__}\n", "")
+
+
 def test_the_installed_command_speaks_without_colour(tmp_path: Path) -> None:
     command = Path(sys.executable).with_name("sparkctl")
     done = subprocess.run([command, "show", tmp_path], capture_output=True, text=True, env={"NO_COLOR": "1"})
