@@ -121,9 +121,9 @@ def _fit(path: Path, base: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> No
 def another(trained: Path) -> str:
     """The hint where the weights in `trained` cannot be merged: their checkpoint lies two folders below its run."""
     checkpoint = trained.parent
-    if names := state.others(checkpoint):
-        return shlex.join(["sparkctl", "merge", str(checkpoint.parent.parent), "--checkpoint", names[-1]])
-    return f"`{state.anew(checkpoint)}` begins anew: there is no other checkpoint"
+    if name := state.another(checkpoint):
+        return shlex.join(["sparkctl", "merge", str(checkpoint.parent.parent), "--checkpoint", name])
+    return f"`{state.anew(checkpoint)}` begins anew: {state.ALONE}"
 
 
 def listed(names: list[str]) -> str:

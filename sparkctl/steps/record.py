@@ -120,8 +120,8 @@ def open_session(job: Training, checkpoint: Path | None, ranks: Ranks, progress:
 def newest_whole(job: Training, progress: Progress) -> Path | None:
     """The checkpoint to go on from, and a word about each that is damaged; None: there is nothing whole."""
     found, damaged = state.newest_complete(job.checkpoints)
-    for error in damaged:
-        progress.say(f"{error.message}; taking the one before it")
+    for problem in damaged:
+        progress.say(f"{problem}; taking the one before it")
     return found
 
 

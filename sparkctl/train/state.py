@@ -38,6 +38,7 @@ TRAINABLE, OPTIMIZER, STATE, DIGESTS = "trainable.safetensors", "optimizer.safet
 FORMAT = 1
 RECENT = 10  # losses that the final one is the mean of
 RANDOM = "random."
+ALONE = "there is no other whole checkpoint"
 
 
 class CheckpointDamaged(SparkError):
@@ -109,32 +110,39 @@ def digest(checkpoint: Path) -> str:
 
 def verify(checkpoint: Path) -> None:
     """Read every byte. Raises CheckpointDamaged naming the first file that is not what was written."""
-    hint = _another(checkpoint)
+    if problem := _problem(checkpoint):
+        raise CheckpointDamaged(problem, _without(checkpoint))
+
+
+def _problem(checkpoint: Path) -> str | None:
+    """What is wrong with the first file that is not what was written, every byte read; None where it is whole."""
     path = checkpoint / DIGESTS
     try:
         data = path.read_bytes()
         digests = json.loads(data)
     except (OSError, ValueError):
-        raise CheckpointDamaged(f"`{path}` is missing or broken", hint) from None
+        return f"`{path}` is missing or broken"
     if not isinstance(digests, dict) or set(digests) != {OPTIMIZER, STATE, TRAINABLE} or _canonical(digests) != data:
-        raise CheckpointDamaged(f"`{path}` is damaged", hint)
+        return f"`{path}` is damaged"
     for name, wanted in digests.items():
         if not (checkpoint / name).is_file():
-            raise CheckpointDamaged(f"`{checkpoint / name}` is missing", hint)
+            return f"`{checkpoint / name}` is missing"
         if sha256_file(checkpoint / name) != wanted:
-            raise CheckpointDamaged(f"`{checkpoint / name}` is damaged: its digest is not the one in {DIGESTS}", hint)
+            return f"`{checkpoint / name}` is damaged: its digest is not the one in {DIGESTS}"
+    return None if _state(checkpoint) else f"`{checkpoint / STATE}` is of another version"
 
 
-def _another(checkpoint: Path) -> str:
+def _without(checkpoint: Path) -> str:
     """What to do without that checkpoint, whose run is two folders up."""
-    if names := others(checkpoint):
-        return shlex.join(["sparkctl", "resume", str(checkpoint.parent.parent), "--from", names[-1]])
-    return f"`{anew(checkpoint)}` begins anew: there is no other checkpoint"
+    if name := another(checkpoint):
+        return shlex.join(["sparkctl", "resume", str(checkpoint.parent.parent), "--from", name])
+    return f"`{anew(checkpoint)}` begins anew: {ALONE}"
 
 
-def others(checkpoint: Path) -> list[str]:
-    """Names of the checkpoints beside it, oldest first."""
-    return [path.name for path in listed(checkpoint.parent) if path.name != checkpoint.name]
+def another(checkpoint: Path) -> str | None:
+    """The name of the newest other one beside it that is whole: every byte of it is read."""
+    beside = (path for path in reversed(listed(checkpoint.parent)) if path.name != checkpoint.name)
+    return next((path.name for path in beside if _problem(path) is None), None)
 
 
 def anew(checkpoint: Path) -> str:
@@ -159,21 +167,20 @@ def intact(checkpoint: Path) -> bool:
     return True
 
 
-def newest_complete(folder: Path) -> tuple[Path | None, list[CheckpointDamaged]]:
+def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in `folder` that is whole, as is the best one before it; what is wrong with those after it.
 
     One whose best is damaged is no place to go on from: the training would end without its result.
     """
-    damaged: list[CheckpointDamaged] = []
+    damaged: list[str] = []
     for checkpoint in reversed(listed(folder)):
-        try:
-            verify(checkpoint)
+        problem = _problem(checkpoint)
+        if problem is None:
             best = read_state(checkpoint).best_checkpoint
-            if best and best != checkpoint.name:
-                verify(folder / best)
+            problem = _problem(folder / best) if best and best != checkpoint.name else None
+        if problem is None:
             return checkpoint, damaged
-        except CheckpointDamaged as error:
-            damaged.append(error)
+        damaged.append(problem)
     return None, damaged
 
 
@@ -188,10 +195,16 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def read_state(checkpoint: Path) -> State:
     """state.json. Raises CheckpointDamaged where it does not hold."""
+    if found := _state(checkpoint):
+        return found
+    raise CheckpointDamaged(f"`{checkpoint / STATE}` is missing or broken", _without(checkpoint))
+
+
+def _state(checkpoint: Path) -> State | None:
     try:
         return State.model_validate_json((checkpoint / STATE).read_bytes())
     except (OSError, ValidationError):
-        raise CheckpointDamaged(f"`{checkpoint / STATE}` is missing or broken", _another(checkpoint)) from None
+        return None
 
 
 def load(checkpoint: Path, optimizer: Optimizer) -> State:

@@ -90,7 +90,7 @@ def test_a_flipped_bit_is_noticed_and_named_and_the_one_before_taken(folder: Pat
             state.verify(folder / "step-000030")
     found, damaged = state.newest_complete(folder)
     assert found == folder / "step-000020"
-    assert ["step-000030/" in error.message for error in damaged] == [True]
+    assert ["step-000030/" in problem for problem in damaged] == [True]
     path.unlink()
     assert state.newest_complete(folder)[0] == folder / "step-000020"
 

@@ -75,6 +75,15 @@ def test_a_checkpoint_without_its_state_names_another(checkpoints: Path) -> None
     assert caught.value.hint == "sparkctl resume 'my run' --from step-000006"
 
 
+def test_a_damaged_checkpoint_names_none_that_is_damaged_too(checkpoints: Path) -> None:
+    for number, hint in ((6, "sparkctl resume 'my run' --from step-000003"), (3, "`sparkctl train 'my run' --force`")):
+        file = checkpoints / state.checkpoint_id(number) / state.TRAINABLE
+        file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+        with pytest.raises(state.CheckpointDamaged, match="is damaged") as caught:
+            state.verify(file.parent)
+        assert str(caught.value.hint).startswith(hint)
+
+
 def test_a_checkpoint_of_another_model_is_begun_anew(checkpoints: Path) -> None:
     with pytest.raises(SparkError, match="other tensors") as caught:
         state.load_trainable(checkpoints / "step-000003", {"w": torch.nn.Parameter(torch.ones(1))})
@@ -91,8 +100,8 @@ def test_weights_that_cannot_be_merged_name_another_checkpoint(checkpoints: Path
         return caught.value.hint
 
     assert refused() == "sparkctl merge 'my run' --checkpoint step-000006"
-    state.remove(checkpoints / "step-000006")
-    assert refused() == "`sparkctl train 'my run' --force` begins anew: there is no other checkpoint"
+    (checkpoints / "step-000006" / state.OPTIMIZER).write_bytes(b"")
+    assert refused() == "`sparkctl train 'my run' --force` begins anew: there is no other whole checkpoint"
 
 
 def test_a_model_without_modules_to_adapt_is_trained_whole(llama_folder: Path) -> None:
