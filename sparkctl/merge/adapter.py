@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparkctl.errors import SparkError
-from sparkctl.files import staged_folder
+from sparkctl.files import naming, staged_folder
 from sparkctl.manifest.schema import Lora
 from sparkctl.merge.merge import Merged, describe, prepare, require_space
 from sparkctl.merge.updates import LORA_A, LORA_B, Update, adapted_modules
@@ -39,7 +39,7 @@ def write_adapter(
     file, merged = TensorFile(trained), describe_adapter(checkpoint, changes, trained)
     require_space(out, merged.bytes)
     modules = {module: live_name(module, kind) for module in adapted_modules(file)}
-    with staged_folder(out, replace=replace) as stage:
+    with naming(out), staged_folder(out, replace=replace) as stage:
         with progress.task("writing the adapter", merged.bytes, "B") as task:
             _write_weights(file, modules, stage / WEIGHTS, task.advance)
         config = adapter_config(modules, checkpoint, lora, source, revision)

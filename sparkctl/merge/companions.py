@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
+
+from sparkctl.files import naming
 
 TEMPLATE = "chat_template.jinja"
 ENDINGS = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
@@ -40,7 +41,9 @@ def copy_companions(base: Path, out: Path, template: str | None) -> None:
         if own and name.split("/")[0] in RIVAL_TEMPLATES:
             continue
         (out / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(base / name, out / name)
+        with naming(base / name):
+            data = (base / name).read_bytes()
+        (out / name).write_bytes(data)  # not shutil's copy, which blames a full disk on what it reads
     if own and template is not None:
         (out / TEMPLATE).write_bytes(template.encode())
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sparkctl.errors import SparkError
-from sparkctl.files import staged_folder
+from sparkctl.files import naming, staged_folder
 from sparkctl.manifest.schema import Lora
 from sparkctl.merge.companions import copy_companions
 from sparkctl.merge.updates import Update, another, listed, updates
@@ -71,12 +71,12 @@ def merge_checkpoint(
 
     lora: rank and alpha; None in full fine-tuning. template: the chat template of the run. finish: writes what else
     belongs into the folder, after the audit. Raises SparkError where the two do not fit or the audit finds anything,
-    OSError where the disk is full; `out` is then what it was.
+    OSError naming `out` where the disk is full, or what cannot be read; `out` is then what it was.
     """
     checkpoint, changes = prepare(base, trained, lora)
     merged = describe(checkpoint, changes)
     require_space(out, merged.bytes)
-    with staged_folder(out, replace=replace) as stage:
+    with naming(out), staged_folder(out, replace=replace) as stage:
         copy_companions(base, stage, template)
         with promising(stage) as promised:
             with progress.task("merging", merged.bytes, "B") as task:

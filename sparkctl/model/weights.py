@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sparkctl.errors import SparkError
-from sparkctl.files import CHUNK
+from sparkctl.files import CHUNK, naming
 from sparkctl.model.anew import file_anew, folder_anew
 from sparkctl.model.format import (
     BITS,
@@ -111,7 +111,8 @@ class TensorFile:
         file.seek(len(self.header) + start)
         done = 0
         while done < len(buffer):
-            count = file.readinto(buffer[done:])
+            with naming(self.path):
+                count = file.readinto(buffer[done:])
             if not count:
                 raise SparkError(f"`{self.path}` was cut short while it was read", file_anew(self.path))
             done += count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from sparkctl.errors import SparkError
 from sparkctl.manifest.schema import Lora
 from sparkctl.merge import merge
+from sparkctl.merge.adapter import write_adapter
+from sparkctl.merge.companions import companions
 from sparkctl.merge.merge import merge_checkpoint, prepare
 from sparkctl.merge.updates import updates
-from sparkctl.model.weights import INDEX, Checkpoint
+from sparkctl.model.weights import INDEX, Checkpoint, TensorFile
 
 LORA = Lora(r=4, alpha=6)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -312,3 +315,39 @@ def test_logging_is_where_a_warning_would_be_seen(base: Path, tmp_path: Path, ca
     with merging.heard(caplog), pytest.raises(AssertionError, match="missing_keys"):
         merging.load("AutoModelForCausalLM", base)
     assert caplog.records
+
+
+@pytest.mark.parametrize("what", ["a companion", "the weights"])
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_a_file_that_may_not_grow_is_said_with_its_place(base: Path, tmp_path: Path, what: str, kind: str) -> None:
+    """As under `ulimit -f`, or on a full disk: nothing is left."""
+    trained, out = merging.adapters(base, tmp_path / "t.safetensors", LORA), tmp_path / "out"
+    most = max((base / name).stat().st_size for name in companions(base)) if what == "the weights" else 100
+    assert what != "the weights" or most < trained.stat().st_size, "the limit would not be met"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            if kind == "model":
+                merge_checkpoint(base, trained, out, lora=LORA)
+            else:
+                write_adapter(base, trained, out, lora=LORA, kind="text", source="base", revision=None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "t.safetensors"]
+
+
+def test_a_read_that_fails_in_a_merge_is_not_laid_on_its_target(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = merging.adapters(base, tmp_path / "t.safetensors", LORA)
+
+    def copy(file: TensorFile, *arguments: Any) -> None:
+        file.path = Path("/proc/self/mem")  # whose first bytes really cannot be read
+        list(file.pieces(next(iter(file.names()))))
+
+    monkeypatch.setattr(TensorFile, "copy_bytes", copy)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        merge_checkpoint(base, trained, tmp_path / "out", lora=LORA)
+    assert caught.value.filename == "/proc/self/mem"
