@@ -6,6 +6,7 @@ import json
 import resource
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -326,12 +327,10 @@ def test_a_file_that_may_not_grow_is_said_with_its_place(base: Path, tmp_path: P
     assert what != "the weights" or most < trained.stat().st_size, "the limit would not be met"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    adapter = partial(write_adapter, kind="text", source="base", revision=None)
     try:
         with pytest.raises(OSError, match="File too large") as caught:
-            if kind == "model":
-                merge_checkpoint(base, trained, out, lora=LORA)
-            else:
-                write_adapter(base, trained, out, lora=LORA, kind="text", source="base", revision=None)
+            (merge_checkpoint if kind == "model" else adapter)(base, trained, out, lora=LORA)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert caught.value.filename == str(out)
