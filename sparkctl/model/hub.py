@@ -38,13 +38,15 @@ def locate(
     base: Path | None = None,
     weights: bool = False,
     small: Sequence[str] | None = None,
+    moved: str | None = None,
     progress: Progress = silent,
 ) -> ModelSource:
     """The model that `source` names: a folder, or ORG/NAME on the hub, with config, tokenizer and templates.
 
     revision: the commit of a hub model, recorded earlier; None takes the newest. base: the run whose manifest names a
-    folder. weights: the safetensors have to be there too. small: of a hub model's other files only these. Raises
-    UsageError where there is no such folder or model, SparkError where it cannot be had.
+    folder. weights: the safetensors have to be there too. small: of a hub model's other files only these. moved: the
+    hint where such a folder is gone. Raises UsageError where there is no such folder or model, SparkError where it
+    cannot be had.
     """
     if revision is None:
         folder = _recorded(base, source) if base else Path(source)
@@ -53,7 +55,7 @@ def locate(
         if folder.exists():
             raise UsageError(f"`{folder}` is a file", "a model is a folder with config.json and safetensors weights")
         if base or not is_hub_id(source):
-            raise UsageError(f"no folder `{folder}`", "check the path; a model on the hub is named ORG/NAME")
+            raise UsageError(f"no folder `{folder}`", moved or "check the path; a model on the hub is named ORG/NAME")
     from sparkctl.model.download import SMALL, Hub
 
     hub = Hub(source, env.hub_endpoint(), env.hub_cache(), offline=env.hub_offline())

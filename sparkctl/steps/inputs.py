@@ -183,6 +183,12 @@ def analyze_command(run: Run, *options: str, shown: Path | None = None) -> str:
     return shlex.join(["sparkctl", "analyze", *words])
 
 
+def base_moved(run: Run) -> str:
+    """What to do where the base's folder is gone: tokens, plan and training hold on for the same model elsewhere."""
+    elsewhere = analyze_command(run, "--model", "FOLDER", "--force")
+    return f"put it back, or `{elsewhere}` with the folder where it is now"
+
+
 def recommend_command(run: Run, *, shown: Path | None = None, **changes: Any) -> str:
     """The command line that planned `run`, as the plan keeps it, with other values.
 
@@ -321,7 +327,8 @@ def _model(request: Request, run: Run | None, parent: Run | None, progress: Prog
         pinned = next((model.revision for _, model in owners if model.source == request.model), None)
         return locate(request.model, revision=pinned, progress=progress)
     for root, model in owners:
-        return locate(model.source, revision=model.revision, base=root, progress=progress)
+        moved = request.again("--model", "FOLDER")
+        return locate(model.source, revision=model.revision, base=root, moved=moved, progress=progress)
     raise UsageError("which model to train is not said", "name it: `--model FOLDER` or `--model HUB_ID`")
 
 

@@ -20,7 +20,7 @@ from sparkctl.plan.recommend import recommend as make_plan
 from sparkctl.plan.request import Situation, Wishes
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.bases import require_files
-from sparkctl.steps.inputs import TOKENS, analysed, analyze_command, recorded_parent
+from sparkctl.steps.inputs import TOKENS, analysed, analyze_command, base_moved, recorded_parent
 from sparkctl.steps.training import FREE
 from sparkctl.words import quoted
 
@@ -113,7 +113,7 @@ def _model(run: Run, table: ModelTable, progress: Progress) -> Model:
     from sparkctl.model.inspect import full_parameters, inspect, lora_parameters, text_part
     from sparkctl.model.served import lacking
 
-    source = locate(table.source, revision=table.revision, base=run.root, progress=progress)
+    source = locate(table.source, revision=table.revision, base=run.root, moved=base_moved(run), progress=progress)
     require_files(source)
     folder = source.folder
     info = inspect(folder, allow_unknown=table.allow_unknown)

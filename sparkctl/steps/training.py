@@ -17,7 +17,7 @@ from sparkctl.manifest.store import Run
 from sparkctl.manifest.table import CheckpointKind, EngineName
 from sparkctl.progress import Progress
 from sparkctl.steps.bases import read_base, require_whole, same_base
-from sparkctl.steps.inputs import TOKENS, analysed, analyze_command, recommend_command, recorded_parent
+from sparkctl.steps.inputs import TOKENS, analysed, analyze_command, base_moved, recommend_command, recorded_parent
 from sparkctl.train import state
 from sparkctl.train.ranks import Ranks, joined
 from sparkctl.words import counted, quoted
@@ -142,7 +142,9 @@ def model_folder(run: Run, model: ModelTable, progress: Progress) -> Path:
     """The folder of a run's base model, downloaded where needed."""
     from sparkctl.model.hub import locate
 
-    source = locate(model.source, revision=model.revision, base=run.root, weights=True, progress=progress)
+    source = locate(
+        model.source, revision=model.revision, base=run.root, weights=True, moved=base_moved(run), progress=progress
+    )
     if sha256_file(source.folder / "config.json") != model.config_sha256:
         raise UsageError(
             f"`{source.folder / 'config.json'}` is not the one that `analyze` saw",

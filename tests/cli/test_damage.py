@@ -128,6 +128,26 @@ def test_a_flipped_bit_among_the_tokens(
     assert arrow.read_bytes() == whole
 
 
+def test_a_base_that_was_moved_is_named_anew(llama_folder: Path, tmp_path: Path, capsys: Said) -> None:
+    """By the very command that the hint says; the plan holds on."""
+    data, run, base = tiny.chats(tmp_path / "chats.jsonl"), tmp_path / "run", tmp_path / "base"
+    shutil.copytree(llama_folder, base)
+    assert said(capsys, "analyze", data, "--run", run, "--model", base)[0] == 0
+    assert said(capsys, "recommend", run)[0] == 0
+    base.rename(tmp_path / "elsewhere")
+    for command in (("train", run), ("recommend", run, "--force")):
+        status, text = said(capsys, *command)
+        assert (status, f"no folder `{base}`" in text) == (2, True)
+        hint = text.partition("hint: put it back, or `sparkctl ")[2].partition("`")[0]
+        assert hint.endswith("--model FOLDER --force"), text
+    status, text = said(capsys, "analyze", data, "--run", run, "--force")
+    assert (status, "--model FOLDER" in text) == (2, True)
+    status, text = said(capsys, *hint.replace("FOLDER", str(tmp_path / "elsewhere")).split())
+    assert status == 0, text
+    status, text = said(capsys, "train", run, "--dry-run")
+    assert status == 0, text
+
+
 def test_nothing_goes_on_from_behind_a_damaged_best_checkpoint(folder: Path) -> None:
     """The last one is whole, but the training's result would be lost."""
     checkpoints = folder / "run" / "checkpoints"
