@@ -75,6 +75,16 @@ def test_each_step_is_made_at_its_rate_and_counted_in_its_epoch(tmp_path: Path) 
     assert set(epochs) == {0, 1}
 
 
+def test_a_norm_is_written_as_it_was_before_it_was_clipped(tmp_path: Path) -> None:
+    norms = []
+    for name, most in (("free", 1e9), ("clipped", 1e-3)):
+        (tmp_path / name).mkdir()
+        training = Training(tmp_path / name, plan=ready.plan(max_grad_norm=most, max_steps=1))
+        training.run()
+        norms.append(training.lines("grad_norm")[1])
+    assert norms[0] == norms[1] > 1e-3
+
+
 def test_the_peak_is_that_of_all_resumes(tmp_path: Path) -> None:
     training = Training(tmp_path, plan=ready.plan(max_steps=3))
     training.state.peak_memory = 1 << 50

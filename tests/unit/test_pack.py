@@ -70,6 +70,13 @@ def test_another_seed_puts_other_documents_together_even_where_all_lengths_diffe
     assert len(mixes[0] & mixes[1]) <= 1
 
 
+def test_packs_come_in_no_order_of_their_documents_lengths() -> None:
+    lengths = np.random.RandomState(3).randint(1, 600, 1000)
+    packs = best_fit(lengths, 1024, seed=0)
+    longest = [lengths[packs.pack(i)].max() for i in range(len(packs))]
+    assert abs(np.corrcoef(longest, np.arange(len(packs)))[0, 1]) < 0.3  # 0.75 as they were begun, the longest first
+
+
 def test_documents_are_mixed_within_packs() -> None:
     lengths = np.random.RandomState(3).randint(1, 200, 1000)
     packs = best_fit(lengths, 512, seed=0)

@@ -23,7 +23,10 @@ from sparkctl.data.tokens import label_count
 from sparkctl.errors import NoMemory, SparkError
 from sparkctl.progress import silent
 from sparkctl.steps.certificate_process import read_setting, write_setting
+from sparkctl.train import state
 from sparkctl.train.engines import reference
+from sparkctl.train.optim import Optimizer
+from sparkctl.train.state import State
 from sparkctl.verify import gradients, lossless
 from sparkctl.verify.certificate import FORMULA, Certificate, Compared, Point, TensorRow, compared
 from sparkctl.verify.gradients import (
@@ -145,6 +148,17 @@ def test_each_pack_and_a_course_begin_without_gradients_and_that_reaches_the_pla
     first, second = (Truth(tmp_path).of(number) for number in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert max(rates) == slow.plan.learning_rate
+
+
+def test_a_start_gives_the_masters_that_are_measured(setting: Setting, tmp_path: Path) -> None:
+    begun = load_engine(setting)
+    with torch.no_grad():
+        for parameter in begun.parameters().values():
+            parameter.fill_(0.01)
+    start = state.save(tmp_path, State(step=2, mode="lora"), Optimizer(begun.parameters(), setting.plan))
+    engine = load_engine(setting)
+    measure(replace(setting, packs=[], course=[], start=start), lambda: engine, Truth(tmp_path), "", silent)
+    assert all(bool((parameter == 0.01).all()) for parameter in engine.parameters().values())
 
 
 def test_the_reference_is_as_far_from_the_truth_as_itself(llama_folder: Path) -> None:
