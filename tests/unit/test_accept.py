@@ -138,6 +138,12 @@ def test_a_row_of_the_manifest() -> None:
     assert (row.shorter, row.by_length) == ([[pytest.approx(2 / 3, abs=1e-6)]], [pytest.approx(2 / 3, abs=1e-6), 1.5])
 
 
+def test_a_conditional_rate_is_of_those_whose_earlier_tokens_were_accepted() -> None:
+    answers = [Answer(np.zeros(3, np.int32), np.zeros(5, np.int32), np.zeros(1, np.int32))]
+    row = acceptance(Subject("a", None, None, "x"), answers, [table([True, True, False, False], [True] * 4)])  # type: ignore[arg-type]
+    assert (row.cumulative, row.conditional) == ([0.5, 0.5], [0.5, 1.0])
+
+
 def test_rates_of_nothing_are_zero() -> None:
     assert rates([np.zeros((2, 0), dtype=bool)], 2) == (0, [0.0, 0.0])
 

@@ -53,15 +53,15 @@ def test_pack_length(longest: int, tokens: int, length: int) -> None:
 
 
 def test_pack_length_by_measurement() -> None:
-    rates = {2048: 900.0, 8192: 1200.0, 16384: 1100.0, 1024: 9999.0}
+    rates = {2048: 900.0, 8192: 1200.0, 16384: 1100.0, 1024: 9999.0, 131072: 9999.0}
     chosen = rules.pack_length(2000, 86016, rates)
-    assert chosen.value == 8192  # 1,024 was faster and is too short for the longest document
+    assert chosen.value == 8192  # faster were 1,024, too short for the longest document, and more than a step
     assert "1,200" in chosen.reason
     assert rules.pack_length(2000, 86016, {8192: 1200.0}).value == 4096  # one alone is no comparison
 
 
 @pytest.mark.parametrize(
-    ("tokens", "length", "packs"), [(86016, 4096, 21), (4096, 9088, 1), (2048, 2048, 1), (100, 99, 1)]
+    ("tokens", "length", "packs"), [(86016, 4096, 21), (4096, 9088, 1), (2048, 2048, 1), (100, 99, 1), (7000, 4096, 2)]
 )
 def test_accumulation(tokens: int, length: int, packs: int) -> None:
     assert rules.accumulation(tokens, length) == packs
