@@ -71,7 +71,7 @@ CASES = [
     (replace(SPARK, claims=Claims(problem="CUDA_ERROR_NOT_PERMITTED")), "CUDA", Weight.NEEDED, "_PERMI", "nvidia-smi"),
     (gpu(capability="7.5"), "GPU", Weight.NEEDED, "no bf16 in its tensor cores, which 8.0 has", None),
     (gpu(capability="13.0"), "GPU", Weight.NOTE, "13.0, unknown here: its features", "pip install -U"),
-    (gpu(processes=(Process(4711, 2 * GIB),)), "GPU", Weight.SLOW, "another process holds 2.0 GiB", "-p 4711`"),
+    (gpu(processes=(Process(4711, 2 * GIB), Process(2, None))), "GPU", Weight.SLOW, "another process", "-p 4711`"),
     (gpu(processes=(Process(1, GIB), Process(2, GIB))), "GPU", Weight.SLOW, "2 other processes hold", "-p 1,2`"),
     (gpu(throttled=("power brake",)), "clocks", Weight.SLOW, "power brake; a Spark's supply that is unplugged", None),
     (gpu(throttled=("software power cap",)), "clocks", Weight.NOTE, "power cap; a Spark's supply", None),
@@ -147,6 +147,31 @@ def test_small_things_are_not_told() -> None:
     assert device_rules.judge(quiet) == []
     own = replace(SPARK, claims=replace(SPARK.claims or Claims(), integrated=False), swap=GIB, available=9 * GIB)
     assert device_rules.judge(own) == []  # its GPU has a memory of its own
+
+
+@pytest.mark.parametrize(
+    ("seen", "weight"),
+    [
+        (gpu(processes=(Process(1, GIB),)), None),
+        (gpu(processes=(Process(1, GIB + 1),)), Weight.SLOW),
+        (gpu(power_limit=665.0, default_limit=700.0), None),  # 95 %
+        (gpu(power_limit=664.0, default_limit=700.0), Weight.SLOW),
+        (gpu(capability="8.0"), None),
+        (replace(SPARK, available=30 * GIB), None),  # a quarter
+        (replace(SPARK, available=29 * GIB), Weight.SLOW),
+        (replace(SPARK, swap=16 * GIB, swap_used=GIB), Weight.NOTE),
+        (replace(SPARK, swap=16 * GIB, swap_used=GIB + 1), Weight.SLOW),
+        *(
+            (replace(SPARK, disks=(Disk(name, Path("/x"), free),)), weight)
+            for name, least in (("runs here", 20 * GB), ("models' cache", 20 * GB), ("temporary files", GB))
+            for free, weight in ((least, None), (least - 1, Weight.SLOW), (GB // 10, Weight.SLOW))
+        ),
+        (replace(SPARK, disks=(Disk("kernels' cache", Path("/x"), GB // 10 - 1),)), Weight.NEEDED),
+        (gpu(throttled=("software power cap", "hardware slowdown")), Weight.SLOW),
+    ],
+)
+def test_the_bounds(seen: Device, weight: Weight | None) -> None:
+    assert [finding.weight for finding in device_rules.judge(seen)] == ([weight] if weight is not None else [])
 
 
 def test_the_heaviest_come_first_and_each_once() -> None:

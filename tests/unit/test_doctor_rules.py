@@ -60,8 +60,13 @@ CASES = [
         facts(assembler=OLD, others=(OLD, SYSTEM)),
     ),
     ("wrong on Hopper with Triton 3.6.0", None, Weight.NOTE, facts(HOPPER_GPU, target=HOPPER)),
+    ("Triton 3.7.0 for key", None, Weight.NOTE, facts(HOPPER_GPU, target=HOPPER, versions={"triton": "3.7.0"})),
     ("tl.dot races on Blackwell", ">=0.6", Weight.NEEDED, facts(versions={"flash-linear-attention": "0.5.2"})),
     ("tl.dot races", ">=0.6", Weight.NEEDED, facts(BLACKWELL, versions={"flash-linear-attention": "0.5.2"})),
+    (
+        "with Triton 3.7.1, and flash-linear-attention 0.5.2", ">=0.6", Weight.NEEDED,
+        facts(versions={"flash-linear-attention": "0.5.2", "triton": "3.7.1"}),
+    ),
     ("older Triton than 3.6.0", None, Weight.NEEDED, facts(versions={"torch": "2.10.0a0+b4e4ee8"})),
     ("without bitsandbytes", "pip install bitsandbytes", Weight.SLOW, facts(versions={"unsloth": "2026.10.9"})),
     ("older than what was tested", ">=5.17", Weight.SLOW, facts(versions={"transformers": "5.14.1"})),
@@ -133,6 +138,7 @@ def test_every_rule_has_a_case() -> None:
         facts(versions={"torch": "2.10.0", "triton": "3.6.0"}),  # no build of NVIDIA's
         facts(versions={"unsloth": "2026.10.9", "bitsandbytes": "0.50.2"}),
         facts(torch=Torch("13.0", ("sm_90", "compute_90"), True)),  # its PTX serves every later GPU
+        facts(torch=Torch("13.0", ("sm_90", "compute_121"), True)),  # and its own
         facts(driver=(13, 2)),
         facts(driver=None, torch=None),
         facts(versions={"numpy": "2.4.6", "triton": "3.7.1"}),
