@@ -31,7 +31,8 @@ from sparkctl.progress import silent
 from sparkctl.steps.leaks_process import leaks_apart
 from sparkctl.steps.verify_leaks import Looked, verify_leaks
 from sparkctl.train.engines.native.engine import NativeEngine
-from sparkctl.verify.leaks import LENGTHS, Finding, engine_leaks
+from sparkctl.verify import leaks
+from sparkctl.verify.leaks import LENGTHS, Finding, difference, engine_leaks, three_documents
 from sparkctl.verify.operators import operator_leaks
 from sparkctl.verify.small import PARTS, WINDOW, parts_of, write_model
 from sparkctl.verify.stack import CALLS, stack_leaks
@@ -275,6 +276,30 @@ def test_what_another_process_finds_is_what_is_found_here() -> None:
     apart = leaks_apart(*asked, allow_slow=False, name="RUN", without="sparkctl verify leaks --engine native")
     assert apart == engine_leaks(*asked)
     assert [one.part for one in apart] == ["attention"]
+
+
+def test_documents_on_both_sides_of_the_changed_one_are_trained_and_it_is_not() -> None:
+    for three in three_documents():
+        assert [bool(document.trained[1:].any()) for document in three] == [True, False, True]
+
+
+def test_the_last_bit_is_a_difference() -> None:
+    value = torch.tensor([1.0, 2.0])
+    assert difference({"a": value}, {"a": value.clone()}) == 0
+    assert difference({"a": value}, {"a": torch.nextafter(value, value + 1)}) > 0
+
+
+def test_adapters_are_filled_so_that_gradients_of_both_can_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def look(engine: NativeEngine, subject: str, part: str) -> Finding:
+        seen.extend(bool(value.any()) for name, value in engine.parameters().items() if "lora_B" in name)
+        return Finding(subject, part)
+
+    monkeypatch.setattr(leaks, "engine_leak", look)
+    engine_leaks(LLAMA, "native", "lora", this_machine(), silent)
+    assert seen
+    assert all(seen)
 
 
 def test_a_sliding_window_is_felt_within_each_document() -> None:

@@ -38,7 +38,18 @@ from sparkctl.verify.gradients import (
     ratio,
     together,
 )  # fmt: skip
-from sparkctl.verify.lossless import Setting, certificate, chosen_packs, judged, judges, load_engine, measure
+from sparkctl.verify.lossless import (
+    Judged,
+    Judges,
+    Measured,
+    Setting,
+    certificate,
+    chosen_packs,
+    judged,
+    judges,
+    load_engine,
+    measure,
+)  # fmt: skip
 
 
 def pack(count: int, seed: int, longest: int = 70) -> Pack:
@@ -156,9 +167,10 @@ def test_a_start_gives_the_masters_that_are_measured(setting: Setting, tmp_path:
         for parameter in begun.parameters().values():
             parameter.fill_(0.01)
     start = state.save(tmp_path, State(step=2, mode="lora"), Optimizer(begun.parameters(), setting.plan))
-    engine = load_engine(setting)
-    measure(replace(setting, packs=[], course=[], start=start), lambda: engine, Truth(tmp_path), "", silent)
+    engine, asked = load_engine(setting), replace(setting, packs=setting.packs[:1], course=[], start=start)
+    found = measure(asked, lambda: engine, Truth(tmp_path), "", silent, making=True)
     assert all(bool((parameter == 0.01).all()) for parameter in engine.parameters().values())
+    assert found.losses == [float(engine.eval_sum(one)) / one.labels for one in asked.documents]  # a token
 
 
 def test_the_reference_is_as_far_from_the_truth_as_itself(llama_folder: Path) -> None:
@@ -198,6 +210,16 @@ def test_what_does_not_fit_in_fp32_is_said_and_is_no_fault_and_nothing_else_is(
     for other in (SparkError("the model is another"), TritonError("no such instruction")):
         with pytest.raises(type(other), match=str(other)):
             in_fp32(other)
+
+
+def test_losses_are_compared_with_losses_and_norms_with_norms(setting: Setting) -> None:
+    three = [
+        Measured({"a": Distance(1.0, 4.0)}, [loss], [Point(loss, norm)]) for loss, norm in ((1, 4), (1.1, 5), (1.3, 6))
+    ]
+    found = certificate(setting.plan, Judges(*three[:2]), Judged(three[2], None, None))
+    assert (found.course_loss.theirs, found.course_loss.ours) == pytest.approx((0.1, 0.3))
+    assert (found.course_norm.theirs, found.course_norm.ours) == pytest.approx((0.25, 0.5))
+    assert found.document_loss.ours == pytest.approx(0.3)
 
 
 def row(name: str = "a", ours: float = 0.01, theirs: float = 0.01, **other: Any) -> TensorRow:
