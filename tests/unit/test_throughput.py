@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from sparkctl.hardware import measurements, throughput
 from sparkctl.hardware.load import Load
-from sparkctl.hardware.measurements import Kind, Probe, lookup, record
+from sparkctl.hardware.measurements import Kind, Layers, Probe, keep_ways, lookup, record, ways_here
 from sparkctl.hardware.throughput import Rate, expected, from_probe, from_table, operations
 
 KIND = Kind("2b", "lora", 128, False)
@@ -121,6 +122,31 @@ def test_the_notebook_is_no_mans_trouble(home: Path) -> None:
     assert lookup(plans.SPARK, KIND) == []
     assert record(plans.SPARK, KIND, "reference", 1.0, 1024, "now")
     assert json.loads((home / measurements.NAME).read_text())["schema"] == 1
+
+
+def test_another_schema_s_notebook_counts_as_empty(home: Path) -> None:
+    record(plans.SPARK, KIND, "reference", 1.0, 1024, "now")
+    path = home / measurements.NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 2}))
+    assert lookup(plans.SPARK, KIND) == []
+
+
+def test_ways_are_kept_beside_other_lengths_and_for_these_versions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, here = Layers("qwen3_5", 64, 96, 8), {"torch": "2.11.0", "triton": "3.6.0"}
+    monkeypatch.setattr(measurements, "versions", lambda: here)
+    for ways in ({"a": "torch", "b": "torch"}, {"b": "triton"}):
+        keep_ways(plans.SPARK, layers, ways, "now")
+    assert ways_here(plans.SPARK, layers) == {"a": "torch", "b": "triton"}
+    for other in ({"torch": "2.12.0"}, {"triton": "3.7.1"}):
+        monkeypatch.setattr(measurements, "versions", lambda other=other: here | other)
+        assert ways_here(plans.SPARK, layers) == {}
+
+
+def test_a_probe_is_of_the_fastest_call_and_counts_what_is_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = iter([0.1])
+    assert 0.002 <= measurements._best(lambda: time.sleep(next(pauses, 0.002)), "cpu") < 0.1
+    monkeypatch.setattr(measurements, "_best", lambda work, device: 1.0)
+    assert measurements.measure("cpu") == Probe(2 * 768**3, 2 * 4 * (1 << 24))
 
 
 def test_a_folder_that_cannot_be_written_ends_no_training(home: Path) -> None:
