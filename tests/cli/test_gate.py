@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ready
@@ -13,6 +14,7 @@ import tiny
 from sparkctl.cli import app
 from sparkctl.errors import Interrupted
 from sparkctl.manifest.store import Run
+from sparkctl.steps import gate
 from sparkctl.train.engines.reference import ReferenceEngine
 
 
@@ -43,6 +45,16 @@ def test_an_interrupted_training_is_held_to_its_gate_when_resumed(
     assert (trained.status, trained.gate.passed) == ("done", False)
     assert app.run(["show", str(child.root), "--json"]) == 0
     assert "not let through by the gate" in json.loads(capsys.readouterr().out)["steps"]["train"]["detail"]
+
+
+@pytest.mark.parametrize(("loss", "passed"), [(2.5, True), (2.51, False)])
+def test_a_gate_is_a_share_of_the_parent_s_loss_for_the_best_one(
+    loss: float, passed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "_parent_loss", lambda *_: 2.0)
+    trained = SimpleNamespace(best_eval_loss=loss, final_eval_loss=9.0)
+    found = gate.score(None, (None, None), trained, 0.25, None, None)  # type: ignore[arg-type]
+    assert (found.parent_loss, found.loss, found.passed) == (2.0, loss, passed)
 
 
 def test_a_gate_without_a_parent_is_refused_before_training(
