@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ready
 import torch
 import triton
 from sparkctl_kernels import gated_delta as rule
 from sparkctl_kernels.attention import flash
+from sparkctl_kernels.dispatch import Choice
 from sparkctl_kernels.gated_delta import op
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -80,3 +82,17 @@ def test_proofs_in_fp32_take_the_reference(gpu: pytest.MonkeyPatch, dtype: torch
     with FakeTensorMode():
         assert op.runs_on(torch.empty(3, 1, 128, dtype=dtype, device=GPU)) == kernel
     assert op.runs_on(torch.empty(3, 1, 128, dtype=dtype)) == "reference"
+
+
+def test_an_engine_refuses_a_slow_fallback_unless_it_is_allowed(
+    qwen35_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Choice(
+        "gated_delta", "reference", "flash-linear-attention is not installed", slow=True, mend="pip install x"
+    )
+    monkeypatch.setattr(native, "kernels", lambda *_: [slow])
+    with pytest.raises(SparkError, match="would run on its slow reference"):
+        native.load(ready.plan(), qwen35_folder, {})
+    assert ("gated_delta", f"reference ({slow.reason})") in native.load(
+        ready.plan(), qwen35_folder, {}, allow_slow=True
+    ).describe()
