@@ -155,6 +155,16 @@ def test_whatever_gradients_are_there_are_added_to(qwen35_folder: Path) -> None:
     assert all(torch.equal(kept[name], once[name]) for name in kept)
 
 
+def test_masters_are_read_again_where_an_optimiser_keeps_the_gradients(qwen35_folder: Path) -> None:
+    trained, one = engine(qwen35_folder), pack()
+    before = float(trained.micro_step(one, 1.0))
+    optimizer = torch.optim.AdamW(trained.parameters().values(), lr=1e-2)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    assert float(trained.micro_step(one, 1.0)) == pytest.approx(float(trained.eval_sum(one)), rel=LIMIT)
+    assert float(trained.eval_sum(one)) != pytest.approx(before, rel=1e-3)
+
+
 def test_a_pack_without_labels_counts_nothing(qwen35_folder: Path) -> None:
     trained = engine(qwen35_folder)
     nothing = Pack([Document(0, np.arange(5, dtype=np.int32), np.zeros(5, dtype=bool))], 5, 0)
