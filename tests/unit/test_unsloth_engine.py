@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,15 @@ import pytest
 import ready
 import torch
 
+from sparkctl import env
 from sparkctl.data.batches import Document, Pack
 from sparkctl.data.tokens import label_count
 from sparkctl.errors import SparkError, UsageError
+from sparkctl.manifest import schema
 from sparkctl.progress import silent
 from sparkctl.steps.record import carry_out
 from sparkctl.train.engines import make_engine, reference, unsloth
+from sparkctl.train.engines.hopper import allow_on_hopper
 from sparkctl.train.ranks import Ranks
 
 LOSS, GRADIENT = 2e-3, 3e-2  # relative, bf16 against the reference's bf16, whose head works on label tokens alone;
@@ -56,7 +60,8 @@ class FastLanguageModel:
     @staticmethod
     def get_peft_model(model, *, r, lora_alpha, lora_dropout, bias, target_modules, use_gradient_checkpointing,
                        random_state):
-        calls.append(dict(r=r, lora_alpha=lora_alpha, use_gradient_checkpointing=use_gradient_checkpointing))
+        calls.append(dict(r=r, lora_alpha=lora_alpha, use_gradient_checkpointing=use_gradient_checkpointing,
+                          lora_dropout=lora_dropout, bias=bias, random_state=random_state))
         targets = adapted or target_modules
         made = adapt(model, LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias=bias,
                                        target_modules=targets, task_type="CAUSAL_LM"))
@@ -160,11 +165,15 @@ def test_gradients_add_up_and_what_has_no_label_adds_nothing(
 def test_what_unsloth_is_asked_for(installed: Callable[..., Any], qwen35_folder: Path) -> None:
     modules = installed()
     for checkpointing, word in ((False, False), (True, "unsloth")):
-        make_engine(ready.plan(engine="unsloth", checkpointing=checkpointing), qwen35_folder)
+        plan = ready.plan(engine="unsloth", checkpointing=checkpointing)
+        make_engine(plan, qwen35_folder)
         base, adapters = modules["unsloth"].calls[-2:]
         assert base["use_gradient_checkpointing"] == adapters["use_gradient_checkpointing"] == word
         assert (base["load_in_4bit"], base["full_finetuning"], base["text_only"]) == (False, False, True)
-        assert (adapters["r"], adapters["lora_alpha"]) == (4, 6)
+        assert (base["dtype"], base["float32_mixed_precision"]) == (torch.bfloat16, True)  # what is trained is fp32
+        assert (base["max_seq_length"], base["random_state"]) == (plan.pack_length, plan.seed)
+        assert (adapters["r"], adapters["lora_alpha"], adapters["random_state"]) == (4, 6, plan.seed)
+        assert (adapters["lora_dropout"], adapters["bias"]) == (0, "none")
     made = make_engine(ready.plan(engine="unsloth", mode="full"), qwen35_folder)
     assert modules["unsloth"].calls[-1]["full_finetuning"] is True
     assert made.describe()[0] == ("engine", "unsloth 2026.10.9: its model and patches, one document a row")
@@ -205,9 +214,27 @@ def test_a_missing_package_and_one_that_does_not_import(
         make_engine(ready.plan(engine="unsloth"), qwen35_folder)
 
 
-def test_a_plan_for_a_cpu_is_refused() -> None:
+def test_it_reports_to_nobody_and_compiles_into_the_user_s_cache(
+    installed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("UNSLOTH_COMPILE_LOCATION", "UNSLOTH_DISABLE_STATISTICS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    installed("torch>=2", code="import os\nseen = dict(os.environ)\nFastLanguageModel = None\n")
+    unsloth.language_model()
+    seen = sys.modules["unsloth"].seen
+    assert seen["UNSLOTH_DISABLE_STATISTICS"] == "1"
+    assert seen["UNSLOTH_COMPILE_LOCATION"] == str(env.user_cache_folder() / "unsloth")
+
+
+@pytest.mark.parametrize(("planned", "there"), [("cpu", False), ("cpu", True), ("cuda", False)])
+def test_a_plan_without_a_gpu_that_is_there_is_refused(
+    planned: str, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    machine = schema.Machine(name="test", device=planned, memory=1 << 33, cores=1)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="needs a GPU") as caught:
-        unsloth.require_gpu(ready.plan(engine="unsloth"), "runs/r1")
+        unsloth.require_gpu(ready.plan(engine="unsloth", machine=machine), "runs/r1")
     assert caught.value.hint == "sparkctl recommend runs/r1 --engine native"
 
 
@@ -222,6 +249,25 @@ def test_f32_tensors_stay_so_under_adapters(installed: Callable[..., Any], qwen3
     assert found
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in found.values())
     assert all(torch.equal(p, wanted[name]) for name, p in found.items())
+
+
+@pytest.mark.parametrize(
+    ("key_dim", "major", "allowed"),
+    [(128, 9, True), (64, 9, False), (None, 9, False), (128, 8, False), (128, 12, False)],
+)
+def test_fla_is_let_run_on_hopper_alone_and_where_it_is_right(
+    key_dim: int | None, major: int, allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk_o = SimpleNamespace(TRITON_ABOVE_3_7_1=False)
+    for name in ("fla", "fla.ops", "fla.ops.common"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(chunk_o=chunk_o))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
+    config = SimpleNamespace(linear_key_head_dim=key_dim)
+    allow_on_hopper(config)
+    assert chunk_o.TRITON_ABOVE_3_7_1 is allowed
+    monkeypatch.setitem(sys.modules, "fla.ops.common", None)
+    allow_on_hopper(config)  # where fla is not installed, plain torch computes
 
 
 def test_it_is_imported_before_the_base_is_looked_at(installed: Callable[..., Any]) -> None:
