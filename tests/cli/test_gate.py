@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import ready
 import tiny
+from safetensors.torch import load_file, save_file
 
 from sparkctl.cli import app
-from sparkctl.errors import Interrupted
+from sparkctl.errors import Interrupted, UsageError
+from sparkctl.manifest.schema import Lora
 from sparkctl.manifest.store import Run
 from sparkctl.steps import gate
+from sparkctl.train import state
 from sparkctl.train.engines.reference import ReferenceEngine
+from sparkctl.train.state import CheckpointDamaged
 
 
 def test_an_interrupted_training_is_held_to_its_gate_when_resumed(
@@ -23,7 +28,10 @@ def test_an_interrupted_training_is_held_to_its_gate_when_resumed(
 ) -> None:
     parent = ready.run(tmp_path / "r1", llama_folder, count=24)
     assert app.run(["train", str(parent.root)]) == 0
-    child = ready.run(tmp_path / "r2", llama_folder, parent=Run.open(parent.root), count=24, learning_rate=1e-6)
+    base, other = shutil.copytree(llama_folder, tmp_path / "base"), dict(learning_rate=1e-6, lora=Lora(r=8, alpha=8))
+    weights = {name: value * 1.1 for name, value in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    child = ready.run(tmp_path / "r2", base, parent=Run.open(parent.root), count=24, **other)
     calls = 0
     micro_step = ReferenceEngine.micro_step
 
@@ -43,6 +51,9 @@ def test_an_interrupted_training_is_held_to_its_gate_when_resumed(
     assert "the gate allows 0.0%" in capsys.readouterr().err
     trained = Run.open(child.root).manifest.train
     assert (trained.status, trained.gate.passed) == ("done", False)
+    assert (
+        trained.gate.parent_loss == Run.open(parent.root).manifest.train.best_eval_loss
+    )  # on its own base, with its own rank
     assert app.run(["show", str(child.root), "--json"]) == 0
     assert "not let through by the gate" in json.loads(capsys.readouterr().out)["steps"]["train"]["detail"]
 
@@ -55,6 +66,28 @@ def test_a_gate_is_a_share_of_the_parent_s_loss_for_the_best_one(
     trained = SimpleNamespace(best_eval_loss=loss, final_eval_loss=9.0)
     found = gate.score(None, (None, None), trained, 0.25, None, None)  # type: ignore[arg-type]
     assert (found.parent_loss, found.loss, found.passed) == (2.0, loss, passed)
+
+
+def test_the_rival_is_the_parent_s_best_checkpoint_whole_and_comparable(tmp_path: Path, llama_folder: Path) -> None:
+    parent = ready.run(tmp_path / "r1", llama_folder, count=24)
+    assert app.run(["train", str(parent.root), "--no-certificate"]) == 0
+    oldest, *newer = state.listed(parent.root / "checkpoints")
+    assert newer
+    with Run.open(parent.root).edit() as manifest:
+        manifest.train.best_checkpoint = oldest.name
+    child = ready.run(tmp_path / "r2", llama_folder, parent=Run.open(parent.root), count=24)
+    assert gate.rival(child)[1] == oldest
+    with child.edit() as manifest:
+        manifest.analysis.eval_examples = 0
+    with pytest.raises(UsageError, match="holds no example out"):
+        gate.rival(Run.open(child.root))
+    with child.edit() as manifest:
+        manifest.model.tokenizer_sha256 = "another"
+    with pytest.raises(UsageError, match="another tokenizer"):
+        gate.rival(Run.open(child.root))
+    (oldest / "trainable.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointDamaged, match=oldest.name):
+        gate.rival(child)
 
 
 def test_a_gate_without_a_parent_is_refused_before_training(
