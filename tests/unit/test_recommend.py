@@ -19,7 +19,8 @@ from sparkctl.hardware import heads
 from sparkctl.hardware.measurements import Kind, record
 from sparkctl.manifest.fingerprint import fingerprint
 from sparkctl.manifest.schema import Asked, Choices, Estimates, PlanTable
-from sparkctl.plan.estimates import START_SECONDS
+from sparkctl.plan.estimates import START_SECONDS, Documents
+from sparkctl.plan.heads import HeadWishes, seconds
 from sparkctl.plan.recommend import FORMAT, is_made_from, made_from, recommend
 from sparkctl.plan.request import Situation, Wishes
 
@@ -293,6 +294,34 @@ def test_a_measurement_here_changes_the_estimate(chats: Store) -> None:
     assert after.tokens_per_second == pytest.approx(90)
     trained = chats.lengths[~chats.held_out].sum() * 5
     assert after.seconds > trained / 100
+
+
+@pytest.mark.parametrize(("mode", "rank"), [("lora", 128), ("full", 0)])
+def test_an_engine_is_as_fast_as_at_its_best_length_in_this_mode(chats: Store, mode: str, rank: int) -> None:
+    kind = Kind("config of 2b", mode, rank, False)  # type: ignore[arg-type]
+    for engine, rate, length in (("native", 900.0, 2048), ("native", 100.0, 4096), ("reference", 950.0, 2048)):
+        record(SPARK, kind, engine, rate, length, "2026-11-24T10:00:00Z")  # type: ignore[arg-type]
+    assert recommend(situation(chats), wishes(mode=mode)).engine == "reference"
+    record(SPARK, kind, "native", 1000.0, 2048, "2026-11-24T10:00:00Z")
+    assert recommend(situation(chats), wishes(mode=mode)).engine == "native"
+
+
+def test_a_head_is_trained_as_fast_as_at_its_best_length(chats: Store) -> None:
+    plan, kind = recommend(situation(chats), wishes()), Kind("config of 2b", "mtp", 3, False)
+    found = []
+    for rate, length in ((900.0, 8192), (100.0, 2048)):
+        record(SPARK, kind, "native", rate, length, "2026-11-24T10:00:00Z")
+        documents = Documents.of(chats)  # type: ignore[arg-type]
+        found.append(seconds(plan, plans.model("2b").shape, documents, HeadWishes(), "config of 2b"))
+    assert found[0] == found[1]
+
+
+def test_what_fits_fits_to_the_byte(chats: Store) -> None:
+    pinned = wishes(mode="lora", lora_r=128, pack_length=4096, checkpointing=False)
+    needed = recommend(situation(chats), pinned).estimates.peak_memory
+    exact, less = (SPARK.model_copy(update={"memory": memory}) for memory in (needed, needed - 1))
+    assert recommend(situation(chats, machine=exact), pinned).estimates.peak_memory == needed
+    assert "memory" in refused(situation(chats, machine=less), pinned).message
 
 
 def test_terms_make_up_the_peak(chats: Store) -> None:
