@@ -18,7 +18,6 @@ from sparkctl.manifest.schema import Manifest
 from sparkctl.manifest.store import NAME, Run, read_manifest
 from sparkctl.steps.inputs import analyze_command
 from sparkctl.steps.training import parent_of, planned
-from sparkctl.train import state
 
 RECIPE = "qwen3.5-0.8b-lora"
 
@@ -193,19 +192,6 @@ def test_a_hint_analyses_as_the_user_did(
     assert answer.json["data"]["eval_fraction"] == 0.3
     monkeypatch.chdir(tmp_path)
     assert analyze_command(Run.open(folder), shown=Path("r1")) == "sparkctl analyze chats.jsonl --run r1 --skip-bad"
-
-
-def test_a_damaged_checkpoints_hint_names_another(tmp_path: Path) -> None:
-    checkpoints = tmp_path / "r1" / "checkpoints"
-    for step in (3, 6):
-        (checkpoints / state.checkpoint_id(step)).mkdir(parents=True)
-    with pytest.raises(state.CheckpointDamaged) as caught:
-        state.verify(checkpoints / "step-000006")
-    assert caught.value.hint == f"sparkctl resume {tmp_path / 'r1'} --from step-000003"
-    shutil.rmtree(checkpoints / "step-000003")
-    with pytest.raises(state.CheckpointDamaged) as caught:
-        state.verify(checkpoints / "step-000006")
-    assert (caught.value.hint or "").startswith(f"`sparkctl train {tmp_path / 'r1'} --force`")
 
 
 def test_a_run_without_files_asks_for_data(tmp_path: Path, llama_folder: Path) -> None:

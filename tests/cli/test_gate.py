@@ -76,7 +76,7 @@ def test_the_rival_is_the_parent_s_best_checkpoint_whole_and_comparable(tmp_path
     with Run.open(parent.root).edit() as manifest:
         manifest.train.best_checkpoint = oldest.name
     child = ready.run(tmp_path / "r2", llama_folder, parent=Run.open(parent.root), count=24)
-    assert gate.rival(child)[1] == oldest
+    assert gate.rival(child)[1].resolve() == oldest.resolve()
     with child.edit() as manifest:
         manifest.analysis.eval_examples = 0
     with pytest.raises(UsageError, match="holds no example out"):
