@@ -56,7 +56,7 @@ class Session:
     state: State
     ranks: Ranks
     advice: Advice
-    folder: Path | None = None  # of the base, where that is what is trained on
+    folder: Path | None  # of the base, where that is what is trained on
 
     @classmethod
     def open(
@@ -68,19 +68,17 @@ class Session:
 
         name: the run in hints. allow_slow: a GPU may compute in plain torch what lacks its fast kernel.
         """
-        session = cls.of(
+        return cls.of(
             plan, store, lambda: make_engine(plan, folder, choices, name, allow_slow),
-            State(mode=plan.mode, lora=plan.lora), advice or _advice(name, store), ranks,
+            State(mode=plan.mode, lora=plan.lora), advice or _advice(name, store), ranks, folder,
         )  # fmt: skip
-        session.folder = folder
-        return session
 
     @classmethod
     def of(
         cls, plan: Course, store: TokenStore, engine: Callable[[], Engine], start: State, advice: Advice,
-        ranks: Ranks | None = None,
+        ranks: Ranks | None = None, folder: Path | None = None,
     ) -> Session:  # fmt: skip
-        """Load what `engine` makes and stand before step 1."""
+        """Load what `engine` makes and stand before step 1. folder: of the base, where that is what is trained on."""
         ranks = ranks or Ranks()
         schedule = Schedule(
             store, pack_length=plan.pack_length, gradient_accumulation=plan.gradient_accumulation, epochs=plan.epochs,
@@ -93,7 +91,7 @@ class Session:
         guard.release()  # the blocks of loading: torch would keep them, too small for what a pack wants
         random.seed_all(plan.seed)  # last: libraries draw from Python's generator when they are first imported
         held_out = eval_packs(store, plan.pack_length)
-        return cls(plan, store, made, schedule, optimizer, held_out, start, ranks, advice)
+        return cls(plan, store, made, schedule, optimizer, held_out, start, ranks, advice, folder)
 
     def restore(self, checkpoint: Path) -> None:
         """Stand where `checkpoint` stands."""
