@@ -50,6 +50,9 @@ class Bigrams:
     def choices(self) -> dict[str, str]:
         return {}
 
+    def pin(self, choices: dict[str, str]) -> None:
+        pass
+
     def _loss(self, pack: Pack) -> torch.Tensor:
         total = self.table.sum() * 0
         for document in pack.documents:

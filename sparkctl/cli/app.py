@@ -27,6 +27,7 @@ from sparkctl.errors import (
     memory_error,
     reason,
 )  # fmt: skip
+from sparkctl.train.ranks import leave
 
 # a command's file in sparkctl/cli, in the order that --help shows: groups of commands come last there
 COMMANDS = ("analyze", "recommend", "train", "resume", "merge", "show", "demo", "doctor", "mtp", "verify", "bench")
@@ -183,4 +184,4 @@ def main() -> None:
 
         traceback.print_exc()
         status = BUG
-    sys.exit(status)
+    leave(status)

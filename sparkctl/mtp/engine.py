@@ -22,7 +22,7 @@ from sparkctl_kernels.linear_cross_entropy import op as linear_cross_entropy
 from sparkctl.data.batches import Pack
 from sparkctl.manifest.table import HeadLoss
 from sparkctl.mtp.drafter import Drafter, Tensor
-from sparkctl.train.engines.native.engine import describe_ways, has_labels, pinned
+from sparkctl.train.engines.native.engine import describe_ways, has_labels, pin_tiles, pinned
 from sparkctl.train.engines.native.model import label_rows
 from sparkctl.train.engines.native.projections import Left
 
@@ -105,6 +105,10 @@ class HeadEngine:
         """What decides the bits: the device, on a CPU its threads, on a GPU the kernels, their tiles, the products that
         are not torch's."""
         return pinned(self.device, self.drafter.parts)
+
+    def pin(self, choices: dict[str, str]) -> None:
+        """Take the tiles that the first rank's tuner found."""
+        pin_tiles(choices)
 
     def _refresh(self) -> None:
         if self._stale:

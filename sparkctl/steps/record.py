@@ -20,6 +20,7 @@ from sparkctl.train import state
 from sparkctl.train.guard import AtOnce
 from sparkctl.train.ranks import Ranks
 from sparkctl.train.state import State
+from sparkctl.words import counted
 
 if TYPE_CHECKING:
     from sparkctl.train.session import Session
@@ -110,11 +111,24 @@ def open_session(job: Training, checkpoint: Path | None, ranks: Ranks, progress:
         _compare(before, session, progress)
     for part, what in session.engine.describe():
         progress.say(f"{part}: {what}")
+    _say_idle(job.plan, ranks.size, progress)
     if ranks.writes:
         job.checkpoints.mkdir(parents=True, exist_ok=True)
         sweep_stages(job.checkpoints)
     session.rehearse(job.checkpoints)
+    session.engine.pin(ranks.of_the_first(session.engine.choices()))  # of what each rank's tuner found in it
     return session
+
+
+def _say_idle(plan: Course, processes: int, progress: Progress) -> None:
+    """Say where the packs of a step do not go round: some of the processes then wait for the others."""
+    packs = plan.gradient_accumulation
+    places = -(-packs // processes) * processes
+    if places > packs:
+        progress.say(
+            f"{counted(packs, 'pack')} a step for {processes} processes: {places - packs} of {places} turns are empty; "
+            f"packs of {packs * plan.pack_length // places:,} tokens (`--pack-length`) would go round"
+        )
 
 
 def newest_whole(job: Training, progress: Progress) -> Path | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from sparkctl import env
+from sparkctl.errors import SparkError
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +67,16 @@ class Ranks:
         dist.all_reduce(total)
         return total.tolist()
 
+    def of_the_first(self, words: dict[str, str]) -> dict[str, str]:
+        """What the first rank holds."""
+        import torch.distributed as dist
+
+        if self.size == 1:
+            return words
+        told = [words]
+        dist.broadcast_object_list(told)
+        return told[0]
+
     def meet(self, device: torch.device) -> None:
         """Wait until every rank has come this far."""
         self.sum([0.0], device)
@@ -86,11 +98,25 @@ def joined() -> Iterator[Ranks]:
     import torch.distributed.optim
 
     compute_on_own_gpu()
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield Ranks.current()
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise SparkError(
+            f"rank {dist.get_rank()} lost another rank in the middle", "that one's own words say what ended it"
+        ) from None
+    dist.destroy_process_group()  # not after a failure: NCCL's waits for every rank, of which one may wait for this one
+
+
+def leave(status: int) -> NoReturn:
+    """End this process: one of several that failed at once, its group as it is, so that torchrun ends the others."""
+    if status and env.world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def compute_on_own_gpu() -> None:

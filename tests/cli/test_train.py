@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 import ready
 import torch
-from two_ranks import two_ranks
 
 from sparkctl.cli import app
 from sparkctl.manifest.store import Run
@@ -330,21 +328,6 @@ def test_the_gate(say: Say, straight: Run, tmp_path: Path, llama_folder: Path) -
     assert status == 0
     assert "up to date" in err
     assert Run.open(worse.root).manifest.train.gate.passed
-
-
-def test_under_torchrun_the_ranks_share_a_step_and_the_first_writes(run: Run, straight: Run, tmp_path: Path) -> None:
-    two_ranks(_rank, str(run.root), str(tmp_path))
-    assert [(tmp_path / f"{rank}.out").read_text().count('"ok": true') for rank in (0, 1)] == [1, 0]
-    assert Run.open(run.root).manifest.train.status == "done"
-    got, wanted = lines(run), lines(straight)
-    assert len(got) == len(wanted)
-    for mine, theirs in zip(got, wanted, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-4)  # the order of sums; observed 2e-6
-
-
-def _rank(rank: int, root: str, folder: str) -> None:
-    with open(f"{folder}/{rank}.out", "w") as sys.stdout:
-        assert app.run(["train", root, "--json"]) == 0
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "metrics", "manifest"])

@@ -5,8 +5,6 @@ Errors are against fp32, and may be twice those of the eager bf16 that a layer o
 
 from __future__ import annotations
 
-import json
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import ready
 import torch
+from gpu_runs import MACHINE, outcome, without_head
 from gradient_cases import gradients, pack
 from kernel_cases import Tensors, distances
 from sparkctl_kernels.lora_linear.layer import Copies, Projection, SharedInputLinear
@@ -24,13 +23,11 @@ from torch import nn
 
 from sparkctl.data.batches import Pack
 from sparkctl.errors import Interrupted
-from sparkctl.manifest import schema
 from sparkctl.manifest.store import Run
 from sparkctl.steps.resume import resume
 from sparkctl.steps.train import train
 from sparkctl.train.engines import reference
 from sparkctl.train.engines.native import engine as native
-from sparkctl.train.metrics import TIMING, read
 from sparkctl.verify.gradients import Distance, add_distances, fill_adapters
 
 pytestmark = [
@@ -40,7 +37,6 @@ pytestmark = [
 ]
 
 GPU = torch.device("cuda")
-MACHINE = schema.Machine(name="test", device="cuda", memory=1 << 33, cores=1)
 TOKENS, SCALE = 1283, 0.5
 SLACK = 1e-4  # of a norm: an eager result may be exact by chance
 OF_A_LOSS = 1e-3  # whose errors cancel by chance, in either engine
@@ -140,23 +136,6 @@ def test_the_whole_model_is_no_further_from_fp32_than_twice_the_reference(mode: 
     errors = {name: distance.relative for name, distance in ours.items()}
     assert all(errors[name] <= limits[name] for name in limits), (errors, limits)
     assert max(losses[1]) <= 2 * max(losses[0]) + OF_A_LOSS, losses
-
-
-def outcome(run: Run) -> tuple[list[dict[str, Any]], bytes, dict[str, str]]:
-    """Every loss and norm, the last checkpoint's bytes, and what the run is pinned to."""
-    lines = [{k: v for k, v in line.items() if k not in TIMING} for line in read(run.root / "metrics.jsonl")]
-    table = Run.open(run.root).manifest.train
-    assert table is not None
-    last = run.root / "checkpoints" / str(table.last_checkpoint)
-    return lines, (last / "trainable.safetensors").read_bytes(), table.choices
-
-
-def without_head(model: Path, folder: Path) -> Path:
-    """A copy whose config promises no MTP head: what is trained on it can be merged."""
-    shutil.copytree(model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"mtp_num_hidden_layers": 0}))
-    return folder
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])

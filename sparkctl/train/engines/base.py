@@ -40,3 +40,7 @@ class Engine(Protocol):
     def choices(self) -> dict[str, str]:
         """What a run is pinned to so that a resumed one repeats it bit for bit."""
         ...
+
+    def pin(self, choices: dict[str, str]) -> None:
+        """Compute as the first rank's engine does, whose choices these are: kernels are tuned by time, on each rank."""
+        ...

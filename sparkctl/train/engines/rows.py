@@ -55,6 +55,9 @@ class RowEngine(ABC):
                     total += loss
         return total
 
+    def pin(self, choices: dict[str, str]) -> None:  # noqa: B027 (there is nothing to do)
+        """A library cannot be told what to tune to."""
+
     @abstractmethod
     def _loss(self, documents: list[Document]) -> torch.Tensor | None:
         """Sum of the cross-entropy over the label tokens of these rows; None where there is no label."""

@@ -71,14 +71,12 @@ def settle(base: Any, layers: Layers, choices: dict[str, str], allow_slow: bool)
 
     Raises SparkError where a GPU would run a slow fallback and `allow_slow` does not let it.
     """
-    from sparkctl_kernels.gated_delta import op as gated_delta
-
     device = next(base.parameters()).device
     if device.type == "cpu":
         cpu.settle(base.config.hidden_size, choices)
     else:
         take_ways(choices, layers)
-        gated_delta.pin(choices)
+        pin_tiles(choices)
     parts = kernels(base, device)
     if not allow_slow:
         refuse_slow(parts)
@@ -229,6 +227,10 @@ class NativeEngine:
         CPU the threads, which decide how sums are split."""
         return pinned(self.device, self._parts)
 
+    def pin(self, choices: dict[str, str]) -> None:
+        """Take the tiles that the first rank's tuner found."""
+        pin_tiles(choices)
+
     def _nothing(self) -> torch.Tensor:
         import torch
 
@@ -253,6 +255,13 @@ def pinned(device: torch.device, parts: list[Choice]) -> dict[str, str]:
     if device.type == "cpu":
         return {"device": os.uname().machine, "threads": str(torch.get_num_threads()), **found}
     return {"device": torch.cuda.get_device_name(device), **found, **gated_delta.tiles(), **ways.pinned()}
+
+
+def pin_tiles(choices: dict[str, str]) -> None:
+    """Take the tiles of the delta rule among `choices` from now on."""
+    from sparkctl_kernels.gated_delta import op as gated_delta
+
+    gated_delta.pin(choices)
 
 
 def has_labels(pack: Pack) -> bool:

@@ -1,0 +1,57 @@
+"""`sparkctl COMMAND RUN` as one of the processes that torchrun starts, in the second of which a fault strikes.
+
+python -m torch.distributed.run --nproc-per-node 2 tests/faulty_rank.py FAULT COMMAND RUN
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sparkctl.cli import app
+from sparkctl.train.engines.native.engine import NativeEngine
+
+AT = 9  # micro-steps of a rank, the rehearsal's two or one among them
+
+
+def lose(engine: NativeEngine) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop(engine: NativeEngine) -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def fill(engine: NativeEngine) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def poison(engine: NativeEngine) -> None:
+    next(iter(engine.parameters().values())).data.fill_(float("nan"))
+
+
+FAULTS: dict[str, Callable[[NativeEngine], None]] = {"lose": lose, "stop": stop, "fill": fill, "poison": poison}
+
+
+def main(fault: str, command: str, run: str) -> None:
+    original, calls = NativeEngine.micro_step, 0
+
+    def micro_step(self: NativeEngine, *arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == AT and os.environ["RANK"] == "1":
+            FAULTS[fault](self)
+        return original(self, *arguments)
+
+    NativeEngine.micro_step = micro_step  # type: ignore[method-assign]
+    sys.argv = ["sparkctl", command, run, "--json"]
+    app.main()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
