@@ -84,6 +84,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """This process's number among all that torchrun started (RANK); the first, 0, is the one that answers."""
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
+
+
 def local_rank() -> int:
     """This process's number among those that torchrun started on this box (LOCAL_RANK)."""
     return int(os.environ.get("LOCAL_RANK", "0"))

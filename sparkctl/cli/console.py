@@ -1,4 +1,7 @@
-"""What a person and a script see: the answer on stdout, everything else on stderr."""
+"""What a person and a script see: the answer on stdout, everything else on stderr.
+
+Of the processes that torchrun started, the first alone answers and tells of its progress; each says what ended it.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,9 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
+from sparkctl import env
 from sparkctl.errors import Interrupted, SparkError
-from sparkctl.progress import Progress, Task
+from sparkctl.progress import Progress, Task, silent
 from sparkctl.words import size
 
 QUIET_SECONDS = 15.0  # between progress lines where stderr is no terminal
@@ -123,7 +127,7 @@ def _show(console: Console, item: RenderableType) -> None:
 
 def failure(error: SparkError, *, json: bool) -> None:
     """`error:` and `hint:` on stderr; under --json also one object on stdout, what was found before it included."""
-    if json:
+    if json and env.rank() == 0:
         found = error.answer if isinstance(error, Interrupted) else {}
         with suppress(OSError):  # stdout itself may be what fails
             _json({**found, "ok": False, "error": error.message, "hint": error.hint, "exit_status": error.exit_status})
@@ -293,4 +297,6 @@ class _Lines:
 
 def progress() -> Progress:
     """Bars on a terminal, lines elsewhere."""
+    if env.rank() > 0:
+        return silent
     return _Bars() if sys.stderr.isatty() and not err().is_dumb_terminal else _Lines()

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from sparkctl import env
 from sparkctl.cli import acceptance, console, heads, onward, served
 from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, RunArg, SlowOpt, about
 from sparkctl.manifest.schema import MOST_EPOCHS, Choices, HeadPlan
@@ -50,7 +51,7 @@ def train(
     result = mtp_train(Request(run, wishes, prompts, allow_slow), force=force, dry_run=dry_run, progress=progress)
     if result.up_to_date:
         progress.say(f"up to date: the head of `{run}` is trained")
-    if result.rank == 0:
+    if env.rank() == 0:
         answer = {"ok": True, "run": str(run), "dry_run": dry_run, **heads.as_json(result)}
         onward.answer(run, answer, heads.as_text(result, dry_run), json=json, more=not dry_run)
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from sparkctl import env
 from sparkctl.cli import console, onward
 from sparkctl.cli.options import DryRunOpt, JsonOpt, RunArg, SlowOpt
 from sparkctl.cli.train import trained
@@ -41,5 +42,5 @@ def resume(
         "ok": True, "run": str(result.run), "up_to_date": result.up_to_date, "dry_run": dry_run,
         "checkpoint": result.checkpoint, "train": result.train.model_dump(mode="json"),
     }  # fmt: skip
-    if result.rank == 0:
+    if env.rank() == 0:
         onward.answer(run, answer, human, json=json, more=not dry_run)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import RenderableType
 
+from sparkctl import env
 from sparkctl.cli import console, onward
 from sparkctl.cli.options import DryRunOpt, ForceOpt, JsonOpt, RunArg, SlowOpt
 from sparkctl.manifest.schema import Gate, PlanTable, TrainTable
@@ -46,7 +47,7 @@ def train(
         human = trained(result.train, earlier("trained", result.made))
     else:
         human = trained(result.train) if result.train and not dry_run else planned(result.plan)
-    if result.rank == 0:
+    if env.rank() == 0:
         onward.answer(run, _json(result, dry_run), human, json=json, more=not dry_run)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
+from sparkctl import env
 from sparkctl.cli import console, verdicts
 from sparkctl.cli import leaks as leaking
 from sparkctl.cli.options import JsonOpt, RunArg, SlowOpt
@@ -41,7 +42,7 @@ def lossless(
     rows = [{**asdict(row), "ratio": row.ratio} for row in made.certificate.tensors]
     course = [dict(zip(verdicts.WHO, map(asdict, step), strict=True)) for step in made.certificate.steps]
     answer = {"run": str(made.run), "lossless": made.table.model_dump(mode="json"), "tensors": rows, "course": course}
-    if made.rank == 0:
+    if env.rank() == 0:
         _answer(answer, verdicts.certificate(made), made.table.problems, made.hint, json)
 
 

@@ -251,6 +251,7 @@ class TrainTable(Table):
     engine: EngineName
     versions: dict[str, str]
     choices: dict[str, str] = Field(default_factory=dict, description="tiles and kernels this run is pinned to")
+    processes: int = Field(1, description="that share each step's packs")
     made_from: str = Field(description="fingerprint of plan and token store")
     step: int = Field(0, description="optimiser steps done and saved")
     steps: int

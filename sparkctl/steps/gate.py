@@ -43,14 +43,14 @@ def score(job: Job, rival: Rival, trained: TrainTable, limit: float, ranks: Rank
 
 
 def settle(job: Job, rival: Rival, trained: TrainTable, limit: float, ranks: Ranks, progress: Progress) -> None:
-    """Score, write it down, judge. Raises SparkError where the gate is passed."""
+    """Score; the first rank writes it down and judges. Raises SparkError there where the gate is passed."""
     job.run.require_writable()
     gate = trained.gate = score(job, rival, trained, limit, ranks, progress)
     if ranks.writes:
         with job.run.edit() as manifest:
             assert manifest.train
             manifest.train.gate, manifest.train.gate_limit = gate, limit
-    judge(job.run, rival, gate)
+        judge(job.run, rival, gate)
 
 
 def judge(run: Run, rival: Rival, gate: Gate) -> None:

@@ -48,7 +48,6 @@ class Result:
     skipped: str | None = None
     up_to_date: bool = False
     made: str | None = None
-    rank: int = 0
 
 
 def mtp_train(request: Request, *, force: bool = False, dry_run: bool = False, progress: Progress = silent) -> Result:
@@ -66,16 +65,16 @@ def mtp_train(request: Request, *, force: bool = False, dry_run: bool = False, p
         except NoHead as missing:
             if ranks.writes and not dry_run:
                 note_skip(run, missing.message)
-            return Result(skipped=missing.message, rank=ranks.rank)
+            return Result(skipped=missing.message)
         done = not force and _done(job, request)
         if done or dry_run:
             made = run.made(f"{job.prefix}{job.before.last_checkpoint}") if job.before else None
-            return Result(job.plan, run.manifest.mtp, up_to_date=done, made=made, rank=ranks.rank)
+            return Result(job.plan, run.manifest.mtp, up_to_date=done, made=made)
         run.require_writable()
         _train(job, ranks, force, progress)
         with _trained(request):
             notes = _settle(job, request, progress) if ranks.writes else ()
-        return Result(job.plan, run.manifest.mtp, notes, rank=ranks.rank)
+        return Result(job.plan, run.manifest.mtp, notes)
 
 
 def _as_before(run: Run, request: Request) -> Request:

@@ -15,7 +15,7 @@ from sparkctl.hardware.software import versions
 from sparkctl.manifest.schema import BaseTable, Checkpoint, Course, Manifest, Resume, TrainTable
 from sparkctl.manifest.store import Run, now
 from sparkctl.manifest.table import CheckpointKind, EngineName
-from sparkctl.progress import Progress, silent
+from sparkctl.progress import Progress
 from sparkctl.train import state
 from sparkctl.train.guard import AtOnce
 from sparkctl.train.ranks import Ranks
@@ -80,14 +80,14 @@ def carry_out(
     from sparkctl.train.watch import watched, watched_alone
 
     import_first(job.estimates()[0])
-    progress = progress if ranks.writes else silent
+    before = job.before if checkpoint else None
     base = job.base(checkpoint, progress) if ranks.writes else None
     with watched_alone(job.plan.machine, "the model was loaded"):
         session = open_session(job, checkpoint, ranks, progress)
-    signals = Signals(job.again, progress.say)
+    signals = Signals(job.again, progress.say, relayed=ranks.size > 1)
     recorder = _Recorder(job, session, gate_limit, base)
     ranks.meet(session.engine.device)  # all have read the run before the first changes it
-    with signals.caught(), watched(job.plan.machine, signals):
+    with signals.caught(), watched(job.plan.machine, signals), ranks.interrupted_together():
         if not ranks.writes:
             session.loop(job.checkpoints, None, signals, recorder.saved, progress).run()
             return recorder.table("done")
@@ -97,7 +97,8 @@ def carry_out(
         truncate(job.metrics, session.state.step)
         with recorder.outcome(), closing(Metrics(job.metrics)) as metrics:
             session.loop(job.checkpoints, metrics, signals, recorder.saved, progress).run()
-    note_rate(job, ranks.size)
+    if before is None or before.processes == ranks.size:  # else its steps are of two rates
+        note_rate(job, ranks.size)
     return recorder.table("done")
 
 
@@ -168,8 +169,8 @@ def drop_later(job: Training, step: int) -> None:
 
 def _compare(before: TrainTable, session: Session, progress: Progress) -> None:
     """Say what differs from the start of this training: the weights go on, their last bits may not."""
-    then = {**before.versions, **before.choices}
-    here = {**versions(), **session.engine.choices()}
+    then = {**before.versions, **before.choices, "processes": f"{before.processes}"}
+    here = {**versions(), **session.engine.choices(), "processes": f"{session.ranks.size}"}
     changed = [f"{name} {then[name]}, now {here.get(name, 'absent')}" for name in then if then[name] != here.get(name)]
     if changed:
         progress.say(f"not bit for bit what an uninterrupted run gives; it began with {'; '.join(changed)}")
@@ -197,6 +198,7 @@ class _Recorder:
             engine=engine,
             versions=versions(),
             choices=session.engine.choices(),
+            processes=session.ranks.size,
             made_from=self._job.made_from,
             step=state.step_of(Path(self._last)) if self._last else 0,
             steps=session.schedule.steps,

@@ -25,7 +25,6 @@ class Result:
     checkpoint: str | None
     up_to_date: bool = False
     made: str | None = None  # when its last checkpoint was written, where it is up to date
-    rank: int = 0
 
 
 def resume(
@@ -52,11 +51,11 @@ def resume(
             if rival is not None and limit is not None and trained.gate is None and not dry_run:  # killed before it
                 gates.settle(job, rival, trained, limit, ranks, progress)
             made = run.made(trained.last_checkpoint)
-            return Result(run.root, trained, trained.last_checkpoint, True, made, ranks.rank)
+            return Result(run.root, trained, trained.last_checkpoint, True, made)
         start = _named(job, checkpoint) if checkpoint else newest_whole(job, progress)
         id = start.name if start else None
         if dry_run:
-            return Result(run.root, trained, id, rank=ranks.rank)
+            return Result(run.root, trained, id)
         run.require_writable()
         progress.say(f"resuming from {id}" if id else "nothing whole was saved: resuming from the beginning")
         entry = resumed(start, f"--from {checkpoint}" if checkpoint else trained.ended_by)
@@ -67,7 +66,7 @@ def resume(
         trained = carry_out(job, start, ranks, progress, record, limit)
         if rival is not None and limit is not None:
             gates.settle(job, rival, trained, limit, ranks, progress)
-        return Result(run.root, trained, id, rank=ranks.rank)
+        return Result(run.root, trained, id)
 
 
 def _named(job: Job, id: str) -> Path:

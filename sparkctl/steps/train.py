@@ -20,7 +20,7 @@ from sparkctl.words import quoted
 @dataclass(frozen=True)
 class Result:
     """What a training came to. train: None under --dry-run, where nothing was trained yet. made: when its last
-    checkpoint was written. rank: whose word it is.
+    checkpoint was written.
     """
 
     run: Path
@@ -28,7 +28,6 @@ class Result:
     train: TrainTable | None
     up_to_date: bool = False
     made: str | None = None
-    rank: int = 0
 
 
 def train(
@@ -47,7 +46,7 @@ def train(
         trained = run.manifest.train
         made = run.made(trained.last_checkpoint) if trained else None
         if dry_run:
-            return Result(run.root, job.plan, trained, done, made, ranks.rank)
+            return Result(run.root, job.plan, trained, done, made)
         if not done or trained is None:
             run.require_writable()
             if certificate:
@@ -55,7 +54,7 @@ def train(
             trained = carry_out(job, None, ranks, progress, _begin_anew, gate)
         if rival is not None and gate is not None:
             gates.settle(job, rival, trained, gate, ranks, progress)
-        return Result(run.root, job.plan, trained, done, made, ranks.rank)
+        return Result(run.root, job.plan, trained, done, made)
 
 
 def _begin_anew(manifest: Manifest) -> None:

@@ -28,12 +28,11 @@ LONG = 3600.0  # seconds of a training that is worth a certificate
 
 @dataclass(frozen=True)
 class Result:
-    """A certificate: in full, and as the manifest keeps it. rank: whose word it is."""
+    """A certificate: in full, and as the manifest keeps it."""
 
     run: Path
     table: Lossless
     certificate: Certificate
-    rank: int = 0
 
     @property
     def hint(self) -> str:
@@ -52,23 +51,24 @@ def verify_lossless(
         if engine:
             job = replace(job, plan=job.plan.model_copy(update={"engine": engine}))
         run.require_writable()
-        table, found = certified(job, steps, _choices(job), progress if ranks.writes else silent)
+        table, found = certified(job, steps, _choices(job), progress)
         _keep(run, table, ranks)
-        return Result(run.root, table, found, ranks.rank)
+        return Result(run.root, table, found)
 
 
 def require(job: Job, ranks: Ranks, progress: Progress) -> None:
     """Raise SparkError where a long training would run on an engine that is not lossless here.
 
-    A certificate that is there and still true is not made again. Every rank makes its own: none waits for another.
+    A certificate that is there and still true is not made again. Every rank makes its own, and hears of it with all.
     """
     if job.plan.engine == "reference" or job.plan.estimates.seconds <= LONG:
         return
-    table, progress = job.run.manifest.lossless, progress if ranks.writes else silent
+    table = job.run.manifest.lossless
     if table is None or table.made_from != made_from(job, job.model_folder(progress), {}):
         progress.say("a training of more than an hour: first the certificate that its engine is lossless here")
         table, _ = certified(job, affordable(job.plan), {}, progress)
         _keep(job.run, table, ranks)
+    ranks.meet()  # the first has written its own down: torchrun ends it once another has left
     if not table.passed:
         raise SparkError(
             f"the {table.engine} engine is not lossless with this model on this machine: {'; '.join(table.problems)}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
     from sparkctl.data.batches import Pack
     from sparkctl.manifest.schema import Machine
 
-Handler = Callable[[int, FrameType | None], None]
+Handler = Callable[[int, FrameType | None], None] | signal.Handlers
 SHOWN = 12  # documents named in a message
 # from the thread that looks at memory to the main one, which may wait for a lock or a file; from without, as a cluster
 # sends it before it takes the machine back, it asks to stop as SIGTERM does
 KNOCK = signal.SIGUSR1
+ECHO = 2.0  # seconds in which a relayed signal is the same one again
 FREE = "free some memory (`ps -eo rss,args --sort=-rss | head` shows who holds it)"
 
 
@@ -83,14 +85,17 @@ class Signals:
 
     The first is noted for the loop to act on; a second signal, or hardly any memory left, stops at once, but not a
     second SIGHUP, since shell and kernel both send one. The handlers from before come back at the block's end. `say`
-    tells the user; `hint` is how to go on.
+    tells the user; `hint` is how to go on. relayed: by torchrun, which passes on what is sent to it, so that what a
+    service manager sends to every process arrives twice.
     """
 
-    def __init__(self, hint: str, say: Callable[[str], None]) -> None:
+    def __init__(self, hint: str, say: Callable[[str], None], *, relayed: bool = False) -> None:
         self.received: int | None = None
         self.shortage: str | None = None  # what was left of the memory, in words
         self._hint, self._say = hint, say
         self._exhausted = False
+        self._echo = ECHO if relayed else 0.0
+        self._received_at = 0.0
 
     @property
     def asked(self) -> bool:
@@ -109,7 +114,7 @@ class Signals:
         told = {signal.SIGINT: self._on_signal, signal.SIGTERM: self._on_signal, KNOCK: self._on_knock}
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             told[signal.SIGHUP] = self._on_hangup
-        with _in_error(), _handled(told):
+        with _in_error(), handled(told):
             yield self
 
     def flags(self) -> list[float]:
@@ -149,8 +154,10 @@ class Signals:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
+            if time.monotonic() - self._received_at < self._echo:
+                return
             raise AtOnce(Interrupted("stopped at once, without saving", self._hint, number))
-        self.received = number
+        self.received, self._received_at = number, time.monotonic()
         self._say(f"{signal.Signals(number).name}: saving the last step, then stopping; once more stops at once")
 
 
@@ -167,7 +174,7 @@ class Leaving:
     @contextmanager
     def caught(self) -> Iterator[None]:
         """Raise Interrupted out of the block where memory runs low in it. Call it in the main thread."""
-        with _in_error(), _handled({KNOCK: self._on_knock}):
+        with _in_error(), handled({KNOCK: self._on_knock}):
             yield
 
     def short_of_memory(self, left: str, *, at_once: bool) -> None:
@@ -190,7 +197,7 @@ def knock() -> None:
 
 
 @contextmanager
-def _handled(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
+def handled(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
     """These signals' handlers inside the block; those from before come back at its end."""
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:

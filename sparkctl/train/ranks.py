@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from sparkctl import env
-from sparkctl.errors import SparkError
+from sparkctl.errors import Interrupted, SparkError
+from sparkctl.train.guard import handled
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +58,7 @@ class Ranks:
             if work is not None:
                 work.wait()
 
-    def sum(self, values: Sequence[float], device: torch.device) -> list[float]:
+    def sum(self, values: Sequence[float], device: torch.device | str) -> list[float]:
         """Add numbers up over the ranks, in fp64."""
         import torch
         import torch.distributed as dist
@@ -77,9 +79,19 @@ class Ranks:
         dist.broadcast_object_list(told)
         return told[0]
 
-    def meet(self, device: torch.device) -> None:
+    def meet(self, device: torch.device | str = "cpu") -> None:
         """Wait until every rank has come this far."""
         self.sum([0.0], device)
+
+    @contextmanager
+    def interrupted_together(self) -> Iterator[None]:
+        """Out of the block, which all were asked to leave, comes Interrupted once every rank is done in it: torchrun
+        ends the others when one has left, the first too, while it saves."""
+        try:
+            yield
+        except Interrupted:
+            self.meet()
+            raise
 
 
 @contextmanager
@@ -98,14 +110,16 @@ def joined() -> Iterator[Ranks]:
     import torch.distributed.optim
 
     compute_on_own_gpu()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
+        # handlers of ours would not be called while this waits for a rank that has failed before it
+        with handled(dict.fromkeys((signal.SIGINT, signal.SIGTERM), signal.SIG_DFL)):
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         yield Ranks.current()
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise SparkError(
-            f"rank {dist.get_rank()} lost another rank in the middle", "that one's own words say what ended it"
+            f"rank {env.rank()} lost another rank in the middle", "that one's own words say what ended it"
         ) from None
     dist.destroy_process_group()  # not after a failure: NCCL's waits for every rank, of which one may wait for this one
 

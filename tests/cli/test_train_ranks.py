@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ready
 import torch
-from two_ranks import two_ranks
+from two_ranks import free_port, two_ranks
 
 from sparkctl.cli import app
 from sparkctl.manifest.store import Run
+from sparkctl.steps import gate, record, verify_lossless
 from sparkctl.steps.train import train
+from sparkctl.train import state
 from sparkctl.train.engines.device import planned_device
 from sparkctl.train.engines.reference import ReferenceEngine
 from sparkctl.train.metrics import TIMING, read
@@ -31,9 +38,14 @@ def lines(run: Run) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in TIMING} for line in read(run.root / "metrics.jsonl")]
 
 
-def _trained(rank: int, root: str, folder: str) -> None:
+def _said(rank: int, folder: str, *words: str) -> int:
+    """The exit status of a command in this rank; what it says goes into files."""
     with open(f"{folder}/{rank}.out", "w") as sys.stdout, open(f"{folder}/{rank}.err", "w") as sys.stderr:
-        assert app.run(["train", root, "--json"]) == 0
+        return app.run([*words, "--json"])
+
+
+def _trained(rank: int, root: str, folder: str) -> None:
+    assert _said(rank, folder, "train", root) == 0
 
 
 def test_under_torchrun_the_ranks_share_a_step_and_the_first_writes(
@@ -98,6 +110,136 @@ def test_a_rank_that_is_left_alone_says_so(run: Run, tmp_path: Path) -> None:
     assert "error: rank 0 lost another rank in the middle\nhint: that one's own words say what ended it\n" in said
     assert "Traceback" not in said
     assert Run.open(run.root).manifest.train.status == "failed"
+
+
+def _stopping(rank: int, root: str, folder: str) -> None:
+    """Both are told to stop in their ninth micro-step, by a service manager and then by torchrun."""
+    micro_step, write, calls = ReferenceEngine.micro_step, state.write, [0]
+
+    def struck(engine: ReferenceEngine, *arguments: Any) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 9:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        return micro_step(engine, *arguments)
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.4)
+        write(*arguments)
+
+    ReferenceEngine.micro_step, state.write = struck, slow  # type: ignore[method-assign]
+    assert _said(rank, folder, "train", root) == 143
+    Path(folder, f"{rank}.left").write_text(str(Run.open(Path(root)).manifest.train.status))
+
+
+def test_no_rank_that_is_stopped_leaves_before_the_first_has_saved(tmp_path: Path, llama_folder: Path) -> None:
+    """torchrun ends them all when one has left."""
+    run = ready.run(tmp_path / "run", llama_folder, count=24, epochs=4)
+    two_ranks(_stopping, str(run.root), str(tmp_path))
+    assert [(tmp_path / f"{rank}.left").read_text() for rank in (0, 1)] == ["interrupted"] * 2
+    assert Run.open(run.root).manifest.train.step == 4
+
+
+def _resumed(rank: int, root: str, folder: str) -> None:
+    record.note_rate = lambda *_: pytest.fail("a rate of steps that were shared by one and by two")
+    assert _said(rank, folder, "resume", root, "--from", "step-000003") == 0
+
+
+def test_a_training_that_goes_on_in_more_processes_says_that_its_sums_are_others(run: Run, tmp_path: Path) -> None:
+    train(run.root)
+    assert Run.open(run.root).manifest.train.processes == 1
+    two_ranks(_resumed, str(run.root), str(tmp_path))
+    said = (tmp_path / "0.err").read_text()
+    assert "not bit for bit what an uninterrupted run gives; it began with processes 1, now 2\n" in said
+    assert "resuming from step-000003" in said
+    assert (tmp_path / "1.err").read_text() == ""
+    assert Run.open(run.root).manifest.train.processes == 2
+
+
+def _refused(rank: int, root: str, folder: str) -> None:
+    assert _said(rank, folder, "resume", root) == 2
+
+
+def test_the_first_rank_alone_answers_a_failure_too(run: Run, tmp_path: Path) -> None:
+    two_ranks(_refused, str(run.root), str(tmp_path))
+    assert [(tmp_path / f"{rank}.out").read_text().count('"ok": false') for rank in (0, 1)] == [1, 0]
+    assert [(tmp_path / f"{rank}.err").read_text().count("error: ") for rank in (0, 1)] == [1, 1]
+
+
+def _gated(rank: int, root: str, folder: str) -> None:
+    gate._parent_loss = lambda *_: 0.1
+    assert _said(rank, folder, "train", root, "--gate", "0") == (1 if rank == 0 else 0)
+
+
+def test_the_first_rank_alone_fails_at_the_gate_which_it_has_to_write_down(
+    run: Run, tmp_path: Path, llama_folder: Path
+) -> None:
+    train(run.root)
+    child = ready.run(tmp_path / "child", llama_folder, parent=Run.open(run.root), count=24)
+    two_ranks(_gated, str(child.root), str(tmp_path))
+    assert Run.open(child.root).manifest.train.gate.passed is False
+
+
+def _certified(rank: int, root: str, folder: str) -> None:
+    """The second has its certificate sooner than the first."""
+    kept, lossy = Path(folder, "kept"), SimpleNamespace(passed=False, problems=["planted"], engine="native")
+
+    def certified(*_: Any) -> tuple[Any, None]:
+        time.sleep(0 if rank else 0.5)
+        return lossy, None
+
+    verify_lossless.certified = certified  # type: ignore[assignment]
+    verify_lossless._keep = lambda run, table, ranks: kept.touch() if ranks.writes else None
+    assert _said(rank, folder, "train", root) == 1
+    assert kept.exists()
+
+
+def test_no_rank_leaves_for_an_engine_s_faults_before_the_first_has_written_them_down(
+    tmp_path: Path, llama_folder: Path
+) -> None:
+    run = ready.run(tmp_path / "run", llama_folder, engine="native")
+    with run.edit() as manifest:
+        manifest.plan.estimates.seconds = 2 * verify_lossless.LONG
+    two_ranks(_certified, str(run.root), str(tmp_path))
+    assert "is not lossless with this model on this machine: planted" in (tmp_path / "0.err").read_text()
+
+
+Waiting = tuple[BaseProcess, Callable[[], None]]
+
+
+def _joining(port: int, root: str, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": "1"}
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    sys.exit(_said(1, folder, "train", root))
+
+
+@pytest.fixture
+def waiting(run: Run, tmp_path: Path) -> Iterator[Waiting]:
+    """A second rank that waits for a first, and what ends the place where they would meet."""
+    port = free_port()
+    meeting = [torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)]
+    forked = torch.multiprocessing.get_context("fork")
+    process = forked.Process(target=_joining, args=(port, str(run.root), str(tmp_path)))
+    process.start()
+    try:
+        while process.is_alive() and meeting[0].num_keys() < 2:  # one of them is the store's own
+            time.sleep(0.02)
+        yield process, meeting.clear
+    finally:
+        process.kill()
+
+
+def test_a_rank_that_waits_for_one_who_does_not_come_can_be_ended(waiting: Waiting) -> None:
+    waiting[0].terminate()
+    waiting[0].join(10)
+    assert waiting[0].exitcode == -signal.SIGTERM
+
+
+def test_a_rank_whose_meeting_place_is_gone_says_so(waiting: Waiting, tmp_path: Path) -> None:
+    waiting[1]()
+    waiting[0].join(10)
+    assert waiting[0].exitcode == 1
+    assert "error: rank 1 lost another rank in the middle\n" in (tmp_path / "1.err").read_text()
 
 
 def test_a_rank_computes_on_the_gpu_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

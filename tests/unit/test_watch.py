@@ -218,6 +218,22 @@ def test_ranks_agree() -> None:
     assert there.stopped("interrupted").message == "interrupted; memory ran low (1 GiB left)"
 
 
+def test_a_signal_that_torchrun_passes_on_is_the_same_one_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "ECHO", 0.2)
+    signals = guard.Signals("sparkctl resume r1", lambda text: None, relayed=True)
+
+    def told() -> None:
+        with signals.caught():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.25)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="stopped at once") as stopped:
+        told()
+    assert stopped.value.exit_status == 128 + signal.SIGINT  # of the last
+
+
 def test_torch_may_take_what_is_available_less_the_host_s_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[float] = []
     total = type("Properties", (), {"total_memory": 120 * GIB})
