@@ -89,6 +89,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
 
 
+def lacking() -> list[str]:
+    """What torchrun sets beside WORLD_SIZE and is not set here: where the processes meet, and as which."""
+    return [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+
+
 def local_rank() -> int:
     """This process's number among those that torchrun started on this box (LOCAL_RANK)."""
     return int(os.environ.get("LOCAL_RANK", "0"))

@@ -179,6 +179,8 @@ def main() -> None:
     _on_signals()
     try:
         status = run(sys.argv[1:])
+    except (ControlC, Terminated) as late:  # while the last words were said
+        status = interruption(late).exit_status
     except Exception:
         import traceback
 

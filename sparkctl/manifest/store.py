@@ -84,6 +84,10 @@ class Run:
         root = Path(root)
         return cls(root, read_manifest(root))
 
+    def read(self) -> None:
+        """Take the manifest as it is on disk now."""
+        self.manifest = read_manifest(self.root)
+
     @contextmanager
     def edit(self) -> Iterator[Manifest]:
         """The manifest as it is on disk now, under the lock; what the block changes is written whole at its end."""
@@ -113,7 +117,7 @@ class Run:
         try:
             with suppress(OSError):  # it only names the holder; a full disk is reported by the work itself
                 (self.root / ".step.json").write_text(json.dumps({"step": name, "pid": os.getpid()}))
-            self.manifest = read_manifest(self.root)
+            self.read()
             yield
         finally:
             if lock:

@@ -155,8 +155,12 @@ def model_folder(run: Run, model: ModelTable, progress: Progress) -> Path:
 
 @contextmanager
 def claimed(run: Run, step: str) -> Iterator[Ranks]:
-    """The run held for a step, and the processes that work on it: of several, the first holds it."""
+    """The run held for a step, and the processes that work on it: of several, the first holds it, and the others see
+    it as it was then."""
     with joined() as ranks, run.step(step) if ranks.writes else nullcontext():
+        ranks.meet()
+        if not ranks.writes:
+            run.read()
         yield ranks
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from sparkctl import env
-from sparkctl.errors import Interrupted, SparkError
+from sparkctl.errors import Interrupted, SparkError, UsageError
 from sparkctl.train.guard import handled
 
 if TYPE_CHECKING:
@@ -100,6 +100,11 @@ def joined() -> Iterator[Ranks]:
     if env.world_size() == 1:
         yield Ranks.current()
         return
+    if lacking := env.lacking():
+        raise UsageError(
+            f"WORLD_SIZE is {env.world_size()}, without {', '.join(lacking)}",
+            "start this by `torchrun`, or `unset WORLD_SIZE`",
+        )
     import torch
     import torch.distributed as dist
 

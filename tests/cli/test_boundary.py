@@ -232,6 +232,28 @@ def test_a_signal_while_python_imports_is_answered(number: int, status: int, tmp
     assert "Traceback" not in done.stderr
 
 
+LAST_WORDS = """
+import signal
+from sparkctl.cli import app, console
+said = console.failure
+
+def failure(*arguments, **options):
+    said(*arguments, **options)
+    signal.raise_signal(signal.SIGTERM)
+
+console.failure = failure
+app.main()
+"""
+
+
+def test_a_signal_amid_the_last_words_is_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LAST_WORDS, "show", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 143
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_after_the_answer_changes_nothing(number: int) -> None:
     """Python ends then, and torch with it: what raised there would be a traceback."""

@@ -20,7 +20,7 @@ from two_ranks import free_port, two_ranks
 
 from sparkctl.cli import app
 from sparkctl.manifest.store import Run
-from sparkctl.steps import gate, record, verify_lossless
+from sparkctl.steps import gate, record, training, verify_lossless
 from sparkctl.steps.train import train
 from sparkctl.train import state
 from sparkctl.train.engines.device import planned_device
@@ -156,6 +156,26 @@ def test_a_training_that_goes_on_in_more_processes_says_that_its_sums_are_others
     assert Run.open(run.root).manifest.train.processes == 2
 
 
+def _changing(rank: int, root: str, folder: str) -> None:
+    """The second has read the run when its plan changes."""
+    joined = training.joined
+
+    def late() -> Any:
+        with Run.open(Path(root)).edit() as manifest:
+            manifest.plan.max_steps = 2
+        return joined()
+
+    if rank == 1:
+        training.joined = late  # type: ignore[assignment]
+    assert _said(rank, folder, "train", root) == 0
+
+
+@pytest.mark.timeout(60)  # ranks with other plans wait for each other without end
+def test_all_ranks_train_by_what_the_first_reads_once_it_holds_the_run(run: Run, tmp_path: Path) -> None:
+    two_ranks(_changing, str(run.root), str(tmp_path))
+    assert Run.open(run.root).manifest.train.steps == 2
+
+
 def _refused(rank: int, root: str, folder: str) -> None:
     assert _said(rank, folder, "resume", root) == 2
 
@@ -247,6 +267,15 @@ def test_a_rank_computes_on_the_gpu_that_it_was_given(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert planned_device("cuda", "RUN") == torch.device("cuda", 1)
     assert planned_device("cpu", "RUN") == torch.device("cpu")
+
+
+def test_a_world_that_no_torchrun_made_is_refused(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert app.run(["train", str(run.root)]) == 2
+    said = capsys.readouterr().err
+    assert "error: WORLD_SIZE is 2, without RANK, MASTER_ADDR, MASTER_PORT\nhint: start this by `torchrun`" in said
 
 
 LINGERING = """
