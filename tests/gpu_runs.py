@@ -7,16 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from untimed import untimed
+
 from sparkctl.manifest import schema
 from sparkctl.manifest.store import Run
-from sparkctl.train.metrics import TIMING, read
 
 MACHINE = schema.Machine(name="test", device="cuda", memory=1 << 33, cores=1)
 
 
 def outcome(run: Run) -> tuple[list[dict[str, Any]], bytes, dict[str, str]]:
     """Every loss and norm, the last checkpoint's bytes, and what the run is pinned to."""
-    lines = [{k: v for k, v in line.items() if k not in TIMING} for line in read(run.root / "metrics.jsonl")]
+    lines = untimed(run.root / "metrics.jsonl")
     table = Run.open(run.root).manifest.train
     assert table is not None
     last = run.root / "checkpoints" / str(table.last_checkpoint)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 
 def free_port() -> int:
-    """A port of this machine on which nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port of this machine on which nobody listens, of those that the system gives to no connection by itself: it is
+    free until the ranks meet there."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)  # tests seed the usual one
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def two_ranks(function: Callable[..., None], *arguments: Any) -> None:

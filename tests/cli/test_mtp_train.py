@@ -15,6 +15,7 @@ import pytest
 import ready
 from safetensors.torch import load_file
 from two_ranks import two_ranks
+from untimed import untimed
 
 from sparkctl.cli.app import run as sparkctl
 from sparkctl.errors import Interrupted
@@ -24,7 +25,7 @@ from sparkctl.mtp.answers import Answer, greedy_answers
 from sparkctl.mtp.drafter import read_head
 from sparkctl.mtp.engine import HeadEngine
 from sparkctl.steps import mtp_train
-from sparkctl.train.metrics import TIMING, read
+from sparkctl.train.metrics import read
 
 Said = pytest.CaptureFixture[str]
 FEW = ("--prompts", "3", "--pack-length", "64", "--epochs", "2", "--learning-rate", "0.01")
@@ -145,7 +146,7 @@ def test_interrupted_and_called_again_it_is_as_uninterrupted(
 
 
 def lines(root: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in read(root / "mtp" / "metrics.jsonl")]
+    return untimed(root / "mtp" / "metrics.jsonl")
 
 
 def test_killed_between_training_and_measuring_only_that_is_done(

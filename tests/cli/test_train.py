@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import ready
 import torch
+from untimed import untimed
 
 from sparkctl.cli import app
 from sparkctl.manifest.store import Run
 from sparkctl.train import state
 from sparkctl.train.engines.reference import ReferenceEngine
-from sparkctl.train.metrics import TIMING, Metrics, read
+from sparkctl.train.metrics import Metrics
 
 Say = Callable[..., tuple[int, str, str]]
 
@@ -54,7 +55,7 @@ def run(tmp_path: Path, llama_folder: Path) -> Run:
 
 
 def lines(run: Run) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in read(run.root / "metrics.jsonl")]
+    return untimed(run.root / "metrics.jsonl")
 
 
 def weights(run: Run) -> bytes:

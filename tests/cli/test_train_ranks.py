@@ -17,6 +17,7 @@ import pytest
 import ready
 import torch
 from two_ranks import free_port, two_ranks
+from untimed import untimed
 
 from sparkctl.cli import app
 from sparkctl.manifest.store import Run
@@ -25,7 +26,6 @@ from sparkctl.steps.train import train
 from sparkctl.train import state
 from sparkctl.train.engines.device import planned_device
 from sparkctl.train.engines.reference import ReferenceEngine
-from sparkctl.train.metrics import TIMING, read
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def run(tmp_path: Path, llama_folder: Path) -> Run:
 
 
 def lines(run: Run) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in read(run.root / "metrics.jsonl")]
+    return untimed(run.root / "metrics.jsonl")
 
 
 def _said(rank: int, folder: str, *words: str) -> int:

@@ -21,6 +21,7 @@ from typing import Any
 
 import ready
 import torch
+from untimed import untimed
 
 from sparkctl.manifest.store import Run
 from sparkctl.model.weights import ShardWriter
@@ -28,7 +29,6 @@ from sparkctl.steps.resume import resume
 from sparkctl.steps.train import train
 from sparkctl.train.engines.native.engine import NativeEngine
 from sparkctl.train.engines.reference import ReferenceEngine
-from sparkctl.train.metrics import TIMING, read
 
 WATCHED: list[tuple[Any, str]] = [
     (os, "replace"), (os, "fsync"), (os, "write"), (shutil, "rmtree"), (ShardWriter, "write"),
@@ -81,7 +81,7 @@ def forked(work: Callable[[], object]) -> int:
 
 def outcome(root: Path) -> dict[str, Any]:
     """What has to be equal in the end: losses, weights, moments, and no leftover."""
-    lines = [{k: v for k, v in line.items() if k not in TIMING} for line in read(root / "metrics.jsonl")]
+    lines = untimed(root / "metrics.jsonl")
     trained = Run.open(root).manifest.train
     assert trained
     last = root / "checkpoints" / str(trained.last_checkpoint)

@@ -15,6 +15,7 @@ import ready
 import torch
 from looping import Training, id_of
 from two_ranks import two_ranks
+from untimed import untimed
 
 from sparkctl.data.batches import Pack
 from sparkctl.errors import Interrupted, SparkError
@@ -142,13 +143,7 @@ def test_going_ahead_of_the_device_changes_no_bit_and_no_line(tmp_path: Path) ->
     ends = [training.run() for training in (plain, ahead)]
     assert torch.equal(plain.engine.table, ahead.engine.table)
     assert [(n, n if n % 4 == 0 else n - 1) for n in range(11)] == read
-    timeless = [
-        [
-            {k: v for k, v in line.items() if k not in metrics.TIMING}
-            for line in metrics.read(one.folder / "metrics.jsonl")
-        ]
-        for one in (plain, ahead)
-    ]
+    timeless = [untimed(one.folder / "metrics.jsonl") for one in (plain, ahead)]
     assert timeless[0] == timeless[1]
     assert plain.saved == ahead.saved
     differing = {"seconds", "peak_memory"}

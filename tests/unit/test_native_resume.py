@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import ready
 import torch
+from untimed import untimed
 
 from sparkctl.errors import Interrupted
 from sparkctl.manifest.store import Run
 from sparkctl.steps.resume import resume
 from sparkctl.steps.train import train
 from sparkctl.train.engines.native.engine import NativeEngine
-from sparkctl.train.metrics import TIMING, read
 
 
 class Said:
@@ -35,7 +35,7 @@ class Said:
 
 def outcome(run: Run) -> tuple[list[dict[str, Any]], bytes]:
     """Every loss and norm, and the last checkpoint's bytes."""
-    lines = [{k: v for k, v in line.items() if k not in TIMING} for line in read(run.root / "metrics.jsonl")]
+    lines = untimed(run.root / "metrics.jsonl")
     last = Run.open(run.root).manifest.train.last_checkpoint
     return lines, (run.root / "checkpoints" / last / "trainable.safetensors").read_bytes()
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import ready
 import torch
+from untimed import untimed
 
 from sparkctl.data.batches import Pack, make_pack
 from sparkctl.errors import SparkError
 from sparkctl.manifest.store import Run
 from sparkctl.train import guard, random, rehearsal
 from sparkctl.train.engines.reference import ReferenceEngine
-from sparkctl.train.metrics import TIMING, read
 from sparkctl.train.session import Session
 
 
@@ -38,7 +38,7 @@ def train(opened: Session, folder: Path) -> tuple[list[dict], dict[str, torch.Te
     folder.mkdir()
     torch.rand(3)  # the generators are part of what is compared
     opened.loop(folder, Metrics(folder / "m.jsonl"), guard.Signals("", print), lambda *saved: None).run()
-    lines = [{k: v for k, v in line.items() if k not in TIMING} for line in read(folder / "m.jsonl")]
+    lines = untimed(folder / "m.jsonl")
     return lines, {n: p.detach().clone() for n, p in opened.engine.parameters().items()} | random.capture()
 
 
