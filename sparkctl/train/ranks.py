@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from sparkctl import env
 from sparkctl.errors import Interrupted, SparkError, UsageError
 from sparkctl.train.guard import handled
+from sparkctl.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -139,10 +140,16 @@ def leave(status: int) -> NoReturn:
 
 
 def compute_on_own_gpu() -> None:
-    """Of several processes on a box each takes the GPU of its number."""
+    """Of several processes on a box each takes the GPU of its number. Raises UsageError where there is none."""
     if env.world_size() == 1:
         return
     import torch
 
     if torch.cuda.is_available():
-        torch.cuda.set_device(env.local_rank())
+        mine, gpus = env.local_rank(), torch.cuda.device_count()
+        if mine >= gpus:
+            raise UsageError(
+                f"no GPU for process {mine + 1} of this machine, which has {counted(gpus, 'GPU')}",
+                f"start as many: `torchrun --nproc-per-node {gpus} …`",
+            )
+        torch.cuda.set_device(mine)

@@ -20,12 +20,14 @@ from two_ranks import free_port, two_ranks
 from untimed import untimed
 
 from sparkctl.cli import app
+from sparkctl.errors import UsageError
 from sparkctl.manifest.store import Run
 from sparkctl.steps import gate, record, training, verify_lossless
 from sparkctl.steps.train import train
 from sparkctl.train import state
 from sparkctl.train.engines.device import planned_device
 from sparkctl.train.engines.reference import ReferenceEngine
+from sparkctl.train.ranks import compute_on_own_gpu
 
 
 @pytest.fixture
@@ -260,6 +262,22 @@ def test_a_rank_whose_meeting_place_is_gone_says_so(waiting: Waiting, tmp_path: 
     waiting[0].join(10)
     assert waiting[0].exitcode == 1
     assert "error: rank 1 lost another rank in the middle\n" in (tmp_path / "1.err").read_text()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        compute_on_own_gpu()
+    assert taken == [0, 1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UsageError, match="no GPU for process 3 of this machine, which has 2 GPUs") as refused:
+        compute_on_own_gpu()
+    assert refused.value.hint == "start as many: `torchrun --nproc-per-node 2 …`"
 
 
 def test_a_rank_computes_on_the_gpu_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
