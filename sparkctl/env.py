@@ -91,12 +91,17 @@ def rank() -> int:
 
 def lacking() -> list[str]:
     """What torchrun sets beside WORLD_SIZE and is not set here: where the processes meet, and as which."""
-    return [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    return [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
 
 
 def local_rank() -> int:
     """This process's number among those that torchrun started on this box (LOCAL_RANK)."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Processes that torchrun started on this box (LOCAL_WORLD_SIZE); where nothing says so, all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def everything() -> dict[str, str]:

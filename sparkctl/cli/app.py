@@ -159,7 +159,7 @@ def _on_signals() -> None:
     once."""
     owner = os.getpid()
 
-    def leave(number: int, frame: FrameType | None) -> None:
+    def terminate(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:  # a child that was forked from here
             os._exit(128 + number)
         signal.signal(number, signal.SIG_IGN)
@@ -168,7 +168,7 @@ def _on_signals() -> None:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise ControlC
 
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGTERM, terminate)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell has it ignored for what it runs with &
         signal.signal(signal.SIGINT, interrupt)
 

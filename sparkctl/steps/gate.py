@@ -43,7 +43,7 @@ def score(job: Job, rival: Rival, trained: TrainTable, limit: float, ranks: Rank
 
 
 def settle(job: Job, rival: Rival, trained: TrainTable, limit: float, ranks: Ranks, progress: Progress) -> None:
-    """Score; the first rank writes it down and judges. Raises SparkError there where the gate is passed."""
+    """Score; the first rank writes it down and judges. Raises SparkError there where the limit is exceeded."""
     job.run.require_writable()
     gate = trained.gate = score(job, rival, trained, limit, ranks, progress)
     if ranks.writes:

@@ -74,6 +74,7 @@ def mtp_train(request: Request, *, force: bool = False, dry_run: bool = False, p
         _train(job, ranks, force, progress)
         with _trained(request):
             notes = _settle(job, request, progress) if ranks.writes else ()
+            ranks.meet()  # in patience: NCCL, where a group ends, has little
         return Result(job.plan, run.manifest.mtp, notes)
 
 

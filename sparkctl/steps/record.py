@@ -80,11 +80,11 @@ def carry_out(
     from sparkctl.train.watch import watched, watched_alone
 
     import_first(job.estimates()[0])
-    before = job.before if checkpoint else None
     base = job.base(checkpoint, progress) if ranks.writes else None
     with watched_alone(job.plan.machine, "the model was loaded"):
         session = open_session(job, checkpoint, ranks, progress)
-    signals = Signals(job.again, progress.say, relayed=ranks.size > 1)
+    began = session.state.step
+    signals = Signals(ranks.command(job.again), progress.say, relayed=ranks.size > 1)
     recorder = _Recorder(job, session, gate_limit, base)
     ranks.meet(session.engine.device)  # all have read the run before the first changes it
     with signals.caught(), watched(job.plan.machine, signals), ranks.interrupted_together():
@@ -97,8 +97,7 @@ def carry_out(
         truncate(job.metrics, session.state.step)
         with recorder.outcome(), closing(Metrics(job.metrics)) as metrics:
             session.loop(job.checkpoints, metrics, signals, recorder.saved, progress).run()
-    if before is None or before.processes == ranks.size:  # else its steps are of two rates
-        note_rate(job, ranks.size)
+    note_rate(job, ranks.size, began)
     return recorder.table("done")
 
 
@@ -127,7 +126,7 @@ def _say_idle(plan: Course, processes: int, progress: Progress) -> None:
     places = -(-packs // processes) * processes
     if places > packs:
         progress.say(
-            f"{counted(packs, 'pack')} a step for {processes} processes: {places - packs} of {places} turns are empty; "
+            f"a step has {counted(packs, 'pack')} for {processes} processes, of which some wait for the others; "
             f"packs of {packs * plan.pack_length // places:,} tokens (`--pack-length`) would go round"
         )
 
@@ -146,13 +145,14 @@ def resumed(checkpoint: Path | None, reason: str) -> Resume:
     return Resume(step=step, checkpoint=id, reason=reason, when=now())
 
 
-def note_rate(job: Training, processes: int) -> None:
-    """Keep this machine's rate for the plans to come: of whole steps, without evaluations, saves and the warm-up."""
+def note_rate(job: Training, processes: int, began: int) -> None:
+    """Keep this machine's rate for the plans to come: of this start's steps, those after `began`, without evaluations,
+    saves and the warm-up."""
     from sparkctl.hardware.machine import this_machine
     from sparkctl.hardware.measurements import ENOUGH, record
     from sparkctl.train.metrics import read
 
-    steps = [line for line in read(job.metrics) if "loss" in line]
+    steps = [line for line in read(job.metrics) if "loss" in line and line["step"] > began]
     warm = steps[len(steps) // 5 :]
     if len(warm) >= ENOUGH:
         rate = sum(line["tokens"] for line in warm) / sum(line["seconds"] for line in warm)

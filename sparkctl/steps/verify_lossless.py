@@ -68,10 +68,11 @@ def require(job: Job, ranks: Ranks, progress: Progress) -> None:
         progress.say("a training of more than an hour: first the certificate that its engine is lossless here")
         table, _ = certified(job, affordable(job.plan), {}, progress)
         _keep(job.run, table, ranks)
-    ranks.meet()  # the first has written its own down: torchrun ends it once another has left
-    if not table.passed:
+    failed = ranks.sum([float(not table.passed)])[0]  # and the first has written its own down
+    if failed:
+        problems = "; ".join(table.problems) or "on another rank"
         raise SparkError(
-            f"the {table.engine} engine is not lossless with this model on this machine: {'; '.join(table.problems)}",
+            f"the {table.engine} engine is not lossless with this model on this machine: {problems}",
             _mend(job.run),
         )
 

@@ -86,7 +86,8 @@ class Signals:
     The first is noted for the loop to act on; a second signal, or hardly any memory left, stops at once, but not a
     second SIGHUP, since shell and kernel both send one. The handlers from before come back at the block's end. `say`
     tells the user; `hint` is how to go on. relayed: by torchrun, which passes on what is sent to it, so that what a
-    service manager sends to every process arrives twice.
+    service manager or a terminal sends to every process arrives twice, and which sends SIGTERM where a rank has ended:
+    neither is a second word.
     """
 
     def __init__(self, hint: str, say: Callable[[str], None], *, relayed: bool = False) -> None:
@@ -94,7 +95,7 @@ class Signals:
         self.shortage: str | None = None  # what was left of the memory, in words
         self._hint, self._say = hint, say
         self._exhausted = False
-        self._echo = ECHO if relayed else 0.0
+        self._relayed = relayed
         self._received_at = 0.0
 
     @property
@@ -154,7 +155,7 @@ class Signals:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            if time.monotonic() - self._received_at < self._echo:
+            if self._relayed and (number == signal.SIGTERM or time.monotonic() - self._received_at < ECHO):
                 return
             raise AtOnce(Interrupted("stopped at once, without saving", self._hint, number))
         self.received, self._received_at = number, time.monotonic()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
@@ -59,26 +60,35 @@ class Ranks:
             if work is not None:
                 work.wait()
 
-    def sum(self, values: Sequence[float], device: torch.device | str) -> list[float]:
+    def sum(self, values: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
         """Add numbers up over the ranks, in fp64."""
+        if self.size == 1:
+            return list(values)
         import torch
         import torch.distributed as dist
 
-        if self.size == 1:
-            return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(total)
         return total.tolist()
 
     def of_the_first(self, words: dict[str, str]) -> dict[str, str]:
         """What the first rank holds."""
-        import torch.distributed as dist
-
         if self.size == 1:
             return words
-        told = [words]
-        dist.broadcast_object_list(told)
-        return told[0]
+        import torch
+        import torch.distributed as dist
+
+        told = torch.tensor(list(json.dumps(words).encode()), dtype=torch.uint8)
+        length = torch.tensor(len(told))
+        dist.broadcast(length, 0)
+        told = told if self.writes else torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(told, 0)
+        heard: dict[str, str] = json.loads(bytes(told.tolist()))
+        return heard
+
+    def command(self, line: str) -> str:
+        """A command line of `sparkctl` as these processes were started."""
+        return line if self.size == 1 else f"torchrun --nproc-per-node {env.local_world_size()} -m {line}"
 
     def meet(self, device: torch.device | str = "cpu") -> None:
         """Wait until every rank has come this far."""
@@ -91,7 +101,8 @@ class Ranks:
         try:
             yield
         except Interrupted:
-            self.meet()
+            with suppress(RuntimeError):  # another left at once: what this one saved is saved
+                self.meet()
             raise
 
 
@@ -118,14 +129,16 @@ def joined() -> Iterator[Ranks]:
     compute_on_own_gpu()
     try:
         # handlers of ours would not be called while this waits for a rank that has failed before it
-        with handled(dict.fromkeys((signal.SIGINT, signal.SIGTERM), signal.SIG_DFL)):
+        ours = (number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN)
+        with handled(dict.fromkeys(ours, signal.SIG_DFL)):
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         yield Ranks.current()
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise SparkError(
-            f"rank {env.rank()} lost another rank in the middle", "that one's own words say what ended it"
+            f"rank {env.rank()} lost another rank, or never met it: {str(error).strip().splitlines()[0]}",
+            "the other's own words may say what ended it",
         ) from None
     dist.destroy_process_group()  # not after a failure: NCCL's waits for every rank, of which one may wait for this one
 
@@ -133,23 +146,24 @@ def joined() -> Iterator[Ranks]:
 def leave(status: int) -> NoReturn:
     """End this process: one of several that failed at once, its group as it is, so that torchrun ends the others."""
     if status and env.world_size() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
         os._exit(status)
     sys.exit(status)
 
 
 def compute_on_own_gpu() -> None:
-    """Of several processes on a box each takes the GPU of its number. Raises UsageError where there is none."""
+    """Of several processes on a box each takes the GPU of its number. Raises UsageError in all where some have none."""
     if env.world_size() == 1:
         return
     import torch
 
     if torch.cuda.is_available():
-        mine, gpus = env.local_rank(), torch.cuda.device_count()
-        if mine >= gpus:
+        processes, gpus = env.local_world_size(), torch.cuda.device_count()
+        if processes > gpus:
             raise UsageError(
-                f"no GPU for process {mine + 1} of this machine, which has {counted(gpus, 'GPU')}",
+                f"{processes} processes for {counted(gpus, 'GPU')} of this machine",
                 f"start as many: `torchrun --nproc-per-node {gpus} …`",
             )
-        torch.cuda.set_device(mine)
+        torch.cuda.set_device(env.local_rank())

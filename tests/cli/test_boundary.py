@@ -239,17 +239,18 @@ said = console.failure
 
 def failure(*arguments, **options):
     said(*arguments, **options)
-    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal({number})
 
 console.failure = failure
 app.main()
 """
 
 
-def test_a_signal_amid_the_last_words_is_no_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", LAST_WORDS, "show", str(tmp_path)]
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_amid_the_last_words_is_no_traceback(number: int, status: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LAST_WORDS.format(number=int(number)), "show", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 143
+    assert done.returncode == status
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
 

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -329,6 +331,16 @@ def test_the_gate(say: Say, straight: Run, tmp_path: Path, llama_folder: Path) -
     assert status == 0
     assert "up to date" in err
     assert Run.open(worse.root).manifest.train.gate.passed
+
+
+def test_what_is_trained_already_is_found_without_torch(straight: Run) -> None:
+    code = (
+        "import sys; from sparkctl.cli import app; status = app.run(['train', sys.argv[1], '--no-certificate']); "
+        "sys.exit(status or 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, straight.root], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "up to date" in done.stderr
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "metrics", "manifest"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,17 +18,22 @@ from typing import Any
 import pytest
 import ready
 import torch
+from sparkctl_kernels.gated_delta import op as gated_delta
 from two_ranks import free_port, two_ranks
 from untimed import untimed
 
 from sparkctl.cli import app
 from sparkctl.errors import UsageError
+from sparkctl.hardware import measurements
 from sparkctl.manifest.store import Run
+from sparkctl.mtp.engine import HeadEngine
 from sparkctl.steps import gate, record, training, verify_lossless
 from sparkctl.steps.train import train
-from sparkctl.train import state
+from sparkctl.train import guard, state
 from sparkctl.train.engines.device import planned_device
+from sparkctl.train.engines.native.engine import NativeEngine
 from sparkctl.train.engines.reference import ReferenceEngine
+from sparkctl.train.metrics import Metrics
 from sparkctl.train.ranks import compute_on_own_gpu
 
 
@@ -57,7 +64,7 @@ def test_under_torchrun_the_ranks_share_a_step_and_the_first_writes(
     train(alone.root)
     two_ranks(_trained, str(run.root), str(tmp_path))
     assert [(tmp_path / f"{rank}.out").read_text().count('"ok": true') for rank in (0, 1)] == [1, 0]
-    assert "turns are empty" not in (tmp_path / "0.err").read_text()
+    assert "go round" not in (tmp_path / "0.err").read_text()
     assert Run.open(run.root).manifest.train.status == "done"
     got, wanted = lines(run), lines(alone)
     assert len(got) == len(wanted)
@@ -69,8 +76,11 @@ def test_packs_that_do_not_go_round_are_told_of(tmp_path: Path, llama_folder: Pa
     run = ready.run(tmp_path / "run", llama_folder, count=24, gradient_accumulation=3, max_steps=2)
     two_ranks(_trained, str(run.root), str(tmp_path))
     said = (tmp_path / "0.err").read_text()
-    assert "3 packs a step for 2 processes: 1 of 4 turns are empty; packs of 48 tokens (`--pack-length`) would" in said
-    assert "turns" not in (tmp_path / "1.err").read_text()
+    assert (
+        "a step has 3 packs for 2 processes, of which some wait for the others; "
+        "packs of 48 tokens (`--pack-length`) would go round\n" in said
+    )
+    assert "go round" not in (tmp_path / "1.err").read_text()
 
 
 def _choosing(rank: int, root: str, folder: str) -> None:
@@ -109,7 +119,7 @@ def test_a_rank_that_is_left_alone_says_so(run: Run, tmp_path: Path) -> None:
     two_ranks(_leaving, str(run.root), str(tmp_path))
     assert (tmp_path / "0.status").read_text() == "1"
     said = (tmp_path / "0.err").read_text()
-    assert "error: rank 0 lost another rank in the middle\nhint: that one's own words say what ended it\n" in said
+    assert re.search(r"error: rank 0 lost another rank, or never met it: \S.+\nhint: the other's own words", said)
     assert "Traceback" not in said
     assert Run.open(run.root).manifest.train.status == "failed"
 
@@ -140,10 +150,58 @@ def test_no_rank_that_is_stopped_leaves_before_the_first_has_saved(tmp_path: Pat
     two_ranks(_stopping, str(run.root), str(tmp_path))
     assert [(tmp_path / f"{rank}.left").read_text() for rank in (0, 1)] == ["interrupted"] * 2
     assert Run.open(run.root).manifest.train.step == 4
+    go_on = f"hint: torchrun --nproc-per-node 2 -m sparkctl resume {run.root}\n"
+    assert go_on in (tmp_path / "0.err").read_text()
+
+
+def _hurrying(rank: int, root: str, folder: str) -> None:
+    """Both are told to stop; the second leaves at once, and torchrun tells the first again while it saves."""
+    micro_step, save, calls = ReferenceEngine.micro_step, state.save, [0]
+
+    def struck(engine: ReferenceEngine, *arguments: Any) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 9:
+            signal.raise_signal(signal.SIGTERM)
+        return micro_step(engine, *arguments)
+
+    def late(*arguments: Any) -> Path:
+        if calls[0] >= 9:
+            time.sleep(0.3)
+            signal.raise_signal(signal.SIGTERM)
+        return save(*arguments)
+
+    def leave(signals: guard.Signals, message: str) -> Any:
+        os._exit(0)
+
+    ReferenceEngine.micro_step = struck  # type: ignore[method-assign]
+    guard.ECHO = 0.1
+    if rank == 0:
+        state.save = late
+        assert _said(rank, folder, "train", root) == 143
+    else:
+        guard.Signals.stopped = leave  # type: ignore[method-assign]
+        _said(rank, folder, "train", root)
+
+
+def test_what_the_first_saves_is_saved_though_another_has_left(tmp_path: Path, llama_folder: Path) -> None:
+    run = ready.run(tmp_path / "run", llama_folder, count=24, epochs=4)
+    two_ranks(_hurrying, str(run.root), str(tmp_path))
+    assert "; saved\n" in (tmp_path / "0.err").read_text()
+    assert Run.open(run.root).manifest.train.step == 4
+
+
+def test_a_rate_is_of_the_steps_that_so_many_processes_took(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[tuple[Any, float]] = []
+    monkeypatch.setattr(measurements, "record", lambda machine, kind, engine, rate, *_: kept.append((kind, rate)))
+    with closing(Metrics(run.root / "metrics.jsonl")) as metrics:
+        for step in range(1, 81):
+            metrics.write(step=step, loss=1.0, tokens=100, seconds=1.0 if step <= 40 else 0.5)
+    record.note_rate(training.planned(run), 2, 40)
+    ((kind, rate),) = kept
+    assert (kind.processes, rate) == (2, 200.0)
 
 
 def _resumed(rank: int, root: str, folder: str) -> None:
-    record.note_rate = lambda *_: pytest.fail("a rate of steps that were shared by one and by two")
     assert _said(rank, folder, "resume", root, "--from", "step-000003") == 0
 
 
@@ -202,9 +260,10 @@ def test_the_first_rank_alone_fails_at_the_gate_which_it_has_to_write_down(
     assert Run.open(child.root).manifest.train.gate.passed is False
 
 
-def _certified(rank: int, root: str, folder: str) -> None:
-    """The second has its certificate sooner than the first."""
-    kept, lossy = Path(folder, "kept"), SimpleNamespace(passed=False, problems=["planted"], engine="native")
+def _certified(rank: int, root: str, folder: str, alike: bool) -> None:
+    """The second has its certificate sooner than the first, and it fails, the first's too where they are alike."""
+    kept, passed = Path(folder, "kept"), rank == 0 and not alike
+    lossy = SimpleNamespace(passed=passed, problems=[] if passed else ["planted"], engine="native")
 
     def certified(*_: Any) -> tuple[Any, None]:
         time.sleep(0 if rank else 0.5)
@@ -216,14 +275,16 @@ def _certified(rank: int, root: str, folder: str) -> None:
     assert kept.exists()
 
 
+@pytest.mark.parametrize("alike", [True, False])
 def test_no_rank_leaves_for_an_engine_s_faults_before_the_first_has_written_them_down(
-    tmp_path: Path, llama_folder: Path
+    tmp_path: Path, llama_folder: Path, alike: bool
 ) -> None:
     run = ready.run(tmp_path / "run", llama_folder, engine="native")
     with run.edit() as manifest:
         manifest.plan.estimates.seconds = 2 * verify_lossless.LONG
-    two_ranks(_certified, str(run.root), str(tmp_path))
-    assert "is not lossless with this model on this machine: planted" in (tmp_path / "0.err").read_text()
+    two_ranks(_certified, str(run.root), str(tmp_path), alike)
+    problem = "planted" if alike else "on another rank"
+    assert f"is not lossless with this model on this machine: {problem}\n" in (tmp_path / "0.err").read_text()
 
 
 Waiting = tuple[BaseProcess, Callable[[], None]]
@@ -231,6 +292,7 @@ Waiting = tuple[BaseProcess, Callable[[], None]]
 
 def _joining(port: int, root: str, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": "1"}
+    os.environ["LOCAL_RANK"] = "1"
     signal.signal(signal.SIGTERM, lambda *_: None)
     sys.exit(_said(1, folder, "train", root))
 
@@ -249,6 +311,7 @@ def waiting(run: Run, tmp_path: Path) -> Iterator[Waiting]:
         yield process, meeting.clear
     finally:
         process.kill()
+        process.join()
 
 
 def test_a_rank_that_waits_for_one_who_does_not_come_can_be_ended(waiting: Waiting) -> None:
@@ -261,7 +324,7 @@ def test_a_rank_whose_meeting_place_is_gone_says_so(waiting: Waiting, tmp_path: 
     waiting[1]()
     waiting[0].join(10)
     assert waiting[0].exitcode == 1
-    assert "error: rank 1 lost another rank in the middle\n" in (tmp_path / "1.err").read_text()
+    assert "error: rank 1 lost another rank, or never met it: " in (tmp_path / "1.err").read_text()
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,15 +332,25 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of two boxes
     for rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", rank)
         compute_on_own_gpu()
     assert taken == [0, 1]
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UsageError, match="no GPU for process 3 of this machine, which has 2 GPUs") as refused:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UsageError, match="3 processes for 2 GPUs of this machine") as refused:
         compute_on_own_gpu()
     assert refused.value.hint == "start as many: `torchrun --nproc-per-node 2 …`"
+
+
+@pytest.mark.parametrize("engine", [NativeEngine, HeadEngine])
+def test_an_engine_takes_the_tiles_that_it_is_told(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[dict[str, str]] = []
+    monkeypatch.setattr(gated_delta, "pin", taken.append)
+    engine.pin(object(), {"a kernel": "BV=32"})
+    assert taken == [{"a kernel": "BV=32"}]
 
 
 def test_a_rank_computes_on_the_gpu_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +366,10 @@ def test_a_world_that_no_torchrun_made_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert app.run(["train", str(run.root)]) == 2
     said = capsys.readouterr().err
-    assert "error: WORLD_SIZE is 2, without RANK, MASTER_ADDR, MASTER_PORT\nhint: start this by `torchrun`" in said
+    assert (
+        "error: WORLD_SIZE is 2, without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT\nhint: start this by `torchrun`"
+        in said
+    )
 
 
 LINGERING = """

@@ -26,7 +26,8 @@ def commands() -> list[str]:
         for line in block.splitlines()
     ]
     inline = [text for page in PAGES for text in re.findall(r"`(sparkctl [a-z]+ [^`]+)`", page)]
-    return sorted({line.strip() for line in [*lines, *inline] if line.strip().startswith("sparkctl ")})
+    whole = [re.sub(r"^torchrun --nproc-per-node \d+ -m ", "", line.strip()) for line in [*lines, *inline]]
+    return sorted({line for line in whole if line.startswith("sparkctl ")})
 
 
 @pytest.mark.parametrize("line", commands())

@@ -224,9 +224,10 @@ def test_a_signal_that_torchrun_passes_on_is_the_same_one_again(monkeypatch: pyt
 
     def told() -> None:
         with signals.caught():
-            signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             time.sleep(0.25)
+            signal.raise_signal(signal.SIGTERM)  # another rank has ended
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(Interrupted, match="stopped at once") as stopped:

@@ -42,5 +42,5 @@ class Engine(Protocol):
         ...
 
     def pin(self, choices: dict[str, str]) -> None:
-        """Compute as the first rank's engine does, whose choices these are: kernels are tuned by time, on each rank."""
+        """Take what the first rank's tuner found, whose choices these are: kernels are tuned by time, on each rank."""
         ...
