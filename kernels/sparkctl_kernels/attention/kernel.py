@@ -77,7 +77,7 @@ WINDOWED: dict[int, Tiles] = {
 # of fp32, which proofs alone compute in: twice the bytes, and no less room for them on a GB10
 FP32: dict[int, Tiles] = {
     256: (Tile(32, 16, 2), Tile(16, 16, 1), Tile(32, 16, 1)),
-    128: (Tile(32, 32, 2), Tile(32, 32, 2), Tile(32, 32, 2)),
+    128: (Tile(32, 32, 2), Tile(16, 32, 1), Tile(32, 32, 2)),
     64: (Tile(64, 64, 2), Tile(64, 32, 2), Tile(64, 32, 2)),
 }
 # for wgmma and 232,448 bytes of shared memory
