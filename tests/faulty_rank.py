@@ -9,9 +9,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
 
+import pytest
 import torch
+from striking import at_step
 
 from sparkctl.cli import app
 from sparkctl.train.engines.native.engine import NativeEngine
@@ -39,16 +40,8 @@ FAULTS: dict[str, Callable[[NativeEngine], None]] = {"lose": lose, "stop": stop,
 
 
 def main(fault: str, command: str, run: str) -> None:
-    original, calls = NativeEngine.micro_step, 0
-
-    def micro_step(self: NativeEngine, *arguments: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == AT and os.environ["RANK"] == "1":
-            FAULTS[fault](self)
-        return original(self, *arguments)
-
-    NativeEngine.micro_step = micro_step  # type: ignore[method-assign]
+    if os.environ["RANK"] == "1":
+        at_step(pytest.MonkeyPatch(), NativeEngine, AT, FAULTS[fault])
     sys.argv = ["sparkctl", command, run, "--json"]
     app.main()
 

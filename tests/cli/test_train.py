@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import ready
 import torch
+from striking import at_step
 from untimed import untimed
 
 from sparkctl.cli import app
@@ -64,19 +65,6 @@ def weights(run: Run) -> bytes:
     trained = Run.open(run.root).manifest.train
     assert trained
     return (run.root / "checkpoints" / str(trained.last_checkpoint) / "trainable.safetensors").read_bytes()
-
-
-def at_step(monkeypatch: pytest.MonkeyPatch, call: int, act: Callable[[], None]) -> None:
-    """Do something in the micro-step of that number (from 1; the first is the rehearsal's)."""
-    original, calls = ReferenceEngine.micro_step, [0]
-
-    def micro_step(self: ReferenceEngine, pack: Any, scale: float) -> torch.Tensor:
-        calls[0] += 1
-        if calls[0] == call:
-            act()
-        return original(self, pack, scale)
-
-    monkeypatch.setattr(ReferenceEngine, "micro_step", micro_step)
 
 
 def test_a_training_and_what_the_manifest_says_of_it(say: Say, run: Run, straight: Run) -> None:
@@ -200,7 +188,7 @@ def test_interrupted_then_resumed_is_as_uninterrupted(
     say: Say, run: Run, straight: Run, monkeypatch: pytest.MonkeyPatch, number: int, status: int
 ) -> None:
     with monkeypatch.context() as patch:
-        at_step(patch, 9, lambda: signal.raise_signal(number))
+        at_step(patch, ReferenceEngine, 9, lambda engine: signal.raise_signal(number))
         got, out, err = say("train", run.root, "--json")
     assert got == status
     assert json.loads(out)["exit_status"] == status
@@ -367,7 +355,7 @@ def test_a_full_disk_while_training(
         monkeypatch.setattr(owner, name, call)
 
     if what == "checkpoint":
-        at_step(monkeypatch, 5, fill)
+        at_step(monkeypatch, ReferenceEngine, 5, lambda engine: fill())
     elif what == "metrics":
         wrap(Metrics, "write")
     else:

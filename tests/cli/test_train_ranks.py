@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -19,6 +20,7 @@ import pytest
 import ready
 import torch
 from sparkctl_kernels.gated_delta import op as gated_delta
+from striking import at_step
 from two_ranks import free_port, two_ranks
 from untimed import untimed
 
@@ -102,15 +104,8 @@ def test_every_rank_computes_by_the_choices_that_are_written_down(run: Run, tmp_
 
 def _leaving(rank: int, root: str, folder: str) -> None:
     """The second ends in its third micro-step without a word."""
-    original, calls = ReferenceEngine.micro_step, [0]
-
-    def micro_step(engine: ReferenceEngine, *arguments: Any) -> torch.Tensor:
-        calls[0] += 1
-        if rank == 1 and calls[0] == 3:
-            os._exit(0)
-        return original(engine, *arguments)
-
-    ReferenceEngine.micro_step = micro_step  # type: ignore[method-assign]
+    if rank == 1:
+        at_step(pytest.MonkeyPatch(), ReferenceEngine, 3, lambda engine: os._exit(0))
     with open(f"{folder}/{rank}.err", "w") as sys.stderr:
         Path(folder, f"{rank}.status").write_text(str(app.run(["train", root])))
 
@@ -126,20 +121,18 @@ def test_a_rank_that_is_left_alone_says_so(run: Run, tmp_path: Path) -> None:
 
 def _stopping(rank: int, root: str, folder: str) -> None:
     """Both are told to stop in their ninth micro-step, by a service manager and then by torchrun."""
-    micro_step, write, calls = ReferenceEngine.micro_step, state.write, [0]
+    write = state.write
 
-    def struck(engine: ReferenceEngine, *arguments: Any) -> torch.Tensor:
-        calls[0] += 1
-        if calls[0] == 9:
-            signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)
-        return micro_step(engine, *arguments)
+    def strike(engine: ReferenceEngine) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
 
     def slow(*arguments: Any) -> None:
         time.sleep(0.4)
         write(*arguments)
 
-    ReferenceEngine.micro_step, state.write = struck, slow  # type: ignore[method-assign]
+    at_step(pytest.MonkeyPatch(), ReferenceEngine, 9, strike)
+    state.write = slow
     assert _said(rank, folder, "train", root) == 143
     Path(folder, f"{rank}.left").write_text(str(Run.open(Path(root)).manifest.train.status))
 
@@ -156,16 +149,14 @@ def test_no_rank_that_is_stopped_leaves_before_the_first_has_saved(tmp_path: Pat
 
 def _hurrying(rank: int, root: str, folder: str) -> None:
     """Both are told to stop; the second leaves at once, and torchrun tells the first again while it saves."""
-    micro_step, save, calls = ReferenceEngine.micro_step, state.save, [0]
+    save, struck = state.save, threading.Event()
 
-    def struck(engine: ReferenceEngine, *arguments: Any) -> torch.Tensor:
-        calls[0] += 1
-        if calls[0] == 9:
-            signal.raise_signal(signal.SIGTERM)
-        return micro_step(engine, *arguments)
+    def strike(engine: ReferenceEngine) -> None:
+        struck.set()
+        signal.raise_signal(signal.SIGTERM)
 
     def late(*arguments: Any) -> Path:
-        if calls[0] >= 9:
+        if struck.is_set():
             time.sleep(0.3)
             signal.raise_signal(signal.SIGTERM)
         return save(*arguments)
@@ -173,7 +164,7 @@ def _hurrying(rank: int, root: str, folder: str) -> None:
     def leave(signals: guard.Signals, message: str) -> Any:
         os._exit(0)
 
-    ReferenceEngine.micro_step = struck  # type: ignore[method-assign]
+    at_step(pytest.MonkeyPatch(), ReferenceEngine, 9, strike)
     guard.ECHO = 0.1
     if rank == 0:
         state.save = late

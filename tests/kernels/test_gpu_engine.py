@@ -19,9 +19,9 @@ from kernel_cases import Tensors, distances
 from sparkctl_kernels.lora_linear.layer import Copies, Projection, SharedInputLinear
 from sparkctl_kernels.lora_linear.reference import lora_linear
 from sparkctl_kernels.shapes import QWEN35, Shape
+from striking import at_step
 from torch import nn
 
-from sparkctl.data.batches import Pack
 from sparkctl.errors import Interrupted
 from sparkctl.manifest.store import Run
 from sparkctl.steps.resume import resume
@@ -150,15 +150,7 @@ def test_a_resumed_training_is_the_one_left_alone_to_the_bit(
     losses = [line["loss"] for line in outcome(straight)[0] if "loss" in line]
     assert losses[-1] < losses[0]
     with monkeypatch.context() as patch:
-        original, calls = native.NativeEngine.micro_step, [0]
-
-        def micro_step(self: native.NativeEngine, pack: Pack, scale: float) -> torch.Tensor:
-            calls[0] += 1
-            if calls[0] == 9:
-                signal.raise_signal(signal.SIGTERM)
-            return original(self, pack, scale)
-
-        patch.setattr(native.NativeEngine, "micro_step", micro_step)
+        at_step(patch, native.NativeEngine, 9, lambda engine: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Interrupted):
             train(run.root)
     stopped = Run.open(run.root).manifest.train

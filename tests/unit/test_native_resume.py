@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import ready
-import torch
+from striking import at_step
 from untimed import untimed
 
 from sparkctl.errors import Interrupted
@@ -51,15 +51,7 @@ def test_interrupted_then_resumed_is_as_uninterrupted(
     losses = [line["loss"] for line in outcome(straight)[0] if "loss" in line]
     assert losses[-1] < losses[0]
     with monkeypatch.context() as patch:
-        original, calls = NativeEngine.micro_step, [0]
-
-        def micro_step(self: NativeEngine, pack: Any, scale: float) -> torch.Tensor:
-            calls[0] += 1
-            if calls[0] == 9:
-                signal.raise_signal(signal.SIGTERM)
-            return original(self, pack, scale)
-
-        patch.setattr(NativeEngine, "micro_step", micro_step)
+        at_step(patch, NativeEngine, 9, lambda engine: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Interrupted):
             train(run.root)
     stopped = Run.open(run.root).manifest.train
