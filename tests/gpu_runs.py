@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import tiny
+from safetensors.torch import load_file, save_file
 from untimed import untimed
 
 from sparkctl.manifest import schema
@@ -24,9 +26,13 @@ def outcome(run: Run) -> tuple[list[dict[str, Any]], bytes, dict[str, str]]:
     return lines, (last / "trainable.safetensors").read_bytes(), table.choices
 
 
-def without_head(model: Path, folder: Path) -> Path:
-    """A copy whose config promises no MTP head: what is trained on it can be merged."""
+def with_head(model: Path, folder: Path) -> Path:
+    """A copy that has the MTP head its config promises."""
     shutil.copytree(model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"mtp_num_hidden_layers": 0}))
+    text = json.loads((folder / "config.json").read_text())
+    widths = dict(hidden="hidden_size", heads="num_attention_heads", kv_heads="num_key_value_heads")
+    widths |= dict(head_dim="head_dim", ffn="intermediate_size")
+    head = tiny.mtp_tensors(seed=1, **{name: text[field] for name, field in widths.items()})
+    weights = folder / "model.safetensors"
+    save_file(load_file(weights) | head, weights, metadata={"format": "pt"})
     return folder

@@ -86,7 +86,7 @@ def carry_out(
     began = session.state.step
     signals = Signals(ranks.command(job.again), progress.say, relayed=ranks.size > 1)
     recorder = _Recorder(job, session, gate_limit, base)
-    ranks.meet(session.engine.device)  # all have read the run before the first changes it
+    ranks.meet()  # all have read the run before the first changes it
     with signals.caught(), watched(job.plan.machine, signals), ranks.interrupted_together():
         if not ranks.writes:
             session.loop(job.checkpoints, None, signals, recorder.saved, progress).run()

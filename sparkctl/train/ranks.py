@@ -90,9 +90,9 @@ class Ranks:
         """A command line of `sparkctl` as these processes were started."""
         return line if self.size == 1 else f"torchrun --nproc-per-node {env.local_world_size()} -m {line}"
 
-    def meet(self, device: torch.device | str = "cpu") -> None:
+    def meet(self) -> None:
         """Wait until every rank has come this far."""
-        self.sum([0.0], device)
+        self.sum([0.0])
 
     @contextmanager
     def interrupted_together(self) -> Iterator[None]:

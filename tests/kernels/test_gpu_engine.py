@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import ready
 import torch
-from gpu_runs import MACHINE, outcome, without_head
+from gpu_runs import MACHINE, outcome, with_head
 from gradient_cases import gradients, pack
 from kernel_cases import Tensors, distances
 from sparkctl_kernels.lora_linear.layer import Copies, Projection, SharedInputLinear
@@ -142,7 +142,7 @@ def test_the_whole_model_is_no_further_from_fp32_than_twice_the_reference(mode: 
 def test_a_resumed_training_is_the_one_left_alone_to_the_bit(
     tmp_path: Path, wide_qwen35: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    model = without_head(wide_qwen35, tmp_path / "model")
+    model = with_head(wide_qwen35, tmp_path / "model")
     straight, run = (
         ready.run(tmp_path / name, model, count=24, engine="native", mode=mode, machine=MACHINE) for name in "ab"
     )

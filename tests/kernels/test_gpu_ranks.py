@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import faulty_rank
 import pytest
 import ready
 import torch
-from gpu_runs import MACHINE, outcome, without_head
+from gpu_runs import MACHINE, outcome, with_head
 from two_ranks import free_port
+from untimed import untimed
 
 from sparkctl import child
 from sparkctl.child import Ended
+from sparkctl.cli import app
 from sparkctl.manifest.store import Run
 from sparkctl.steps.train import train
 
@@ -33,7 +36,7 @@ BF16 = (
 @pytest.fixture
 def made(tmp_path: Path, wide_qwen35: Path) -> Any:
     """Runs on one model: `made(name)`."""
-    model = without_head(wide_qwen35, tmp_path / "model")
+    model = with_head(wide_qwen35, tmp_path / "model")
 
     def make(name: str, mode: str = "lora") -> Run:
         changes = dict(learning_rate=1e-3, gradient_accumulation=4, max_steps=6)
@@ -49,9 +52,9 @@ def together(run: Run, *words: str) -> Ended:
     return child.run(command, seconds=LIMIT)
 
 
-def sparkctl(run: Run, command: str) -> None:
+def sparkctl(run: Run, *command: str) -> None:
     """The command in both ranks, as a user gives it to torchrun."""
-    done = together(run, "-m", "sparkctl", command)
+    done = together(run, "-m", "sparkctl", *command)
     assert done.problem is None, done.err[-4000:]
 
 
@@ -68,7 +71,25 @@ def test_two_ranks_train_as_one(made: Any, mode: str) -> None:
     alone, two = made("alone", mode), made("two", mode)
     train(alone.root)
     sparkctl(two, "train")
-    mine, theirs = outcome(two)[0], outcome(alone)[0]
+    as_one(outcome(two)[0], outcome(alone)[0])
+
+
+def test_two_ranks_train_a_head_as_one(made: Any, tmp_path: Path) -> None:
+    alone = made("alone")
+    train(alone.root)
+    assert app.run(["merge", str(alone.root)]) == 0
+    two = Run.open(shutil.copytree(alone.root, tmp_path / "two"))
+    command = ("mtp", "train", "--prompts", "2", "--pack-length", "64", "--max-steps", "6")
+    assert app.run([*command, str(alone.root)]) == 0
+    sparkctl(two, *command)
+    mine, theirs = (untimed(run.root / "mtp" / "metrics.jsonl") for run in (two, alone))
+    as_one(mine, theirs)
+    tables = [Run.open(run.root).manifest.mtp for run in (two, alone)]
+    assert [table.train.processes for table in tables if table and table.train] == [2, 1]
+
+
+def as_one(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """Several ranks' losses and norms beside those of one process."""
     assert len(mine) == len(theirs) > 6
     for line, wanted in zip(mine, theirs, strict=True):
         assert line == pytest.approx(wanted, rel=BF16)
