@@ -56,7 +56,7 @@ def setting(
     if run and not model and not shape and machine.device != "cpu":
         model = _base_of(Run.open(run))
     shape = shape or catalog.BENCHED
-    config, name = (_served(model), model.name) if model else (catalog.config(shape), shape)
+    config, name = (_served(model, machine.device), model.name) if model else (catalog.config(shape), shape)
     if machine.device == "cpu" and model is None:
         from sparkctl.demo.model import config as tiny
 
@@ -83,12 +83,12 @@ def _base_of(run: Run) -> Path:
     return locate(table.source, revision=table.revision, base=run.root).folder
 
 
-def _served(model: Path) -> dict[str, Any]:
+def _served(model: Path, device: str) -> dict[str, Any]:
     """config.json of that folder. Raises UsageError where it holds no model, or one that the native engine has nothing
-    for: of it no stack could be compared with another.
+    for on this device: of it no stack could be compared with another.
     """
     config = read_config(model, hub=False)
-    if what := lacking(inspect(model, allow_unknown=True)):
+    if what := lacking(inspect(model, allow_unknown=True), device):
         raise UsageError(
             f"there is nothing to measure for {what}: the native engine does not compute `{model}`",
             f"name a folder of one of the types {', '.join(FAMILIES)}, or a published shape by `--shape`",

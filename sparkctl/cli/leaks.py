@@ -35,7 +35,8 @@ def _engines(found: list[Finding]) -> str:
     if failed:
         return f"FAILS: {', '.join(failed)}; do not train on it here"
     names = list(dict.fromkeys(f.subject for f in found if f.judged and f.refused is None and f.subject != "operator"))
-    return f"holds: in its operators and in its {' and '.join(names)} no document of a pack sees another"
+    tried = any(one.subject == "operator" and one.refused is None for one in found)
+    return f"holds: in its {'operators and in its ' * tried}{' and '.join(names)} no document of a pack sees another"
 
 
 def _stack(found: list[Finding]) -> str:

@@ -73,13 +73,16 @@ class Schedule:
         """The epoch (from 0) that step `n` belongs to."""
         return int(np.searchsorted(self._firsts, n, side="right")) - 1
 
-    def longest(self) -> Pack:
-        """The first epoch's pack around the longest training document: what a rehearsal tries before step 1."""
-        rows, lengths = self._rows, self._store.lengths[self._rows]
-        packs = self._epoch(0)
-        longest = int(np.argmax(lengths))
-        home = int(np.searchsorted(packs.starts, np.flatnonzero(packs.order == longest)[0], side="right")) - 1
-        return make_pack(self._store, rows[packs.pack(home)])
+    def heaviest(self) -> list[Pack]:
+        """The first epoch's packs of which each may want the most memory, each once: the one around the longest
+        training document, and where others have more of them, that of most tokens and that of most labels."""
+        store, rows, packs = self._store, self._rows, self._epoch(0)
+        chosen = [packs.home(int(np.argmax(store.lengths[rows])))]
+        for sums in (packs.sums(store.lengths[rows]), packs.sums(store.label_counts[rows])):
+            most = int(np.argmax(sums))
+            if sums[most] > sums[chosen].max():
+                chosen.append(most)
+        return [make_pack(store, rows[packs.pack(i)]) for i in chosen]
 
     def _rows_of(self, n: int) -> list[np.ndarray]:
         if not 0 <= n < self.steps:

@@ -36,6 +36,14 @@ class Packs:
         """Document ids of pack `i`."""
         return self.order[self.starts[i] : self.starts[i + 1]]
 
+    def home(self, document: int) -> int:
+        """The pack that holds a document."""
+        return int(np.searchsorted(self.starts, np.flatnonzero(self.order == document)[0], side="right")) - 1
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """What a number of each document comes to in each pack, int64 [P]."""
+        return np.add.reduceat(values[self.order].astype(np.int64), self.starts[:-1])
+
 
 def best_fit(lengths: np.ndarray, capacity: int, *, seed: int | tuple[int, ...]) -> Packs:
     """Packs of at most `capacity` tokens that hold each document once; which and in what order, `seed` says.

@@ -51,10 +51,11 @@ class Drafter:
         """The model of `folder` with the head in `head`: a safetensors file, or a model folder; None: a head of zeros.
 
         dtype: of the products. choices: those of an earlier start, to be kept. name: the run in hints.
-        Raises UsageError without a GPU where one is asked for, SparkError where the head does not fit.
+        Raises UsageError without a GPU where one is asked for, or where the native engine does not compute the model on
+        it, SparkError where the head does not fit.
         """
         place = planned_device(device, name)
-        check_served(folder, name)
+        check_served(folder, place.type, f"the base's own head needs none: `sparkctl mtp inject {name} --mode default`")
         base = load_text_model(folder, dtype=dtype, device=place)
         drafter = cls.of(base, text_part(read_config(folder)), dtype, choices=choices, allow_slow=allow_slow)
         if head is not None:

@@ -78,8 +78,7 @@ class Documents:
 @lru_cache(maxsize=64)
 def _most_labels(documents: Documents, pack_length: int, seed: int) -> int:
     packs = best_fit(documents.lengths, pack_length, seed=(seed, 0))
-    sums = np.add.reduceat(documents.labels[packs.order].astype(np.int64), packs.starts[:-1])
-    return min(pack_length, int(1.05 * sums.max()))
+    return min(pack_length, int(1.05 * packs.sums(documents.labels).max()))
 
 
 @dataclass(frozen=True)

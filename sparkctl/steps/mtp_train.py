@@ -163,7 +163,9 @@ def _train(job: HeadJob, ranks: Ranks, force: bool, progress: Progress) -> None:
     if trained:
         start = newest_whole(job, progress)
         if trained.status == "done" and start and start.name == trained.last_checkpoint:
-            return
+            at, _ = state.with_whole_best(state.read_state(start), job.checkpoints)
+            if at.best_checkpoint == trained.best_checkpoint:
+                return
         progress.say(f"going on from {start.name}" if start else "nothing whole was saved: beginning anew")
 
     def record(manifest: Manifest) -> None:

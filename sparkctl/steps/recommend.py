@@ -122,7 +122,7 @@ def _model(run: Run, table: ModelTable, progress: Progress) -> Model:
         shape=Shape.from_config(info.config, full),
         full=full,
         adapters_by_rank=lora_parameters(info, 1),
-        lacking=lacking(info),
+        lacking=lacking(info, this_machine().device),
         drafts=info.model_type in mtp.TYPES and mtp.layers(text_part(info.config)) == 1,
         bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")) or BF16 * table.parameters,
     )

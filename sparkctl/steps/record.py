@@ -19,7 +19,7 @@ from sparkctl.progress import Progress
 from sparkctl.train import state
 from sparkctl.train.guard import AtOnce
 from sparkctl.train.ranks import Ranks
-from sparkctl.train.state import State
+from sparkctl.train.state import CheckpointDamaged, State
 from sparkctl.words import counted
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def open_session(job: Training, checkpoint: Path | None, ranks: Ranks, progress:
     before = job.before if checkpoint else None
     session = job.open(before.choices if before else None, ranks, progress)
     if checkpoint:
-        session.restore(checkpoint)
+        session.restore(checkpoint, progress)
     if before:
         _compare(before, session, progress)
     for part, what in session.engine.describe():
@@ -253,9 +253,10 @@ class _Recorder:
         known = {entry.id: entry for entry in manifest.checkpoints if entry.kind == self._job.kind}
         entries = []
         for path in state.listed(self._job.checkpoints):
-            digest = state.digest(path)
-            before = known.get(self._job.prefix + path.name)
-            entries.append(before if before and before.digest == digest else self._entry(path, digest))
+            with suppress(FileNotFoundError, CheckpointDamaged):  # it is left alone, and is no checkpoint
+                digest = state.digest(path)
+                before = known.get(self._job.prefix + path.name)
+                entries.append(before if before and before.digest == digest else self._entry(path, digest))
         return entries
 
     def _entry(self, path: Path, digest: str) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""Before step 1: the longest pack, one eval batch, one checkpoint. Memory and disk fail here, in minute one."""
+"""Before step 1: the heaviest packs, one eval batch, one checkpoint. Memory and disk fail here, in minute one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Advice(NamedTuple):
 
 
 def rehearse(
-    engine: Engine, optimizer: Optimizer, longest: Pack, held_out: Sequence[Pack], folder: Path, now: State,
+    engine: Engine, optimizer: Optimizer, heaviest: Sequence[Pack], held_out: Sequence[Pack], folder: Path, now: State,
     *, checkpoints: int, advice: Advice, writes: bool = True, accumulates: bool = True,
 ) -> None:  # fmt: skip
     """Try everything once; weights, moments and random states are afterwards what they were.
@@ -42,10 +42,13 @@ def rehearse(
     accumulates: whether a step has several packs.
     """
     with random.untouched():
-        what = f"the longest pack ({longest.tokens:,} tokens, longest document {_longest(longest):,})"
-        with guard.memory(what, advice.pack):
-            for _ in range(2 if accumulates else 1):  # the second is the peak: the first one's gradients wait
-                engine.micro_step(longest, 1 / max(1, longest.labels)).item()
+        waiting = heaviest[:1] if accumulates else []  # its gradients wait while the others are computed: the peak
+        for pack in (*waiting, *heaviest):
+            what = f"a pack of {pack.tokens:,} tokens (longest document {_longest(pack):,})"
+            with guard.memory(what, advice.pack):
+                engine.micro_step(pack, 1 / max(1, pack.labels)).item()
+            if not accumulates:
+                optimizer.clear()
         optimizer.clear()
         if held_out:
             largest = max(held_out, key=lambda pack: pack.tokens)

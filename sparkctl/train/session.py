@@ -93,19 +93,22 @@ class Session:
         held_out = eval_packs(store, plan.pack_length)
         return cls(plan, store, made, schedule, optimizer, held_out, start, ranks, advice, folder)
 
-    def restore(self, checkpoint: Path) -> None:
-        """Stand where `checkpoint` stands."""
-        self.state = state.load(checkpoint, self.optimizer)
+    def restore(self, checkpoint: Path, progress: Progress = silent) -> None:
+        """Stand where `checkpoint` stands, and say so where the best one is another than it names."""
+        at = state.load(checkpoint, self.optimizer)
+        self.state, problems = state.with_whole_best(at, checkpoint.parent)
+        if problems:
+            progress.say(f"{'; '.join(problems)}; the best checkpoint is {self.state.best_checkpoint or 'none'} now")
 
     def start_from(self, checkpoint: Path) -> None:
         """Begin with the weights of another training's checkpoint, everything else fresh."""
         state.load_trainable(checkpoint, self.engine.parameters())
 
     def rehearse(self, folder: Path) -> None:
-        """Try the longest pack, an evaluation and a checkpoint in `folder`; nothing is changed by it."""
+        """Try the heaviest packs, an evaluation and a checkpoint in `folder`; nothing is changed by it."""
         saves = -(-self.schedule.steps // self.plan.save_every)
         rehearse(
-            self.engine, self.optimizer, self.schedule.longest(), self.held_out, folder, self.state,
+            self.engine, self.optimizer, self.schedule.heaviest(), self.held_out, folder, self.state,
             checkpoints=min(saves, self.plan.keep + 2), advice=self.advice, writes=self.ranks.writes,
             accumulates=self.plan.gradient_accumulation > self.ranks.size,
         )  # fmt: skip

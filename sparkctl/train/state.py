@@ -168,20 +168,34 @@ def intact(checkpoint: Path) -> bool:
 
 
 def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint in `folder` that is whole, as is the best one before it; what is wrong with those after it.
-
-    One whose best is damaged is no place to go on from: the training would end without its result.
-    """
+    """The newest checkpoint in `folder` that is whole; what is wrong with those after it."""
     damaged: list[str] = []
     for checkpoint in reversed(listed(folder)):
         problem = _problem(checkpoint)
         if problem is None:
-            best = read_state(checkpoint).best_checkpoint
-            problem = _problem(folder / best) if best and best != checkpoint.name else None
-        if problem is None:
             return checkpoint, damaged
         damaged.append(problem)
     return None, damaged
+
+
+def with_whole_best(at: State, folder: Path) -> tuple[State, list[str]]:
+    """`at`, its best checkpoint one in `folder` that is whole; why that is not the one it names.
+
+    Where that one is damaged, or gone (a better one came after it, and the training then went back behind that), the
+    best is, of those up to this step, the one of the least held-out loss; where none is left, there is none.
+    """
+    named = at.best_checkpoint
+    if named in (None, checkpoint_id(at.step)):
+        return at, []
+    states = {path.name: _state(path) for path in listed(folder) if step_of(path) <= at.step and path.name != named}
+    measured = {id: found.eval_loss for id, found in states.items() if found and found.eval_loss is not None}
+    problems: list[str] = []
+    for id, loss in [(named, at.best_eval_loss), *sorted(measured.items(), key=lambda item: item[1])]:
+        problem = _problem(folder / id) if (folder / id).is_dir() else f"`{folder / id}` is no longer there"
+        if problem is None:
+            return at.model_copy(update={"best_checkpoint": id, "best_eval_loss": loss}), problems
+        problems.append(problem)
+    return at.model_copy(update={"best_checkpoint": None, "best_eval_loss": None}), problems
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

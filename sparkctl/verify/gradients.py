@@ -55,7 +55,7 @@ class Truth:
         self._folder = folder
 
     def keep(self, number: int, engine: Engine) -> None:
-        """What the engine's last micro-step left is that of pack `number`; of the first alone the large tensors too."""
+        """What the engine's last micro-steps left is that of number `number`; of 0 alone the large tensors too."""
         import torch
 
         kept = {n: p for n, p in engine.parameters().items() if number == 0 or p.numel() <= LARGE}
@@ -66,7 +66,7 @@ class Truth:
                 file.write(name, torch.zeros(parameter.shape) if parameter.grad is None else parameter.grad)
 
     def of(self, number: int) -> Mapping[str, torch.Tensor]:
-        """Those of pack `number`."""
+        """Those of that number."""
         return _Gradients(TensorFile(self._path(number)))
 
     def _path(self, number: int) -> Path:
@@ -106,17 +106,19 @@ class Distance:
 
 
 def add_distances(
-    found: dict[str, Distance], engine: Engine, truth: Mapping[str, torch.Tensor], name: str = "RUN"
-) -> None:
-    """Compare what the engine's last micro-step left with the truth's gradients of the same pack.
+    found: dict[str, Distance], engine: Engine, truth: Mapping[str, torch.Tensor], name: str = "RUN",
+    *, whole: bool = True,
+) -> None:  # fmt: skip
+    """Compare what the engine's last micro-steps left with the truth's gradients of the same packs.
 
-    Raises SparkError where the engine trains other tensors than the truth. name: the run in its hint.
+    Raises SparkError where the engine trains other tensors than the truth. name: the run in its hint. whole: the truth
+    has the large tensors too.
     """
     import torch
 
     parameters = engine.parameters()
     strange = sorted(truth.keys() - parameters.keys()) or sorted(
-        n for n, p in parameters.items() if n not in truth and p.numel() <= LARGE
+        n for n, p in parameters.items() if n not in truth and (whole or p.numel() <= LARGE)
     )
     if strange:
         raise SparkError(

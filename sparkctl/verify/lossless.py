@@ -82,7 +82,7 @@ def chosen_packs(schedule: Schedule, steps: int) -> tuple[list[Pack], list[Pack]
         course += [pack for pack in map(_cut, schedule.step(n)) if pack.labels]
         if len(course) >= max(steps, PACKS):
             break
-    first = schedule.longest()
+    first = schedule.heaviest()[0]
     packs = [pack for pack in [first] if pack.labels]
     seen = {document.id for document in first.documents}
     for pack in course:
@@ -211,14 +211,15 @@ def measure(
             state.load_trainable(setting.start, engine.parameters())
         else:
             fill_adapters(engine.parameters(), plan.seed)
-        for number, pack in enumerate(setting.packs):
+        for number, added in enumerate(_added(setting.packs)):
             _clear(engine)
-            engine.micro_step(pack, 1 / pack.labels)
+            for pack in added:
+                engine.micro_step(pack, 1 / pack.labels)
+                task.advance()
             if making:
                 truth.keep(number, engine)
             else:
-                add_distances(found.distances, engine, truth.of(number), setting.name)
-            task.advance()
+                add_distances(found.distances, engine, truth.of(number), setting.name, whole=number == 0)
         _clear(engine)
         for pack in documents:
             found.losses.append(float(engine.eval_sum(pack)) / pack.labels)
@@ -229,6 +230,11 @@ def measure(
         del engine
     _release()
     return found
+
+
+def _added(packs: Sequence[Pack]) -> list[Sequence[Pack]]:
+    """Packs whose gradients are compared as one: the first two are added up, as an optimiser step adds its packs."""
+    return [packs[:2], *([pack] for pack in packs[2:])] if packs else []
 
 
 def _train(engine: Engine, course: Sequence[Pack], plan: PlanTable) -> Iterator[Point]:

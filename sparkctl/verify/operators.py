@@ -5,26 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from sparkctl.model.served import head_dim, unfit
 from sparkctl.verify.leaks import LENGTHS, Finding, Tensors, difference
-from sparkctl.verify.small import SLOW, WINDOW
+from sparkctl.verify.small import SLOW, has_rule, parts_of, whole_config, windows
 
 if TYPE_CHECKING:
     import torch
     from sparkctl_kernels.documents import Documents
 
 # T tokens · N query or value heads · K kv or key heads · H head dim · D key dim · E value dim · C channels
-SUBJECT = "operator"
+SUBJECT, WINDOWED = "operator", "windowed attention"
 Call = Callable[..., Any]
 
 
 def operator_leaks(config: dict[str, Any], device: torch.device) -> list[Finding]:
-    """Each operator that this architecture has, in bf16, at its head sizes."""
-    text = config.get("text_config") or config
-    head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    found = [_finding("attention", *_attention(head_dim, WINDOW if text.get("sliding_window") else None), device)]
-    if "linear_key_head_dim" in text:
-        sizes = text["linear_key_head_dim"], text["linear_value_head_dim"]
-        found.append(_finding("convolution", *_convolution(*sizes, text["linear_conv_kernel_dim"]), device))
+    """Each operator that this architecture has, in bf16, at its head sizes; attention in each form that it uses."""
+    real = whole_config(config)
+    if device.type == "cuda" and (what := unfit(real.to_dict())):
+        return [Finding(SUBJECT, part, refused=f"there is nothing for {what}") for part in parts_of(config)[:3]]
+    heads = head_dim(real.to_dict())
+    found = [
+        _finding("attention" if window is None else WINDOWED, *_attention(heads, window), device)
+        for window in windows(real)
+    ]
+    if has_rule(real):
+        sizes = real.linear_key_head_dim, real.linear_value_head_dim
+        found.append(_finding("convolution", *_convolution(*sizes, real.linear_conv_kernel_dim), device))
         found.append(_finding("recurrence", *_recurrence(*sizes), device))
     return found
 

@@ -1,4 +1,5 @@
-"""Small models for leak tests, made on the spot: an architecture's own head sizes, everything else as small as can be.
+"""Small models for leak tests, made on the spot: an architecture's own head sizes and kinds of layers, everything else
+as small as can be.
 
 A leak shows best where nothing else can leak: one model has attention alone, one the convolution of GatedDeltaNet
 alone (its recurrence forgets at once), one the recurrence alone (the convolution reads its own token only), and one
@@ -8,6 +9,8 @@ is seen.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,14 @@ from sparkctl.errors import UsageError
 from sparkctl.hardware.machine import this_machine
 from sparkctl.manifest.schema import Estimates, Lora, Machine, MemoryTerms, PlanTable
 from sparkctl.manifest.table import EngineName, Mode
+from sparkctl.model.inspect import text_part
 from sparkctl.model.load import silence
+from sparkctl.model.served import head_dim
 
 PARTS = ("attention", "convolution", "recurrence", "whole model")
 SLOW, AT_ONCE = -3.0, 6.0  # A_log: A = 0.05; A = 400, whose decay is zero in fp32
 WINDOW = 16
+FULL, LINEAR, SLIDING = "full_attention", "linear_attention", "sliding_attention"  # transformers' names
 SIZES: dict[str, Any] = dict(
     vocab_size=512, hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1,
     linear_num_key_heads=1, linear_num_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
@@ -29,7 +35,24 @@ SIZES: dict[str, Any] = dict(
 
 def parts_of(config: dict[str, Any]) -> tuple[str, ...]:
     """Which parts a model of this config.json has."""
-    return PARTS if _has_rule(_text(config)) else PARTS[:1]
+    return PARTS if has_rule(whole_config(config)) else PARTS[:1]
+
+
+def whole_config(config: dict[str, Any]) -> Any:
+    """transformers' configuration of the language model, with what config.json leaves to its type's defaults.
+
+    Raises UsageError where transformers makes none.
+    """
+    with _by_transformers(_kind(config)):
+        return _made(_kind(config), _stated(config))
+
+
+def windows(real: Any) -> list[int | None]:
+    """Each form of attention that its layers use, in a small model: WINDOW with a sliding window, None without."""
+    declared = hasattr(type(real), "sliding_window")  # what config.json says beside its type's fields no layer reads
+    window = WINDOW if declared and real.sliding_window else None
+    kinds = getattr(real, "layer_types", None) or [SLIDING]  # a type without kinds of layers has its window in each
+    return list(dict.fromkeys(window if kind == SLIDING else None for kind in kinds if kind != LINEAR))
 
 
 def write_model(folder: Path, config: dict[str, Any], part: str) -> Path:
@@ -38,23 +61,16 @@ def write_model(folder: Path, config: dict[str, Any], part: str) -> Path:
     Raises UsageError where transformers makes no such model from it.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    text = _text(config)
-    kind = str(text.get("model_type", config.get("model_type")))
-    settings = {k: SIZES.get(k, v) for k, v in text.items() if k not in ("model_type", "dtype", "torch_dtype")}
-    settings |= _layers(text, part)
-    if settings.get("sliding_window"):
-        settings["sliding_window"] = WINDOW
+    real = whole_config(config)
     torch.manual_seed(0)
-    try:
-        with silence():
-            model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
-    except Exception as error:  # a class that we know nothing of may fail in any way on sizes that are not its own
-        raise UsageError(
-            f"no small model of type `{kind}` can be made to look for leaks ({error})",
-            "`sparkctl verify leaks`, without a run, looks at Qwen3.5's architecture",
-        ) from error
+    with _by_transformers(_kind(config)):
+        settings = _stated(config) | {name: size for name, size in SIZES.items() if hasattr(real, name)}
+        settings |= _heads(real, settings) | _layers(real, part)
+        if WINDOW in windows(real):
+            settings["sliding_window"] = WINDOW
+        model: Any = AutoModelForCausalLM.from_config(_made(_kind(config), settings), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _fill(name.split(".")[-2:], parameter, part)
@@ -87,22 +103,53 @@ def _fill(name: list[str], parameter: Any, part: str) -> None:
         parameter.normal_(std=1.0 if "embed" in name[0] else parameter.shape[-1] ** -0.5)
 
 
-def _text(config: dict[str, Any]) -> dict[str, Any]:
-    text: dict[str, Any] = config.get("text_config") or config
-    return text
+def _kind(config: dict[str, Any]) -> str:
+    return str(text_part(config).get("model_type", config.get("model_type")))
 
 
-def _has_rule(text: dict[str, Any]) -> bool:
-    return "linear_key_head_dim" in text
+def _stated(config: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in text_part(config).items() if k not in ("model_type", "dtype", "torch_dtype")}
 
 
-def _layers(text: dict[str, Any], part: str) -> dict[str, Any]:
-    """Two or three layers, of the kinds that the part needs."""
-    if not _has_rule(text):
-        kept = {"layer_types": text["layer_types"][:2]} if text.get("layer_types") else {}
-        return {"num_hidden_layers": 2, **kept}
-    full, linear = "full_attention", "linear_attention"
-    kinds = {"attention": [full, full], "whole model": [linear, linear, full]}.get(part, [linear, linear])
+def _made(kind: str, settings: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(kind, **settings)
+
+
+@contextmanager
+def _by_transformers(kind: str) -> Iterator[None]:
+    """A class that we know nothing of may fail in any way on sizes that are not its own."""
+    try:
+        with silence():
+            yield
+    except Exception as error:
+        raise UsageError(
+            f"no small model of type `{kind}` can be made to look for leaks ({error})",
+            "`sparkctl verify leaks`, without a run, looks at Qwen3.5's architecture",
+        ) from error
+
+
+def has_rule(real: Any) -> bool:
+    """Whether it is a hybrid, with GatedDeltaNet."""
+    return hasattr(real, "linear_key_head_dim")
+
+
+def _heads(real: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """The head dim where config.json leaves it to its type; as D / heads too, which some types take in any case."""
+    if settings.get("head_dim"):
+        return {}
+    dim = head_dim(real.to_dict())
+    return {"head_dim": dim, "hidden_size": SIZES["num_attention_heads"] * dim}
+
+
+def _layers(real: Any, part: str) -> dict[str, Any]:
+    """Two layers or more, of the kinds that the part needs; without a delta rule one of each kind that there is."""
+    if not has_rule(real):
+        kinds = list(dict.fromkeys(getattr(real, "layer_types", None) or []))
+        kinds = 2 * kinds if len(kinds) == 1 else kinds
+        return {"num_hidden_layers": len(kinds), "layer_types": kinds} if kinds else {"num_hidden_layers": 2}
+    kinds = {"attention": [FULL, FULL], "whole model": [LINEAR, LINEAR, FULL]}.get(part, [LINEAR, LINEAR])
     return {"num_hidden_layers": len(kinds), "layer_types": kinds}
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from sparkctl.bench import clock, heads, predict, setting, stacks, step, worker, workload
 from sparkctl.bench.worker import Measured
 from sparkctl.cli import app, bench_options, timings
-from sparkctl.errors import SparkError
+from sparkctl.errors import SparkError, UsageError
 
 
 def test_two_stacks_compute_the_same_on_a_tiny_shape(bench: Any) -> None:
@@ -109,15 +109,18 @@ def test_a_model_folder_is_computed_with_its_weights(bench: Any, tmp_path: Path,
 
 
 def test_on_a_gpu_a_run_brings_its_model(tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = ready.run(tmp_path / "r1", llama_folder, count=12)
+    model = tiny.dense(tmp_path / "heads-of-16", head_dim=16)
+    run = ready.run(tmp_path / "r1", model, count=12)
     here = setting.this_machine()
-    for device, name in (("cuda", llama_folder.name), ("cpu", "the demo's tiny shape")):
+    for device, name in (("cuda", model.name), ("cpu", "the demo's tiny shape")):
         monkeypatch.setattr(setting, "this_machine", lambda device=device: here.model_copy(update={"device": device}))
         at = setting.setting(mode="lora", pack=64, run=run.root)
         assert at.name == name
         assert (at.work.checkpoint is not None) == (device == "cuda")
     monkeypatch.setattr(setting, "this_machine", lambda: here.model_copy(update={"device": "cuda"}))
     assert setting.setting(mode="lora", pack=64, run=run.root, shape="qwen3.5-4b").name == "qwen3.5-4b"
+    with pytest.raises(UsageError, match="nothing to measure for attention heads of 8 dims on a GPU"):
+        setting.setting(mode="lora", pack=64, model=llama_folder)
 
 
 def test_what_is_kept_for_plans_is_said(bench: Any, capsys: pytest.CaptureFixture[str], llama_folder: Path) -> None:

@@ -90,6 +90,7 @@ def trained_weights(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("which", ["best_checkpoint", "last_checkpoint"])
 @pytest.mark.parametrize("file", [state.TRAINABLE, state.OPTIMIZER, state.STATE])
 def test_a_flipped_bit_in_a_finished_run(folder: Path, finished: Path, capsys: Said, which: str, file: str) -> None:
+    """The last one is trained again, bit for bit; in place of the best, which nothing follows from, the last serves."""
     assert said(capsys, "train", folder / "run")[0] == 0
     id = getattr(Run.open(folder / "run").manifest.train, which)
     flip(folder / "run" / "checkpoints" / id / file)
@@ -103,7 +104,9 @@ def test_a_flipped_bit_in_a_finished_run(folder: Path, finished: Path, capsys: S
     assert "sparkctl resume" in step["hint"]
     status, text = said(capsys, "resume", folder / "run")
     assert status == 0, text
-    assert trained_weights(folder) == trained_weights(finished)
+    assert (trained_weights(folder) == trained_weights(finished)) == (which == "last_checkpoint" or file == state.STATE)
+    best = "step-000003" if which == "last_checkpoint" else "step-000004"
+    assert Run.open(folder / "run").manifest.train.best_checkpoint == best
     assert said(capsys, "train", folder / "run")[0] == 0
 
 
@@ -148,14 +151,34 @@ def test_a_base_that_was_moved_is_named_anew(llama_folder: Path, tmp_path: Path,
     assert status == 0, text
 
 
-def test_nothing_goes_on_from_behind_a_damaged_best_checkpoint(folder: Path) -> None:
-    """The last one is whole, but the training's result would be lost."""
-    checkpoints = folder / "run" / "checkpoints"
-    assert state.newest_complete(checkpoints)[0] == checkpoints / "step-000004"
-    flip(checkpoints / "step-000003" / state.TRAINABLE)
-    found, damaged = state.newest_complete(checkpoints)
-    assert found is None
-    assert "step-000003" in damaged[0]
+@pytest.mark.parametrize("amiss", ["flipped", "gone", "without digests"])
+def test_a_best_checkpoint_that_is_not_whole_gives_way_to_the_last(folder: Path, capsys: Said, amiss: str) -> None:
+    """It is named and not merged; the last one, which is whole, stays as it is."""
+    run, best = folder / "run", folder / "run" / "checkpoints" / "step-000003"
+    last = {path.name: path.read_bytes() for path in (run / "checkpoints" / "step-000004").iterdir()}
+    if amiss == "flipped":
+        flip(best / state.TRAINABLE)
+    elif amiss == "gone":
+        shutil.rmtree(best)
+    else:
+        (best / state.DIGESTS).unlink()
+    status, text = said(capsys, "merge", run)
+    assert status != 0
+    assert not (run / "merged").exists()
+    hint = "merge {} --checkpoint step-000004" if amiss == "gone" else "resume {} --from step-000004"
+    if amiss != "without digests":
+        assert f"hint: sparkctl {hint.format(run)}" in text
+    status, text = said(capsys, "resume", run)
+    assert status == 0, text
+    assert "resuming from step-000004" in text
+    assert f"`{best}" in text
+    assert "the best checkpoint is step-000004 now" in text
+    trained = Run.open(run).manifest.train
+    assert (trained.status, trained.best_checkpoint, trained.best_eval_loss) == ("done", "step-000004", 2.0)
+    assert {path.name: path.read_bytes() for path in (run / "checkpoints" / "step-000004").iterdir()} == last
+    assert said(capsys, "train", run)[0] == 0
+    status, text = said(capsys, "merge", run, "--json")
+    assert (status, json.loads(text)["checkpoint"]) == (0, "step-000004")
 
 
 @pytest.mark.parametrize("command", ["merge", "resume --from step-000003"])

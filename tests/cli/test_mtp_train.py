@@ -167,6 +167,34 @@ def test_killed_between_training_and_measuring_only_that_is_done(
     assert Run.open(run.root).manifest.mtp.mode in ("trained", "shipped")
 
 
+@pytest.mark.parametrize("amiss", ["flipped", "gone"])
+def test_a_best_head_that_is_not_whole_is_not_what_is_left(
+    run: Run, capsys: Said, monkeypatch: pytest.MonkeyPatch, amiss: str
+) -> None:
+    """It was the best when the training ended; the last one, which is whole, stands in for it and is measured."""
+    losses = {0: 3.0, 2: 2.5, 4: 1.0, 6: 2.0}
+    monkeypatch.setattr("sparkctl.train.loop.held_out_loss", lambda *given: losses[int(given[-1].split()[-1])])
+    answer(capsys)
+    checkpoints = run.root / "mtp" / "checkpoints"
+    best = checkpoints / "step-000004"
+    assert Run.open(run.root).manifest.mtp.train.best_checkpoint == best.name
+    (run.root / "mtp" / "head.safetensors").unlink()
+    if amiss == "flipped":
+        data = (best / "trainable.safetensors").read_bytes()
+        (best / "trainable.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    else:
+        shutil.rmtree(best)
+    monkeypatch.setattr(mtp_train, "_measured", lambda *given: ([], []))  # so that the trained head is kept
+    assert sparkctl(["mtp", "train", "r1", *FEW]) == 0
+    assert "the best checkpoint is step-000006 now" in capsys.readouterr().err
+    table = Run.open(run.root).manifest.mtp
+    assert (table.train.best_checkpoint, table.train.best_eval_loss) == ("step-000006", 2.0)
+    trained = load_file(checkpoints / "step-000006" / "trainable.safetensors")
+    left = load_file(run.root / "mtp" / "head.safetensors")
+    assert trained.keys() == left.keys()
+    assert all(left[name].equal(value.to(left[name].dtype)) for name, value in trained.items())
+
+
 def test_the_hint_of_an_interrupted_training_goes_on_with_it(
     run: Run, capsys: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,7 +42,7 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
 @pytest.fixture
 def run(tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run of a few steps on the native engine; proofs look at few packs."""
-    monkeypatch.setattr(lossless, "PACKS", 3)
+    monkeypatch.setattr(lossless, "PACKS", 4)
     monkeypatch.setattr(verify_lossless, "STEPS", 2)
     monkeypatch.setattr(verify_lossless, "FEWEST", 2)
     return ready.run(tmp_path / "run", llama_folder, count=24, engine="native")
@@ -207,9 +207,12 @@ def test_the_verdict_on_leaks_is_the_last_that_is_said(
         lines = out.partition("verdict\n")[2].splitlines()
         return status, {name: said.strip() for name, _, said in (line.partition(" ") for line in lines)}
 
-    status, said = verdict(ours, wrong, right)
+    operator = replace(ours, subject="operator")
+    status, said = verdict(operator, ours, wrong, right)
     assert status == 0
     assert said["sparkctl"] == "holds: in its operators and in its native engine no document of a pack sees another"
+    untried = replace(operator, refused="there is nothing for it")
+    assert verdict(untried, ours)[1]["sparkctl"] == "holds: in its native engine no document of a pack sees another"
     assert said["transformers"].startswith(
         "5.17.0 LEAKS between packed documents on this machine, called with position ids alone. "
     )

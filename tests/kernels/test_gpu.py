@@ -1,7 +1,8 @@
 """On a GPU: every operator in bf16 at the sizes of Qwen3.5 and its relatives, the same bits 30 times, the engine.
 
 The error against the reference in fp32 may be twice that of the reference in bf16. Of the delta rule, whose torch
-version computes in fp32 throughout, it may be twice that of the library's own function.
+version computes in fp32 throughout, it may be twice that of the library's own function. No result may be larger or
+smaller as a whole by half of the 1 % that is planted.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import ready
 import torch
 from document_cases import full_size, gated_delta_case
 from gradient_cases import gradients, pack
-from kernel_cases import Case, Tensors, distances, run
+from kernel_cases import Case, Tensors, distances, run, stretched
 from sparkctl_kernels import gemm, ways
 from sparkctl_kernels.attention import op as attention
 from sparkctl_kernels.gated_delta import op as gated_delta
@@ -33,6 +34,7 @@ pytestmark = [
 GPU = torch.device("cuda")
 LENGTHS = [700, 1, 63, 500, 19]
 REPEATS = 30
+STRETCH = 5e-3
 SLACK = 1e-4  # of the norm: an eager result may be exact by chance
 SHAPES = (*QWEN35, *DENSE)
 
@@ -52,8 +54,10 @@ def test_no_further_from_fp32_than_twice_eager(shape: str, case: Case) -> None:
     with gated_delta.by_library() if rule else nullcontext():
         eager = run(case, case.fused if rule else case.reference, torch.bfloat16, GPU, 0)
     limits = {name: 2 * error + SLACK for name, error in distances(eager, truth).items()}
-    errors = distances(run(case, case.fused, torch.bfloat16, GPU, 0), truth)
+    found = run(case, case.fused, torch.bfloat16, GPU, 0)
+    errors = distances(found, truth)
     assert all(errors[name] <= limits[name] for name in errors), (errors, limits)
+    assert max(map(abs, stretched(found, truth).values())) < STRETCH, stretched(found, truth)
 
 
 @pytest.mark.parametrize(
@@ -89,14 +93,12 @@ def test_attention_by_either_kernel(shape: str, case: Case, kernel: Literal["fla
 
 
 @pytest.mark.parametrize("case", full_size(QWEN35[0], LENGTHS), ids=names)
-def test_one_percent_in_an_output_is_seen(case: Case) -> None:
-    """bf16 hides 1 % of a gradient sum here and there; the outputs and what is written elementwise show it."""
+def test_one_percent_in_a_result_is_seen(case: Case) -> None:
     truth = run(case, case.reference, torch.float32, GPU, 0)
-    plain = distances(run(case, case.fused, torch.bfloat16, GPU, 0), truth)
     for result, plant in case.plants.items():
         with plant.planted():
-            errors = distances(run(case, case.fused, torch.bfloat16, GPU, 0), truth)
-        assert errors[result] > 1.5 * plain[result], result
+            found = run(case, case.fused, torch.bfloat16, GPU, 0)
+        assert abs(stretched(found, truth)[result]) > STRETCH, result
 
 
 def test_the_library_s_function_and_its_kernels_launched_by_us_agree() -> None:

@@ -18,14 +18,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from document_cases import attention_case, small
-from kernel_cases import Case, Plant, Tensors, distances, run
-from operators import OPERATORS, results, schemas
+from interpreting import few_programs, pin_tiles
+from kernel_cases import Case, Plant, Tensors, blank, distances, output_gradient, randn, run
+from operators import LAYOUTS, LENGTHS, OPERATORS, PACKED, Layout, Operator, T, results, schemas
 from sparkctl_kernels.attention import op as attention
 from sparkctl_kernels.attention.kept import FlashKept, TritonKept
 from sparkctl_kernels.causal_conv import op as causal_conv
 from sparkctl_kernels.dispatch import interpreted
 from sparkctl_kernels.documents import documents
+from sparkctl_kernels.gated_delta import kernel as gates
 from sparkctl_kernels.lora_linear.kernel import BLOCK
 from sparkctl_kernels.lora_linear.layer import Copies
 from sparkctl_kernels.matmul import op as matmul
@@ -35,6 +38,7 @@ from sparkctl.bench.kernels import WHERE
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")
 LIMIT = 5e-6  # relative, fp32; observed: up to 1.7e-6, mostly 2e-7
+ROUNDING = 2e-7  # of one fp32 operation
 
 inside = pytest.mark.skipif(not INTERPRETING, reason="in the process that test_in_a_process_of_its_own starts")
 CASES = small()
@@ -50,33 +54,6 @@ def _through_kernels() -> Iterator[None]:
     few_programs()
     with interpreted():
         yield
-
-
-def few_programs() -> None:
-    """What adds up a weight's gradient takes several turns here, as it does over the rows of a real pack."""
-    for operator in ("rms_norm", "gated_norm", "qk_norm_rope", "causal_conv"):
-        kernel = import_module(f"sparkctl_kernels.{operator}.kernel")
-        assert kernel.PROGRAMS >= 2
-        kernel.PROGRAMS = 2
-
-
-class Number(int):
-    """What the interpreter's loops should count with: the library's kernels cast their counters."""
-
-    def to(self, dtype: object) -> Number:
-        return self
-
-
-def pin_tiles() -> None:
-    """The library's kernels have no device to be tuned on here."""
-    from sparkctl_kernels.gated_delta import fla_rule
-
-    for module in (fla_rule.chunk_delta_h, fla_rule.chunk_o, fla_rule.chunk_fwd, fla_rule.wy_fast):
-        module.range = lambda *bounds: map(Number, range(*bounds))
-    for kernel in fla_rule.KERNELS:
-        for shape in ("1x64-1x64", "1x64-2x64", "1x128-1x128", "2x16-4x8", "4x64-4x64"):
-            names = {"BK", "BV"} & {name for config in kernel.configs for name in config}
-            kernel.tiles[shape] = dict.fromkeys(names, 32) | {"num_warps": 4}
 
 
 @pytest.mark.skipif(INTERPRETING, reason="this is that process")
@@ -121,12 +98,86 @@ def truth(case: Case) -> Tensors:
 @inside
 @pytest.mark.parametrize("name", OPERATORS)
 def test_gradients_of_the_public_operators(name: str) -> None:
-    inputs, operator, reference = OPERATORS[name]
     torch.manual_seed(0)
-    tensors = inputs()
-    found, truth = (results(call, tensors) for call in (operator, reference))
-    for a, b in zip(found, truth, strict=True):
-        assert float((a - b).norm()) <= LIMIT * float(b.norm()), name
+    operator, tensors = OPERATORS[name], OPERATORS[name].inputs()
+    equal(results(operator.call, tensors, operator.tables), truth_of(operator, tensors))
+
+
+@inside
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_public_operators_take_any_strides(name: str, layout: str) -> None:
+    """Of inputs, tables and what is given to backward; the reference has them contiguous."""
+    torch.manual_seed(0)
+    operator, tensors, lay = OPERATORS[name], OPERATORS[name].inputs(), LAYOUTS[layout]
+    laid, tables = [lay(tensor) for tensor in tensors], tuple(lay(table) for table in operator.tables)
+    equal(results(operator.call, laid, tables, lay), truth_of(operator, tensors))
+
+
+@inside
+@pytest.mark.parametrize("name", OPERATORS)
+def test_public_operators_under_a_sum(name: str) -> None:
+    """Backward is given one value in memory for all."""
+
+    def ones(x: torch.Tensor) -> torch.Tensor:
+        return x.new_ones(()).expand(x.shape)
+
+    torch.manual_seed(0)
+    operator, tensors = OPERATORS[name], OPERATORS[name].inputs()
+    equal(results(operator.call, tensors, operator.tables, ones), truth_of(operator, tensors, ones))
+
+
+def truth_of(operator: Operator, tensors: list[torch.Tensor], gradients: Layout = torch.clone) -> list[torch.Tensor]:
+    return results(operator.reference, tensors, operator.tables, gradients)
+
+
+def equal(found: list[torch.Tensor], truth: list[torch.Tensor]) -> None:
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)]
+    assert all(error < LIMIT for error in errors), errors
+
+
+# By operator, the inputs that may be parts of wider buffers
+WIDER = {
+    "rms_norm": (), "gated_norm": (1,), "sigmoid_gate": (1,), "qk_norm_rope": (0, 1), "causal_conv": (0,),
+    "matmul": (0, 1), "linear_cross_entropy": (1,),
+}  # fmt: skip
+
+
+@inside
+@pytest.mark.parametrize("name", WIDER)
+def test_what_kernels_can_read_where_it_is_is_not_copied(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module(f"sparkctl_kernels.{name}.op")
+    operator, forward, reached = OPERATORS[name], module.forward, set[int]()
+
+    def heard(*arguments: Any, **named: Any) -> Any:
+        reached.update(x.data_ptr() for x in arguments if isinstance(x, torch.Tensor))
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(module, "forward", heard)
+    given = [*operator.inputs(), *operator.tables]
+    for i in WIDER[name]:
+        given[i] = torch.cat([given[i], given[i]], dim=1)[:, : given[i].shape[1]]
+    operator.call(*given)
+    assert {x.data_ptr() for x in given} <= reached
+
+
+@inside
+@pytest.mark.parametrize("bias", [-7.0, -10.0, -14.0, -20.0])
+def test_a_slow_decay_and_its_gradients_are_no_further_from_fp64_than_twice_torch_s(bias: float) -> None:
+    def sums(a: torch.Tensor, log_a: torch.Tensor, dt_bias: torch.Tensor) -> torch.Tensor:
+        decay = -log_a.exp() * F.softplus(a + dt_bias)
+        return torch.cat([part.cumsum(0) for part in decay.split(LENGTHS)])
+
+    torch.manual_seed(0)
+    inputs = a, log_a, dt_bias = [randn(T, 3), randn(3), randn(3, std=0.1) + bias]
+    truth, eager = (results(sums, [x.to(dtype) for x in inputs]) for dtype in (torch.float64, torch.float32))
+    b = torch.zeros(T, 3)
+    g, _ = gates.forward(a, b, log_a, dt_bias, PACKED)
+    dg, da = output_gradient(g.shape, g), blank(g)
+    dlog_a, dbias = gates.backward(dg, b, b, a, b, log_a, dt_bias, PACKED, da, blank(b), True)
+    found = [g * math.log(2), da, dlog_a, dbias]
+    errors, limits = ([float((x - y).norm() / y.norm()) for x, y in zip(r, truth, strict=True)] for r in (found, eager))
+    assert all(error <= 2 * limit + ROUNDING for error, limit in zip(errors, limits, strict=True)), (errors, limits)
 
 
 SMALL = 1e-3  # of a row: its mean square is the epsilon then
@@ -142,14 +193,12 @@ SMALL = 1e-3  # of a row: its mean square is the epsilon then
     ],
 )  # fmt: skip
 def test_epsilons_and_large_rates_are_the_reference_s(name: str, changes: dict[int, float]) -> None:
-    inputs, operator, reference = OPERATORS[name]
     torch.manual_seed(0)
-    tensors = [tensor * changes.get(i, 1.0) for i, tensor in enumerate(inputs())]
+    operator = OPERATORS[name]
+    tensors = [tensor * changes.get(i, 1.0) for i, tensor in enumerate(operator.inputs())]
     if name == "gated_delta":
         tensors[5] = tensors[5] - 4.0  # and its decay slow
-    found, truth = (results(call, tensors) for call in (operator, reference))
-    errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)]
-    assert max(errors) < LIMIT, errors
+    equal(results(operator.call, tensors, operator.tables), truth_of(operator, tensors))
 
 
 @inside

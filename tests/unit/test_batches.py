@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ready
 
 from sparkctl.data.batches import Pack, Schedule, eval_packs, share
 from sparkctl.data.tokens import Row, TokenStore, TokenStoreWriter
@@ -119,11 +120,26 @@ def test_eval_packs_hold_the_held_out_part(folder: Path) -> None:
         assert max(pack.tokens for pack in longer) == longest
 
 
-def test_the_rehearsal_pack_holds_the_longest_document(folder: Path) -> None:
-    store = TokenStore.open(folder)
-    trained = np.where(store.held_out, 0, store.lengths)
-    lengths = [len(document.ids) for document in Schedule(store, **SETTINGS).longest().documents]
-    assert max(lengths) == trained.max()
+def test_the_heaviest_packs_are_those_of_the_longest_document_of_most_tokens_and_of_most_labels(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The longest document leaves room that no other fits in; two others fill a pack; a third pair has most labels."""
+    store = ready.store(tmp_path, [document(length, labels) for length, labels in KINDS], np.zeros(5, dtype=bool))
+    heaviest = Schedule(store, **SETTINGS | {"pack_length": 100}).heaviest()
+    assert [sorted(len(d.ids) for d in pack.documents) for pack in heaviest] == [[70], [48, 50], [40, 41]]
+    assert [pack.labels for pack in heaviest] == [7, 10, 60]
+    one = Schedule(store, **SETTINGS | {"pack_length": 400}).heaviest()
+    assert [pack.tokens for pack in one] == [249]
+    real = TokenStore.open(folder)
+    lengths = [len(d.ids) for d in Schedule(real, **SETTINGS).heaviest()[0].documents]
+    assert max(lengths) == np.where(real.held_out, 0, real.lengths).max()
+
+
+KINDS = ((70, 7), (50, 5), (48, 5), (40, 30), (41, 30))  # tokens, labels at the end
+
+
+def document(length: int, labels: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.arange(length, dtype=np.int32), np.arange(length) >= length - labels
 
 
 def test_a_store_without_training_examples_is_an_error(tmp_path: Path) -> None:

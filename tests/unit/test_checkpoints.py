@@ -104,6 +104,59 @@ def test_none_is_complete(folder: Path, tmp_path: Path) -> None:
     assert state.newest_complete(tmp_path / "absent") == (None, [])
 
 
+@pytest.fixture
+def risen(tmp_path: Path) -> Path:
+    """Held-out losses of 1.0, 1.2, 1.1 and none at steps 10 to 40, of which each checkpoint names the best by then."""
+    for step, loss in ((10, 1.0), (20, 1.2), (30, 1.1), (40, None)):
+        state.save(tmp_path, at(step, eval_loss=loss, best_checkpoint="step-000010", best_eval_loss=1.0), optimizer())
+    return tmp_path
+
+
+def best_at(folder: Path, step: int) -> tuple[str | None, float | None, list[str]]:
+    """What a training that goes on from that checkpoint takes for the best, its loss, and why it is not the named."""
+    stands = state.read_state(folder / state.checkpoint_id(step))
+    found, problems = state.with_whole_best(stands, folder)
+    same = found.model_copy(update={"best_checkpoint": stands.best_checkpoint, "best_eval_loss": stands.best_eval_loss})
+    assert same == stands
+    return found.best_checkpoint, found.best_eval_loss, problems
+
+
+def test_a_best_that_was_pruned_gives_way_to_the_best_of_those_left(risen: Path) -> None:
+    assert best_at(risen, 40) == ("step-000010", 1.0, [])
+    state.remove(risen / "step-000010")
+    gone = f"`{risen / 'step-000010'}` is no longer there"
+    assert state.newest_complete(risen) == (risen / "step-000040", [])
+    assert best_at(risen, 40) == ("step-000030", 1.1, [gone])
+    assert best_at(risen, 20) == ("step-000020", 1.2, [gone])  # not a later one
+    state.remove(risen / "step-000020")
+    state.remove(risen / "step-000030")
+    assert best_at(risen, 40) == (None, None, [gone])  # nothing was measured at step 40
+
+
+@pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.safetensors", "state.json", "digests.json"])
+def test_a_best_that_is_damaged_is_named_and_gives_way_too(risen: Path, name: str) -> None:
+    """As do others that are; the newest, which is whole, stays the place to go on from."""
+    for step in (10, 30):
+        (risen / state.checkpoint_id(step) / name).write_bytes(b"{}")
+    id, loss, problems = best_at(risen, 40)
+    assert (id, loss) == ("step-000020", 1.2)
+    assert f"`{risen}/step-000010/{name}" in problems[0]
+    assert len(problems) == (1 if name == "state.json" else 2)  # of an unreadable one nobody knows the loss
+    assert state.newest_complete(risen) == (risen / "step-000040", [])
+
+
+def test_of_equal_losses_the_earlier_is_the_best(risen: Path) -> None:
+    state.save(risen, at(20, eval_loss=1.1, best_checkpoint="step-000010", best_eval_loss=1.0), optimizer())
+    state.remove(risen / "step-000010")
+    assert best_at(risen, 40)[:2] == ("step-000020", 1.1)
+
+
+def test_where_nothing_is_held_out_the_newest_stays_the_best(tmp_path: Path) -> None:
+    for step in (10, 20):
+        state.save(tmp_path, at(step, best_checkpoint=state.checkpoint_id(step)), optimizer())
+    assert best_at(tmp_path, 20) == ("step-000020", None, [])
+
+
 def test_the_newest_and_the_best_are_kept(folder: Path) -> None:
     state.save(folder, at(1000000), optimizer())
     assert state.prune(folder, 2, "step-000010") == ["step-000020"]

@@ -11,7 +11,7 @@ import torch
 import triton
 from sparkctl_kernels import gated_delta as rule
 from sparkctl_kernels.attention import flash
-from sparkctl_kernels.dispatch import Choice
+from sparkctl_kernels.dispatch import Choice, deterministic
 from sparkctl_kernels.gated_delta import op
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -82,6 +82,16 @@ def test_proofs_in_fp32_take_the_reference(gpu: pytest.MonkeyPatch, dtype: torch
     with FakeTensorMode():
         assert op.runs_on(torch.empty(3, 1, 128, dtype=dtype, device=GPU)) == kernel
     assert op.runs_on(torch.empty(3, 1, 128, dtype=dtype)) == "reference"
+
+
+def test_determinism_costs_no_second_writing_of_new_tensors() -> None:
+    def settings() -> tuple[int, bool]:
+        return torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+
+    before = settings()
+    with deterministic():
+        assert settings() == (2, False)
+    assert settings() == before
 
 
 def test_an_engine_refuses_a_slow_fallback_unless_it_is_allowed(

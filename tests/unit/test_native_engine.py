@@ -284,6 +284,11 @@ def test_a_model_that_is_not_served_is_named(tmp_path: Path, change: dict, what:
     assert caught.value.hint == "sparkctl recommend runs/r1 --engine reference"
 
 
+def test_a_norm_may_add_nothing(tmp_path: Path) -> None:
+    made = native.load(ready.plan(), tiny.dense(tmp_path, rms_norm_eps=0.0), {})
+    assert made._model.final.eps == 0
+
+
 def test_a_slow_fallback_is_refused_with_what_mends_it() -> None:
     slow = Choice(
         "gated_delta", "reference", "flash-linear-attention is not installed", slow=True, mend="pip install x"

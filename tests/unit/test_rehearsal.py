@@ -71,24 +71,32 @@ def test_it_evaluates_the_largest_pack(run: Run, llama_folder: Path, tmp_path: P
     assert tried == [opened.held_out[1]]
 
 
-def test_it_tries_the_longest_pack(run: Run, llama_folder: Path, tmp_path: Path) -> None:
+def test_it_tries_every_pack_that_may_be_the_heaviest(
+    run: Run, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = session(run, llama_folder)
-    tried: list[Pack] = []
+    packs = [make_pack(opened.store, np.array(rows)) for rows in ([0], [1, 2], [3])]
+    monkeypatch.setattr(opened.schedule, "heaviest", lambda: packs)
+    tried: list[tuple[Pack, bool]] = []
     step = opened.engine.micro_step
-    opened.engine.micro_step = lambda pack, scale: (tried.append(pack), step(pack, scale))[1]
+
+    def watched(pack: Pack, scale: float) -> torch.Tensor:
+        tried.append((pack, any(parameter.grad is not None for parameter in opened.engine.parameters().values())))
+        return step(pack, scale)
+
+    opened.engine.micro_step = watched
     opened.rehearse(tmp_path / "checkpoints")
-    longest = opened.store.lengths[~opened.store.held_out].max()
-    # the second with the gradients of the first, where a step has several packs
-    assert [max(len(d.ids) for d in pack.documents) for pack in tried] == [longest, longest]
+    first, second, third = packs
+    assert tried == [(first, False), (first, True), (second, True), (third, True)]
     assert all(parameter.grad is None for parameter in opened.engine.parameters().values())
     tried.clear()
     opened.plan.gradient_accumulation = 1
     opened.rehearse(tmp_path / "checkpoints")
-    assert len(tried) == 1
+    assert tried == [(first, False), (second, False), (third, False)]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
-@pytest.mark.parametrize(("what", "named"), [("micro_step", "longest pack"), ("eval_sum", "held-out pack")])
+@pytest.mark.parametrize(("what", "named"), [("micro_step", "a pack of"), ("eval_sum", "held-out pack")])
 def test_memory_fails_in_minute_one(
     run: Run, llama_folder: Path, tmp_path: Path, error: Exception, what: str, named: str
 ) -> None:
@@ -97,7 +105,7 @@ def test_memory_fails_in_minute_one(
 
     opened = session(run, llama_folder)
     setattr(opened.engine, what, fail.__get__(opened.engine))
-    with pytest.raises(SparkError, match=rf"not enough memory for the .*{named}") as caught:
+    with pytest.raises(SparkError, match=rf"not enough memory for .*{named}") as caught:
         opened.rehearse(tmp_path / "checkpoints")
     assert "sparkctl recommend r1 --checkpointing" in str(caught.value.hint)
 

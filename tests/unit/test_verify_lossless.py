@@ -25,6 +25,7 @@ from sparkctl.progress import silent
 from sparkctl.steps.certificate_process import read_setting, write_setting
 from sparkctl.train import state
 from sparkctl.train.engines import reference
+from sparkctl.train.engines.native import engine as native
 from sparkctl.train.optim import Optimizer
 from sparkctl.train.state import State
 from sparkctl.verify import gradients, lossless
@@ -130,6 +131,20 @@ def test_a_wrong_loss_is_seen_though_its_gradient_is_right(setting: Setting) -> 
     assert found.worst.ratio < 2
 
 
+def test_packs_that_are_not_added_up_are_seen(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = native.NativeEngine.micro_step
+
+    def alone(engine: native.NativeEngine, one: Pack, scale: float) -> torch.Tensor:
+        for parameter in engine.parameters().values():
+            parameter.grad = None
+        return real(engine, one, scale)
+
+    monkeypatch.setattr(native.NativeEngine, "micro_step", alone)
+    found = certify(replace(setting, packs=setting.packs[:3], course=[]))
+    assert len(found.problems) == 2  # precision and formula
+    assert "a formula differs" in found.problems[1]
+
+
 def test_an_engine_that_gives_no_number_is_refused(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     real = silu_mul.forward
 
@@ -153,11 +168,12 @@ def test_each_pack_and_a_course_begin_without_gradients_and_that_reaches_the_pla
     slow = replace(setting, plan=setting.plan.model_copy(update={"warmup_steps": 100}))
     found = [
         measure(replace(slow, packs=packs), partial(load_engine, slow), Truth(tmp_path), "", silent, making=True)
-        for packs in ([], 2 * setting.packs[:1])
+        for packs in ([], 4 * setting.packs[:1])
     ]
     assert found[0].course == found[1].course
-    first, second = (Truth(tmp_path).of(number) for number in range(2))
+    two, first, second = (Truth(tmp_path).of(number) for number in range(3))
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.allclose(two[name], 2 * first[name], rtol=1e-5) for name in first)
     assert max(rates) == slow.plan.learning_rate
 
 
@@ -238,8 +254,8 @@ def test_each_limit() -> None:
     assert "2.01 times" in verdict(row(ours=0.0201)).problems[0]
     assert verdict(row(formula=1e-3)).problems == []
     assert "a formula differs" in verdict(row(formula=1.01e-3)).problems[0]
-    assert verdict(row(formula=2.4e-3, tf32=True)).problems == []
-    assert "a formula differs" in verdict(row(formula=2.6e-3, tf32=True)).problems[0]
+    assert verdict(row(formula=4.9e-3, tf32=True)).problems == []
+    assert "a formula differs" in verdict(row(formula=5.1e-3, tf32=True)).problems[0]
     assert verdict(row(), document_loss=Compared(2e-3, 1e-3, 1e-4)).problems == []
     assert "single documents" in verdict(row(), document_loss=Compared(2.1e-3, 1e-3, 1e-4)).problems[0]
     assert verdict(row(), document_loss=Compared(2e-4, 1e-9, 1e-4)).problems == []
@@ -303,7 +319,9 @@ def test_large_gradients_are_kept_of_the_first_pack_alone(tmp_path: Path, monkey
         kept.keep(number, engine)  # type: ignore[arg-type]
     assert [list(kept.of(number)) for number in range(2)] == [["b", "a"], ["b"]]
     assert torch.equal(kept.of(0)["a"], torch.tensor([3.0, 4.0, 5.0]))
-    add_distances({}, engine, kept.of(1))  # type: ignore[arg-type]
+    add_distances({}, engine, kept.of(1), whole=False)  # type: ignore[arg-type]
+    with pytest.raises(SparkError, match="train other tensors: `a`"):  # however large it is
+        add_distances({}, engine, kept.of(1))  # type: ignore[arg-type]
 
 
 def test_a_setting_goes_through_its_file_unchanged(setting: Setting, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from sparkctl_kernels.causal_conv import reference
 from sparkctl_kernels.dispatch import Choice, fused, triton_or_reference
+from sparkctl_kernels.strides import lines
 from sparkctl_kernels.vjp import Tape
 
 # T tokens · C channels · W taps · K key heads · N value heads · D key dim · V value width
@@ -107,4 +108,4 @@ def causal_conv(
     """See `reference.causal_conv`: (q [T, K, D], k, v [T, V]), contiguous; positions int32, D a power of two."""
     if not fused(x_TC):
         return reference.causal_conv(x_TC, weight_CW, positions_T, key_heads, key_dim)
-    return _operator(x_TC, weight_CW.contiguous(), positions_T, key_heads, key_dim)
+    return _operator(lines(x_TC), weight_CW.contiguous(), positions_T.contiguous(), key_heads, key_dim)

@@ -249,5 +249,5 @@ def gated_delta(
     if not fused(q_TKD):
         lengths = packed.lengths
         return reference.gated_delta(q_TKD, k_TKD, v_TNE, a_TN, b_TN, log_a_N, dt_bias_N, lengths)
-    q, k, v = q_TKD.contiguous(), k_TKD.contiguous(), v_TNE.contiguous()
-    return _operator(q, k, v, a_TN.contiguous(), b_TN.contiguous(), log_a_N, dt_bias_N, list(packed.lengths))
+    inputs = (q_TKD, k_TKD, v_TNE, a_TN, b_TN, log_a_N, dt_bias_N)
+    return _operator(*(x.contiguous() for x in inputs), list(packed.lengths))

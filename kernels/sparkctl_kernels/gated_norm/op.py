@@ -97,4 +97,4 @@ def gated_norm(x_TNE: torch.Tensor, z_TNE: torch.Tensor, weight_E: torch.Tensor,
         return reference.gated_norm(x_TNE, z_TNE, weight_E, eps)
     if z_TNE.stride()[1:] != (z_TNE.shape[2], 1):
         z_TNE = z_TNE.contiguous()
-    return _operator(x_TNE.contiguous(), z_TNE, weight_E, eps)
+    return _operator(x_TNE.contiguous(), z_TNE, weight_E.contiguous(), eps)

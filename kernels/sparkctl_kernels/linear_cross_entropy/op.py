@@ -70,7 +70,7 @@ def _operator(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: float, chunk: int, want: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dhidden = torch.empty_like(hidden)
-    dweight = torch.empty_like(weight, dtype=torch.float32) if want else None
+    dweight = weight.new_empty(weight.shape, dtype=torch.float32) if want else None
     loss = forward(hidden, weight, labels, scale, dhidden_ND=dhidden, dweight_VD=dweight, add=False, chunk=chunk)
     return loss * scale, dhidden, dweight if dweight is not None else hidden.new_empty(0, dtype=torch.float32)
 
@@ -105,5 +105,6 @@ def linear_cross_entropy(
     """scale · `reference.linear_cross_entropy`, fp32. Every label is a real token. Gradients are made in forward."""
     if not fused(hidden_ND):
         return scale * reference.linear_cross_entropy(hidden_ND, weight_VD, labels_N)
-    loss, _, _ = _operator(hidden_ND.contiguous(), weight_VD, labels_N, scale, chunk, weight_VD.requires_grad)
+    hidden, labels = hidden_ND.contiguous(), labels_N.contiguous()
+    loss, _, _ = _operator(hidden, weight_VD, labels, scale, chunk, weight_VD.requires_grad)
     return loss

@@ -55,7 +55,8 @@ def _(
     dy: torch.Tensor, x: torch.Tensor, u: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    return x.new_empty(x.shape), torch.empty_like(a, dtype=torch.float32), torch.empty_like(b, dtype=torch.float32)
+    da, db = (x.new_empty(adapter.shape, dtype=torch.float32) for adapter in (a, b))
+    return x.new_empty(x.shape), da, db
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

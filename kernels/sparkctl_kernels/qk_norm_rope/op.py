@@ -8,6 +8,7 @@ import torch
 
 from sparkctl_kernels.dispatch import Choice, fused, triton_or_reference
 from sparkctl_kernels.qk_norm_rope import reference
+from sparkctl_kernels.strides import lines
 from sparkctl_kernels.vjp import Tape
 
 # T tokens · N query heads · K kv heads · H head dim · h half of the rotated dims
@@ -114,4 +115,5 @@ def qk_norm_rope(
     """See `reference.qk_norm_rope`. cos and sin are [T, R/2] in fp32, of positions that restart in each document."""
     if not fused(q_TNH):
         return reference.qk_norm_rope(q_TNH, k_TKH, q_weight_H, k_weight_H, cos_Th, sin_Th, eps, offset)
-    return _operator(q_TNH, k_TKH, q_weight_H, k_weight_H, cos_Th, sin_Th, eps, offset)
+    weights = (w if w is None else w.contiguous() for w in (q_weight_H, k_weight_H))
+    return _operator(lines(q_TNH), lines(k_TKH), *weights, cos_Th.contiguous(), sin_Th.contiguous(), eps, offset)

@@ -118,7 +118,7 @@ def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, offset: flo
     """See `reference.rms_norm`. x [T, D], weight [D]; gradients for both."""
     if not fused(x_TD):
         return reference.rms_norm(x_TD, weight_D, eps, offset)
-    y, _ = _operator(x_TD.contiguous(), None, weight_D, eps, offset)
+    y, _ = _operator(x_TD.contiguous(), None, weight_D.contiguous(), eps, offset)
     return y
 
 
@@ -128,5 +128,5 @@ def add_rms_norm(
     """See `reference.add_rms_norm`: the norm of the sum, and the sum itself."""
     if not fused(x_TD):
         return reference.add_rms_norm(x_TD, residual_TD, weight_D, eps, offset)
-    y, s = _operator(x_TD.contiguous(), residual_TD.contiguous(), weight_D, eps, offset)
+    y, s = _operator(x_TD.contiguous(), residual_TD.contiguous(), weight_D.contiguous(), eps, offset)
     return y, s

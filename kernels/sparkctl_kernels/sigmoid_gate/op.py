@@ -8,6 +8,7 @@ import torch
 
 from sparkctl_kernels.dispatch import Choice, fused, triton_or_reference
 from sparkctl_kernels.sigmoid_gate import reference
+from sparkctl_kernels.strides import lines
 from sparkctl_kernels.vjp import Tape
 
 # T tokens · N heads · H head dim · M = N · H
@@ -84,4 +85,4 @@ def sigmoid_gate(x_TNH: torch.Tensor, gate_TNH: torch.Tensor) -> torch.Tensor:
     """See `reference.sigmoid_gate`; the gate may be a view with strides: [T, N, H]."""
     if not fused(x_TNH):
         return reference.sigmoid_gate(x_TNH, gate_TNH)
-    return _operator(x_TNH.contiguous(), gate_TNH)
+    return _operator(x_TNH.contiguous(), lines(gate_TNH))

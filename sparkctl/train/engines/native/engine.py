@@ -36,7 +36,7 @@ def load(
     from sparkctl.model.names import NameMap
 
     device, dtype = planned_device(plan.machine.device, name), dtype or torch.bfloat16
-    check_served(folder, name)
+    check_served(folder, device.type, f"sparkctl recommend {name} --engine reference")
     base = load_text_model(folder, dtype=dtype if plan.lora else torch.float32, device=device)
     return from_model(
         base, lora=plan.lora, checkpointing=plan.checkpointing, seed=plan.seed, dtype=dtype, names=NameMap(base),
@@ -118,14 +118,13 @@ class AsTheyAre:
         return live
 
 
-def check_served(folder: Path, name: str) -> None:
-    """Raise UsageError unless the layers of this model are among those that are built here."""
+def check_served(folder: Path, device: str, instead: str) -> None:
+    """Raise UsageError unless the layers of this model are among those that are built here for that kind of device."""
     from sparkctl.model.inspect import inspect
     from sparkctl.model.served import lacking
 
-    what = lacking(inspect(folder, allow_unknown=True))
-    if what:
-        raise UsageError(f"the native engine has nothing for {what}", f"sparkctl recommend {name} --engine reference")
+    if what := lacking(inspect(folder, allow_unknown=True), device):
+        raise UsageError(f"the native engine has nothing for {what}", instead)
 
 
 def trainable(
@@ -168,10 +167,11 @@ def kernels(base: Any, device: torch.device) -> list[Choice]:
         silu_mul,
     )  # fmt: skip
 
+    from sparkctl.model.served import head_dim
+
     config = base.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     found = [op.choice(device) for op in (rms_norm, lora_linear, silu_mul, qk_norm_rope)]
-    found.append(attention.choice(device, head_dim))
+    found.append(attention.choice(device, head_dim(vars(config))))
     if config.model_type.startswith("qwen3_5"):
         found += [sigmoid_gate.choice(device), causal_conv.choice(device)]
         found += [gated_delta.choice(device, config.linear_key_head_dim), gated_norm.choice(device)]

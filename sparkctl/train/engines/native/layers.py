@@ -72,7 +72,7 @@ class Norm:
     def __init__(self, norm: Any, offset: float) -> None:
         self.weight: nn.Parameter = norm.weight
         self.offset = offset
-        self.eps = float(getattr(norm, "variance_epsilon", None) or norm.eps)
+        self.eps = float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
 
     def forward(self, last_TD: Tensor, residual_TD: Tensor | None, out_TD: Tensor) -> Tensor:
         """Write the norm of s = last + residual into `out`; gives s."""
