@@ -17,6 +17,7 @@ import torch
 
 Tensors = dict[str, torch.Tensor]
 PLANTED = 1.01
+LOW = 1e-3  # of the square norm that a stretch is relative to
 FLOOR = 1.0  # of the norm that an error is relative to: some gradients are 0 but for rounding
 
 
@@ -127,6 +128,6 @@ def stretched(found: Tensors, truth: Tensors) -> dict[str, float]:
     """How much larger than the truth each result is as a whole. Roundings cancel out in it (up to 8e-4 were seen of
     bf16), so that it shows an error of 1 % which is smaller than the distances that they make."""
     return {
-        n: float(((found[n] - truth[n]).double() * truth[n]).sum() / truth[n].double().square().sum().clamp_min(FLOOR))
+        n: float(((found[n] - truth[n]).double() * truth[n]).sum() / truth[n].double().square().sum().clamp_min(LOW))
         for n in truth
     }

@@ -197,7 +197,6 @@ def _calls(shape: Shape) -> Iterator[Callable[[], Any]]:
             yield from _delta(shape, weight, full)
     if shape.key_heads:
         yield from _rule(shape)
-    yield from _proofs(shape)
     yield from _feed_forward(shape)
     yield from _copies()
     yield from _products(shape)
@@ -296,19 +295,6 @@ def _attention(shape: Shape, dtype: torch.dtype, full: bool) -> Iterator[Callabl
         pairs = _empty(2, *k.shape)
         yield partial(attention.own, heads, pairs, pairs, heads, saved.log_sum_NT, 1.0)
         yield partial(attention.own_backward_, heads, do, heads, pairs, pairs, heads, saved.log_sum_NT, 1.0)
-
-
-def _proofs(shape: Shape) -> Iterator[Callable[[], Any]]:
-    """Attention in fp32: other operators' kernels take less than 60,000 bytes a block there too."""
-    from sparkctl_kernels.attention import kernel
-    from sparkctl_kernels.attention.kept import TritonKept
-
-    packed = documents([TOKENS - 100, 100], NOWHERE)
-    q, k = (_empty(TOKENS, n, shape.head_dim, dtype=torch.float32) for n in (shape.heads, shape.kv_heads))
-    saved = TritonKept(q, k, k, q, _empty(shape.heads, TOKENS, dtype=torch.float32))
-    for window in {None, shape.window}:
-        yield partial(kernel.forward, q, k, k, packed, window)
-        yield partial(kernel.backward, q, saved, packed, window, k)
 
 
 def _delta(shape: Shape, dtype: torch.dtype, full: bool) -> Iterator[Callable[[], Any]]:

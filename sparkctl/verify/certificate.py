@@ -11,14 +11,13 @@ from sparkctl.verify.gradients import ratio
 RATIO = 2.0  # times the reference's distance from the truth
 COURSE_RATIO = 3.0  # an error of one step lives on in the next, so 30 weigh like a few: 2.35 seen once in 120 courses
 FORMULA = 1e-3  # distance in fp32; on a CPU 3e-6 were seen
-TF32 = 5e-3  # the same where attention rounds its products to TF32, as on a GPU: 1.4e-3 were seen of six such layers
 
 
 @dataclass(frozen=True)
 class TensorRow:
     """A trained tensor, or its small namesakes of all layers: relative errors of its gradient.
 
-    formula: the engine's in fp32, where that was computed. tf32: its kernels may round products to TF32 then.
+    formula: the engine's in fp32, where that was computed.
     """
 
     name: str
@@ -26,7 +25,6 @@ class TensorRow:
     ours: float
     theirs: float
     formula: float | None = None
-    tf32: bool = False
 
     @property
     def ratio(self) -> float:
@@ -36,7 +34,7 @@ class TensorRow:
     @property
     def excess(self) -> float | None:
         """The fp32 distance over what it may be: above 1 a formula differs."""
-        return None if self.formula is None else ratio(self.formula, TF32 if self.tf32 else FORMULA)
+        return None if self.formula is None else ratio(self.formula, FORMULA)
 
 
 @dataclass(frozen=True)

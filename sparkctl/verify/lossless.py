@@ -145,12 +145,11 @@ def judged(setting: Setting, truth: Truth, progress: Progress) -> Judged:
 
 def certificate(plan: PlanTable, judges: Judges, judged: Judged) -> Certificate:
     """What the measurements of one setting come to."""
-    tf32 = plan.machine.device == "cuda"
     truth, theirs, ours, formula = judges.truth, judges.theirs, judged.ours, judged.formula
     rows = [
         TensorRow(
             name, len(distance.tensors), ours.distances[name].relative, distance.relative,
-            formula.distances[name].relative if formula else None, tf32,
+            formula.distances[name].relative if formula else None,
         )
         for name, distance in theirs.distances.items()
     ]  # fmt: skip

@@ -208,13 +208,9 @@ def test_torch_s_own_check(name: str, arguments: tuple[Any, ...]) -> None:
 
 
 @inside
-@pytest.mark.parametrize(
-    ("table", "window"),
-    [("HOPPER", None), ("HOPPER", 30), ("SMALL", None), ("WINDOWED", 30), ("FP32", None), ("FP32", 30)],
-)
+@pytest.mark.parametrize(("table", "window"), [("HOPPER", None), ("HOPPER", 30), ("SMALL", None), ("WINDOWED", 30)])
 def test_attention_in_the_tiles_of_256_dims(table: str, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """64 dims in them. Hopper's: heads' parts of their keys' gradients are made apart and added up; fp32's: tables of
-    key blocks are halved."""
+    """64 dims in them. Hopper's: heads' parts of their keys' gradients are made apart and added up."""
     from sparkctl_kernels.attention import kernel
 
     monkeypatch.setattr(kernel, "tiles", lambda *_: getattr(kernel, table)[256])

@@ -11,6 +11,7 @@ import torch
 import triton
 from sparkctl_kernels import gated_delta as rule
 from sparkctl_kernels.attention import flash
+from sparkctl_kernels.attention import op as attention
 from sparkctl_kernels.dispatch import Choice, deterministic
 from sparkctl_kernels.gated_delta import op
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -80,7 +81,9 @@ def test_tiles_that_are_wrong_on_hopper_are_refused(
 @pytest.mark.parametrize(("dtype", "kernel"), [(torch.bfloat16, "fla kernels"), (torch.float32, "reference")])
 def test_proofs_in_fp32_take_the_reference(gpu: pytest.MonkeyPatch, dtype: torch.dtype, kernel: str) -> None:
     with FakeTensorMode():
-        assert op.runs_on(torch.empty(3, 1, 128, dtype=dtype, device=GPU)) == kernel
+        queries = torch.empty(3, 1, 128, dtype=dtype, device=GPU)
+        assert op.runs_on(queries) == kernel
+        assert attention.computes(queries) == (kernel != "reference")
     assert op.runs_on(torch.empty(3, 1, 128, dtype=dtype)) == "reference"
 
 

@@ -17,7 +17,6 @@ import torch
 
 from sparkctl_kernels.attention import op, reference
 from sparkctl_kernels.attention.reference import Pair
-from sparkctl_kernels.dispatch import fused
 from sparkctl_kernels.documents import Documents
 from sparkctl_kernels.vjp import Tape
 
@@ -31,7 +30,7 @@ def draft_attention(
     rows: where in the pack the queries and their own keys stand, int64, each once; without them every row has one. With
     nothing of a row's own it is `attention`, which keeps its output for backward instead of computing it again.
     """
-    if fused(q_MNH):
+    if op.computes(q_MNH):
         flat = [x for pair in own for x in pair]
         return _DraftAttention.apply(q_MNH.contiguous(), k_TKH.contiguous(), v_TKH.contiguous(), packed, rows_M, *flat)
     q_TNH, own_T = q_MNH, list(own)

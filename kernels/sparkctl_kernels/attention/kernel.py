@@ -74,24 +74,13 @@ WINDOWED: dict[int, Tiles] = {
     128: SMALL[128],
     64: (Tile(64, 64, 2), Tile(64, 32, 2), Tile(64, 32, 2)),
 }
-# of fp32, which proofs alone compute in: twice the bytes, and no less room for them on a GB10
-FP32: dict[int, Tiles] = {
-    256: (Tile(32, 16, 2), Tile(16, 16, 1), Tile(32, 16, 1)),
-    128: (Tile(32, 32, 2), Tile(16, 32, 1), Tile(32, 32, 2)),
-    64: (Tile(64, 64, 2), Tile(64, 32, 2), Tile(64, 32, 2)),
-}
 # for wgmma and 232,448 bytes of shared memory
 HOPPER: dict[int, Tiles] = {256: (Tile(128, 64, 2, 8), Tile(32, 64, 2, 8, apart=True), Tile(128, 32, 2, 8))}
 
 
 def tiles(q_TNH: torch.Tensor, window: int | None) -> Tiles:
-    """Those of the head dim, small ones (of tests) as 64, on this device or on what is compiled for.
-
-    Triton's interpreter, which has room for all, checks in fp32 what a GPU takes for bf16.
-    """
+    """Those of the head dim, small ones (of tests) as 64, on this device or on what is compiled for."""
     head_dim = q_TNH.shape[2]
-    if q_TNH.dtype == torch.float32 and q_TNH.device.type != "cpu":
-        return FP32[max(64, head_dim)]
     if in_wide_tiles(q_TNH.device, head_dim):
         return HOPPER[head_dim]
     return (SMALL if window is None else WINDOWED)[max(64, head_dim)]
@@ -294,7 +283,7 @@ def backward(
     parts = heads if tile.apart else kv_heads
     dk = q.new_empty(tokens, parts, head_dim)
     dv = dv_TKH if parts == kv_heads else torch.empty_like(dk)
-    table = _key_table(documents, tile.cols)
+    table = documents.key_blocks[tile.cols]
     _backward_kv[(parts, len(table))](
         *inputs, dk, dv, table, *numbers, *strides, dv.stride(0), heads, kv_heads, head_dim,
         tile.rows, tile.cols, window is not None, heads // parts, num_warps=tile.warps, num_stages=tile.stages,
@@ -308,14 +297,6 @@ def backward(
         window is not None, num_warps=tile_q.warps, num_stages=tile_q.stages,
     )  # fmt: skip
     return dq, dk
-
-
-def _key_table(documents: Documents, cols: int) -> torch.Tensor:
-    """Key blocks of `cols` rows; of fewer than any table has, halves of the smallest. One may begin behind its end."""
-    if cols in documents.key_blocks:
-        return documents.key_blocks[cols]
-    whole = documents.key_blocks[2 * cols]
-    return torch.cat([whole, whole + torch.tensor([cols, 0, 0], dtype=whole.dtype, device=whole.device)])
 
 
 @triton.jit
