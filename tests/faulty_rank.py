@@ -17,7 +17,7 @@ from striking import at_step
 from sparkctl.cli import app
 from sparkctl.train.engines.native.engine import NativeEngine
 
-AT = 9  # micro-steps of a rank, the rehearsal's two or one among them
+AT = 7  # micro-steps of a rank
 
 
 def lose(engine: NativeEngine) -> None:

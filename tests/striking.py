@@ -8,10 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+from sparkctl.train import session
+
 
 def at_step(patch: pytest.MonkeyPatch, engine: type, call: int, act: Callable[[Any], object]) -> None:
-    """Do something with the engine in its micro-step of that number (from 1; the first are the rehearsal's)."""
-    original, calls = engine.micro_step, [0]  # type: ignore[attr-defined]
+    """Do something with the engine in its micro-step of that number, from 1; a rehearsal's are not counted."""
+    original, rehearsal = engine.micro_step, session.rehearse  # type: ignore[attr-defined]
+    calls = [float("-inf")]
+
+    def rehearse(*arguments: Any, **named: Any) -> None:
+        rehearsal(*arguments, **named)
+        calls[0] = 0
 
     def micro_step(self: Any, pack: Any, scale: float) -> torch.Tensor:
         calls[0] += 1
@@ -21,3 +28,4 @@ def at_step(patch: pytest.MonkeyPatch, engine: type, call: int, act: Callable[[A
         return result
 
     patch.setattr(engine, "micro_step", micro_step)
+    patch.setattr(session, "rehearse", rehearse)

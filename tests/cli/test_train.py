@@ -188,7 +188,7 @@ def test_interrupted_then_resumed_is_as_uninterrupted(
     say: Say, run: Run, straight: Run, monkeypatch: pytest.MonkeyPatch, number: int, status: int
 ) -> None:
     with monkeypatch.context() as patch:
-        at_step(patch, ReferenceEngine, 9, lambda engine: signal.raise_signal(number))
+        at_step(patch, ReferenceEngine, 7, lambda engine: signal.raise_signal(number))
         got, out, err = say("train", run.root, "--json")
     assert got == status
     assert json.loads(out)["exit_status"] == status
@@ -355,7 +355,7 @@ def test_a_full_disk_while_training(
         monkeypatch.setattr(owner, name, call)
 
     if what == "checkpoint":
-        at_step(monkeypatch, ReferenceEngine, 5, lambda engine: fill())
+        at_step(monkeypatch, ReferenceEngine, 3, lambda engine: fill())
     elif what == "metrics":
         wrap(Metrics, "write")
     else:

@@ -103,9 +103,9 @@ def test_every_rank_computes_by_the_choices_that_are_written_down(run: Run, tmp_
 
 
 def _leaving(rank: int, root: str, folder: str) -> None:
-    """The second ends in its third micro-step without a word."""
+    """The second ends in its first micro-step without a word."""
     if rank == 1:
-        at_step(pytest.MonkeyPatch(), ReferenceEngine, 3, lambda engine: os._exit(0))
+        at_step(pytest.MonkeyPatch(), ReferenceEngine, 1, lambda engine: os._exit(0))
     with open(f"{folder}/{rank}.err", "w") as sys.stderr:
         Path(folder, f"{rank}.status").write_text(str(app.run(["train", root])))
 
@@ -120,7 +120,7 @@ def test_a_rank_that_is_left_alone_says_so(run: Run, tmp_path: Path) -> None:
 
 
 def _stopping(rank: int, root: str, folder: str) -> None:
-    """Both are told to stop in their ninth micro-step, by a service manager and then by torchrun."""
+    """Both are told to stop in their seventh micro-step, by a service manager and then by torchrun."""
     write = state.write
 
     def strike(engine: ReferenceEngine) -> None:
@@ -131,7 +131,7 @@ def _stopping(rank: int, root: str, folder: str) -> None:
         time.sleep(0.4)
         write(*arguments)
 
-    at_step(pytest.MonkeyPatch(), ReferenceEngine, 9, strike)
+    at_step(pytest.MonkeyPatch(), ReferenceEngine, 7, strike)
     state.write = slow
     assert _said(rank, folder, "train", root) == 143
     Path(folder, f"{rank}.left").write_text(str(Run.open(Path(root)).manifest.train.status))
@@ -164,7 +164,7 @@ def _hurrying(rank: int, root: str, folder: str) -> None:
     def leave(signals: guard.Signals, message: str) -> Any:
         os._exit(0)
 
-    at_step(pytest.MonkeyPatch(), ReferenceEngine, 9, strike)
+    at_step(pytest.MonkeyPatch(), ReferenceEngine, 7, strike)
     guard.ECHO = 0.1
     if rank == 0:
         state.save = late

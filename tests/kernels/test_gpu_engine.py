@@ -150,7 +150,7 @@ def test_a_resumed_training_is_the_one_left_alone_to_the_bit(
     losses = [line["loss"] for line in outcome(straight)[0] if "loss" in line]
     assert losses[-1] < losses[0]
     with monkeypatch.context() as patch:
-        at_step(patch, native.NativeEngine, 9, lambda engine: signal.raise_signal(signal.SIGTERM))
+        at_step(patch, native.NativeEngine, 7, lambda engine: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Interrupted):
             train(run.root)
     stopped = Run.open(run.root).manifest.train

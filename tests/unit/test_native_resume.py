@@ -51,7 +51,7 @@ def test_interrupted_then_resumed_is_as_uninterrupted(
     losses = [line["loss"] for line in outcome(straight)[0] if "loss" in line]
     assert losses[-1] < losses[0]
     with monkeypatch.context() as patch:
-        at_step(patch, NativeEngine, 9, lambda engine: signal.raise_signal(signal.SIGTERM))
+        at_step(patch, NativeEngine, 7, lambda engine: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Interrupted):
             train(run.root)
     stopped = Run.open(run.root).manifest.train
