@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparkctl.bench.workload import Workload
+from sparkctl.hardware.shape import head_dim
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +79,7 @@ class Sizes:
         """Those of a workload."""
         text = work.text
         heads, hybrid = int(text["num_attention_heads"]), "linear_key_head_dim" in text
-        head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
+        width = head_dim(text)
         share = (text.get("rope_parameters") or {}).get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
         linear = dict(
             key_heads=text["linear_num_key_heads"], value_heads=text["linear_num_value_heads"],
@@ -87,7 +88,7 @@ class Sizes:
         ) if hybrid else {}  # fmt: skip
         return cls(
             device, work.lengths, sum(work.labels), work.rank, int(text["hidden_size"]), int(text["intermediate_size"]),
-            heads, int(text.get("num_key_value_heads") or heads), head_dim, int(head_dim * share),
+            heads, int(text.get("num_key_value_heads") or heads), width, int(width * share),
             int(text["vocab_size"]), hybrid, hybrid or text.get("model_type") == "qwen3",
             text.get("sliding_window") if text.get("model_type") == "mistral" else None, **linear,
         )  # fmt: skip

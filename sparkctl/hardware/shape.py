@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 CHUNK = 64  # tokens of a GatedDeltaNet chunk
+
+
+def head_dim(text: Mapping[str, Any]) -> int:
+    """Of attention: given, or D / heads."""
+    given: int | None = text.get("head_dim")
+    return given or int(text["hidden_size"]) // int(text["num_attention_heads"])
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Shape:
         text = config.get("text_config") or config
         kind = str(text.get("model_type", config.get("model_type", "")))
         layers, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
-        head_dim = text.get("head_dim") or text["hidden_size"] // heads
+        width = head_dim(text)
         rules = _rule_layers(text, layers) if "linear_num_value_heads" in text else 0
         value_heads, key_heads = text.get("linear_num_value_heads", 0), text.get("linear_num_key_heads", 0)
         key_dim, value_dim = text.get("linear_key_head_dim", 0), text.get("linear_value_head_dim", 0)
@@ -74,8 +81,8 @@ class Shape:
             ffn=int(text["intermediate_size"]),
             vocabulary=int(text["vocab_size"]),
             attention_layers=layers - rules,
-            queries=heads * head_dim,
-            keys=(text.get("num_key_value_heads") or heads) * head_dim,
+            queries=heads * width,
+            keys=(text.get("num_key_value_heads") or heads) * width,
             head_norms=not kind.startswith(("llama", "mistral", "qwen2")),
             gated=bool(rules) or bool(text.get("attn_output_gate")),
             tied=bool(text.get("tie_word_embeddings", False)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from sparkctl.hardware.shape import head_dim
 from sparkctl.model.families import FAMILIES
 from sparkctl.model.inspect import ModelInfo, text_part
 
@@ -54,12 +55,6 @@ def _dims(text: Mapping[str, Any]) -> Iterator[Dims]:
         yield Dims("rotations", -(-int(heads * share) // 2) * 2, 2, 256)  # an odd one turns a dim beside itself
         yield Dims("GatedDeltaNet keys", text["linear_key_head_dim"], 2, 256)
         yield Dims("GatedDeltaNet values", text["linear_value_head_dim"], 2, 1024)
-
-
-def head_dim(text: Mapping[str, Any]) -> int:
-    """Of attention: given, or D / heads."""
-    given: int | None = text.get("head_dim")
-    return given or int(text["hidden_size"]) // int(text["num_attention_heads"])
 
 
 def _rope(text: Mapping[str, Any]) -> Mapping[str, Any]:

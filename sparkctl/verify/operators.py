@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sparkctl.model.served import head_dim, unfit
+from sparkctl.hardware.shape import head_dim
+from sparkctl.model.served import unfit
 from sparkctl.verify.leaks import LENGTHS, Finding, Tensors, difference
 from sparkctl.verify.small import SLOW, has_rule, parts_of, whole_config, windows
 
@@ -21,9 +22,10 @@ Call = Callable[..., Any]
 def operator_leaks(config: dict[str, Any], device: torch.device) -> list[Finding]:
     """Each operator that this architecture has, in bf16, at its head sizes; attention in each form that it uses."""
     real = whole_config(config)
-    if device.type == "cuda" and (what := unfit(real.to_dict())):
+    text = real.to_dict()
+    if device.type == "cuda" and (what := unfit(text)):
         return [Finding(SUBJECT, part, refused=f"there is nothing for {what}") for part in parts_of(config)[:3]]
-    heads = head_dim(real.to_dict())
+    heads = head_dim(text)
     found = [
         _finding("attention" if window is None else WINDOWED, *_attention(heads, window), device)
         for window in windows(real)

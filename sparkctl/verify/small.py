@@ -16,11 +16,11 @@ from typing import Any
 
 from sparkctl.errors import UsageError
 from sparkctl.hardware.machine import this_machine
+from sparkctl.hardware.shape import head_dim
 from sparkctl.manifest.schema import Estimates, Lora, Machine, MemoryTerms, PlanTable
 from sparkctl.manifest.table import EngineName, Mode
 from sparkctl.model.inspect import text_part
 from sparkctl.model.load import silence
-from sparkctl.model.served import head_dim
 
 PARTS = ("attention", "convolution", "recurrence", "whole model")
 SLOW, AT_ONCE = -3.0, 6.0  # A_log: A = 0.05; A = 400, whose decay is zero in fp32

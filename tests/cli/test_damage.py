@@ -13,17 +13,15 @@ import ready
 import tiny
 import torch
 from analyzing import chat, lines
+from damaging import Said, flip, said
 from safetensors.torch import load_file, save_file
 
-from sparkctl.cli import app
 from sparkctl.data import tokens
 from sparkctl.files import sha256_file
 from sparkctl.manifest.store import Run
 from sparkctl.steps.train import train
 from sparkctl.train import state
 from sparkctl.words import here
-
-Said = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,24 +58,6 @@ def folder(finished: Path, tmp_path: Path) -> Path:
 def placed(index: Path) -> dict[str, str]:
     """Tensor → file of an index."""
     return dict(json.loads(index.read_text())["weight_map"])
-
-
-def flip(path: Path) -> None:
-    """One bit, in place."""
-    with path.open("r+b") as file:
-        file.seek(path.stat().st_size // 2)
-        byte = file.read(1)[0]
-        file.seek(-1, 1)
-        file.write(bytes([byte ^ 1]))
-
-
-def said(captured: Said, *arguments: object) -> tuple[int, str]:
-    """(exit status, all that was printed)."""
-    captured.readouterr()
-    status = app.run([str(argument) for argument in arguments])
-    out = captured.readouterr()
-    assert "Traceback" not in out.err
-    return status, out.out + out.err
 
 
 def trained_weights(folder: Path) -> dict[str, bytes]:

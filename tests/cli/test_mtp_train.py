@@ -13,6 +13,7 @@ import merging_run
 import numpy as np
 import pytest
 import ready
+from damaging import flip
 from safetensors.torch import load_file
 from two_ranks import two_ranks
 from untimed import untimed
@@ -180,8 +181,7 @@ def test_a_best_head_that_is_not_whole_is_not_what_is_left(
     assert Run.open(run.root).manifest.mtp.train.best_checkpoint == best.name
     (run.root / "mtp" / "head.safetensors").unlink()
     if amiss == "flipped":
-        data = (best / "trainable.safetensors").read_bytes()
-        (best / "trainable.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        flip(best / "trainable.safetensors")
     else:
         shutil.rmtree(best)
     monkeypatch.setattr(mtp_train, "_measured", lambda *given: ([], []))  # so that the trained head is kept

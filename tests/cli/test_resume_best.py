@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 import ready
+from damaging import Said, flip, said
 
-from sparkctl.cli import app
 from sparkctl.errors import Interrupted
 from sparkctl.manifest.store import Run
 from sparkctl.steps.train import train
 from sparkctl.train import state
-
-Said = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
@@ -39,15 +37,6 @@ def there(run: Run) -> list[str]:
     return [path.name for path in state.listed(run.root / "checkpoints")]
 
 
-def said(captured: Said, *arguments: object) -> tuple[int, str]:
-    """(exit status, all that was printed)."""
-    captured.readouterr()
-    status = app.run([str(argument) for argument in arguments])
-    out = captured.readouterr()
-    assert "Traceback" not in out.err
-    return status, out.out + out.err
-
-
 def best(run: Run) -> tuple[str | None, float | None]:
     trained = Run.open(run.root).manifest.train
     assert trained.status == "done"
@@ -57,7 +46,7 @@ def best(run: Run) -> tuple[str | None, float | None]:
 def test_behind_a_damaged_newest_the_one_before_is_gone_on_from(run: Run, capsys: Said) -> None:
     newest = run.root / "checkpoints" / "step-000003" / state.TRAINABLE
     whole = newest.read_bytes()
-    newest.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    flip(newest)
     status, text = said(capsys, "resume", run.root)
     assert status == 0, text
     assert f"`{newest}` is damaged" in text

@@ -16,11 +16,12 @@ from sparkctl_kernels.attention import kernel as attention
 from sparkctl_kernels.shapes import DENSE, QWEN35
 
 from sparkctl.errors import UsageError
+from sparkctl.hardware.shape import head_dim
 from sparkctl.manifest.schema import Choices, Machine
 from sparkctl.model import catalog
 from sparkctl.model.families import count
 from sparkctl.model.inspect import ModelInfo
-from sparkctl.model.served import head_dim, lacking
+from sparkctl.model.served import lacking
 from sparkctl.mtp import drafter
 from sparkctl.steps import recommend as step
 from sparkctl.train.engines.native import engine as native

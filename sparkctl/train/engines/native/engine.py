@@ -167,7 +167,7 @@ def kernels(base: Any, device: torch.device) -> list[Choice]:
         silu_mul,
     )  # fmt: skip
 
-    from sparkctl.model.served import head_dim
+    from sparkctl.hardware.shape import head_dim
 
     config = base.config
     found = [op.choice(device) for op in (rms_norm, lora_linear, silu_mul, qk_norm_rope)]
