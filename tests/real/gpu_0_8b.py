@@ -169,7 +169,7 @@ def certificate(job: Job, mode: str) -> Answer:
     """`verify lossless`; the whole answer lies beside the logs."""
     name = f"certificate-{mode}"
     root = job.planned(name, "native", mode)
-    told = job.run.sparkctl(name, "verify", "lossless", root, "--steps", job.sizes.course, seconds=400)
+    told = job.run.sparkctl(name, "verify", "lossless", root, "--steps", job.sizes.course, seconds=560)
     (job.run.logs / f"{name}.json").write_text(as_json(told))
     left_out = ("problems", "versions", "made_from", "created")
     return {"ok": told["ok"], "problems": told["problems"]} | {
