@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from forking import mend_threads
 
 
 def free_port() -> int:
@@ -32,6 +33,7 @@ def two_ranks(function: Callable[..., None], *arguments: Any) -> None:
 
 
 def _as_rank(rank: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    mend_threads()
     here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {**here, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     function(rank, *arguments)

@@ -21,6 +21,7 @@ from typing import Any
 
 import ready
 import torch
+from forking import mend_threads
 from untimed import untimed
 
 from sparkctl.manifest.store import Run
@@ -68,7 +69,7 @@ def forked(work: Callable[[], object]) -> int:
     if child == 0:
         status = 1
         try:
-            torch.set_num_threads(1)  # torch mends its thread pool for the fork here, not in several threads at once
+            mend_threads()
             work()
             status = 0
         except BaseException:
