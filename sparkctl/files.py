@@ -159,10 +159,21 @@ def staged_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def sweep_stages(folder: Path, name: str = "") -> None:
-    """Remove what killed writers left in `folder`, of `name` alone where given. Only while holding the step lock."""
+    """Remove what killed writers left in `folder`, of `name` alone where given. Only while holding the step lock.
+
+    A folder that was taken away for one that never came goes back to its place.
+    """
     for path in folder.glob(f".{glob.escape(name)}.*.tmp" if name else ".*.tmp"):
         if path.is_dir():
+            _put_back(path)
             shutil.rmtree(path, ignore_errors=True)
         else:
             with suppress(OSError):
                 path.unlink()
+
+
+def _put_back(old: Path) -> None:
+    """See `staged_folder`: `.NAME.….old.tmp/NAME` was `NAME` until a kill came between its two renames."""
+    for kept in old.iterdir() if old.name.endswith(".old.tmp") else ():
+        if old.name.startswith(f".{kept.name}.") and not (old.parent / kept.name).exists():
+            os.replace(kept, old.parent / kept.name)

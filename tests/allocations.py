@@ -95,7 +95,7 @@ def take_engine_apart() -> None:
     from sparkctl.train.engines.native import engine, model
 
     kernel.Table = lambda _: type("Table", (), {"round": lambda _: None})()
-    engine.take_ways = drafter.settle = engine.settle = lambda *_: []
+    engine.pin_start = drafter.settle = engine.settle = lambda *_: []
     lora.initial_a = lambda _, rank, width, __: torch.empty(rank, width, device=META)
     model.NativeModel.rotation = lambda _, positions: [torch.empty(len(positions), 32, device=META) for _ in range(2)]
 

@@ -32,7 +32,7 @@ def native(work: Workload, device: torch.device) -> Stack:
     engine, pack = HeadEngine(drafter, steps=work.draft_steps, decay=DECAY, loss="kl"), work.pack()
     trainable = sum(parameter.numel() for parameter in engine.parameters().values())
     choices = dict(engine.describe())
-    return Stack(lambda: engine.micro_step(pack, 1 / pack.labels), trainable, pack.labels, False, choices)
+    return Stack(lambda: engine.micro_step(pack, 1 / pack.labels), trainable, pack.labels, False, choices, pack.labels)
 
 
 def transformers(work: Workload, device: torch.device) -> Stack:
@@ -67,4 +67,4 @@ def _rival(work: Workload, device: torch.device, *, checkpointing: bool) -> Stac
     tensors = {name: parameter.detach() for name, parameter in ours.published().items()}
     rival = Rival(work, device, tensors, step_weights(work.draft_steps, DECAY), checkpointing=checkpointing)
     trainable = sum(parameter.numel() for parameter in rival.head.parameters())
-    return Stack(rival.step, trainable, sum(work.labels), checkpointing, {})
+    return Stack(rival.step, trainable, sum(work.labels), checkpointing, {}, sum(work.labels))

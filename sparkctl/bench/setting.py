@@ -116,7 +116,7 @@ def text_parameters(config: dict[str, Any]) -> int:
 
 
 def _from_run(folder: Path, config: dict[str, Any], mode: Mode, pack: int, **rest: Any) -> Workload:
-    """The lengths and labels of the run's first full pack."""
+    """The lengths and labels of the fullest of the run's packs, the first where several are."""
     from sparkctl.data.pack import best_fit
     from sparkctl.data.tokens import TokenStore
 
@@ -126,7 +126,8 @@ def _from_run(folder: Path, config: dict[str, Any], mode: Mode, pack: int, **res
     if not len(rows):
         message = f"no training document of `{folder}` is as short as {pack} tokens"
         raise OtherOptions(message, pack=int(lengths.max()))
-    first = rows[best_fit(store.lengths[rows], pack, seed=0).pack(0)]
+    packs = best_fit(store.lengths[rows], pack, seed=0)
+    fullest = rows[packs.pack(int(np.argmax(packs.sums(store.lengths[rows]))))]
     return Workload(
-        config, mode, tuple(map(int, store.lengths[first])), tuple(map(int, store.label_counts[first])), **rest
+        config, mode, tuple(map(int, store.lengths[fullest])), tuple(map(int, store.label_counts[fullest])), **rest
     )

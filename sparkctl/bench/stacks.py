@@ -1,6 +1,6 @@
 """The stacks that are compared: each builds a model of the workload's shape and gives one micro-step of it.
 
-The rivals get the pack as one row, one long document to them, which spares them any work to keep documents apart.
+The rivals get the pack as one row, one long document to them: no work to keep documents apart, and more attention.
 A rival's model is as its users set it up: bf16 weights, adapters fp32 under bf16 autocast where peft makes them so.
 """
 
@@ -28,13 +28,17 @@ IGNORED = -100  # label of a token that is not trained, in transformers
 
 @dataclass(frozen=True)
 class Stack:
-    """A built stack. step: forward and backward of one pack; head_rows: rows that lm_head works on."""
+    """A built stack. step: forward and backward of one pack, gives its loss; head_rows: rows that lm_head works on.
+
+    summed: label tokens whose losses `step` adds up; 1 where it gives their mean.
+    """
 
     step: Callable[[], Any]
     trainable: int
     head_rows: int
     checkpointing: bool
     choices: dict[str, str]
+    summed: int = 1
 
 
 def stock(work: Workload, device: torch.device) -> Stack:
@@ -106,6 +110,7 @@ def _engine(work: Workload, engine: Any, checkpointing: bool) -> Stack:
         head_rows=pack.labels,
         checkpointing=checkpointing,
         choices=dict(engine.describe()),
+        summed=pack.labels,
     )
 
 

@@ -6,11 +6,13 @@ Prints one JSON object on its last line. With STEPS 0 it ends after the first st
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass, field
 
 from sparkctl.bench import clock
 from sparkctl.bench.workload import Workload
+from sparkctl.errors import SparkError
 
 WARMUP = 3
 PROFILED = 3
@@ -27,7 +29,7 @@ class Measured:
     head_rows: int
     checkpointing: bool
     choices: dict[str, str]
-    loss: float
+    loss: float  # of the first step, mean over the label tokens
     p20: float | None = None
     p50: float | None = None
     p80: float | None = None
@@ -39,15 +41,17 @@ class Measured:
 
 
 def measure(name: str, work: Workload, device_type: str, steps: int) -> Measured:
-    """Build the stack, warm it up, time it, then profile it."""
+    """Build the stack, warm it up, time it, then profile it. Raises SparkError where its loss is no number."""
     import torch
 
     from sparkctl.bench.heads import stacks_of
 
     device = torch.device(device_type)
     stack = stacks_of(work)[name](work, device)
-    loss = float(stack.step())
+    loss = float(stack.step()) / stack.summed
     clock.wait(device)
+    if not math.isfinite(loss):
+        raise SparkError(f"the loss of its first step is {loss}", "take another model, or other weights of it")
     result = Measured(
         name, clock.process_age(), stack.trainable, stack.head_rows, stack.checkpointing, stack.choices, loss
     )

@@ -22,7 +22,7 @@ from sparkctl_kernels.linear_cross_entropy import op as linear_cross_entropy
 from sparkctl.data.batches import Pack
 from sparkctl.manifest.table import HeadLoss
 from sparkctl.mtp.drafter import Drafter, Tensor
-from sparkctl.train.engines.native.engine import describe_ways, has_labels, pin_tiles, pinned
+from sparkctl.train.engines.native.engine import describe_ways, has_labels, pin_kernels, pinned
 from sparkctl.train.engines.native.model import label_rows
 from sparkctl.train.engines.native.projections import Left
 
@@ -107,8 +107,8 @@ class HeadEngine:
         return pinned(self.device, self.drafter.parts)
 
     def pin(self, choices: dict[str, str]) -> None:
-        """Take the tiles that the first rank's tuner found."""
-        pin_tiles(choices)
+        """Take the tiles that the first rank's tuner found, and the products as it computes them."""
+        pin_kernels(choices)
 
     def _refresh(self) -> None:
         if self._stale:

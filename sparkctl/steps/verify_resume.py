@@ -30,7 +30,8 @@ SCRATCH = "verify-resume"
 
 @dataclass(frozen=True)
 class Result:
-    """What was done and what differs; empty where the resumed training is the straight one, byte for byte."""
+    """What was done and what differs; empty where the resumed training went on from its checkpoint, and is the straight
+    one, byte for byte."""
 
     run: Path
     steps: int
@@ -64,7 +65,11 @@ def verify_resume(folder: Path, *, allow_slow: bool = False, progress: Progress 
                 launch("resume", resumed, hint=hint, slow=allow_slow)
                 task.advance()
             resumes = Run.open(resumed).manifest.resumes
-            return Result(run.root, STEPS, killed_at, resumes[-1].step, differences(straight, resumed, STEPS))
+            resumed_from = resumes[-1].step if resumes else 0
+            found = differences(straight, resumed, STEPS)
+            if resumed_from != SAVE_EVERY:  # another way to the same bytes
+                found.insert(0, f"resumed from step {resumed_from}; the checkpoint is of step {SAVE_EVERY}")
+            return Result(run.root, STEPS, killed_at, resumed_from, found)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 

@@ -168,6 +168,8 @@ class Loop:
         if measured is not None and (now.best_eval_loss is None or measured < now.best_eval_loss or not self.held_out):
             now.best_checkpoint, now.best_eval_loss = id, measured if self.held_out else None
         self._count_time()
+        if self.metrics:
+            self.metrics.sync()
         if self.ranks.writes:
             path = state.save(self.folder, now, self.optimizer)
             self.saved(path, now, state.prune(self.folder, self.keep, now.best_checkpoint))

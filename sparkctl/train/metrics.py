@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparkctl.files import write_atomic
+from sparkctl.files import sync_folder, write_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,7 @@ class Metrics:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        sync_folder(path.parent)
 
     def write(self, **values: Any) -> None:
         """Append one line, in one write."""
@@ -34,6 +35,10 @@ class Metrics:
         except OSError as error:
             os.ftruncate(self._file, end)
             raise OSError(error.errno, error.strerror, str(self._path)) from None
+
+    def sync(self) -> None:
+        """Wait until the disk has every line: a checkpoint must not outlive the lines that lead to it."""
+        os.fsync(self._file)
 
     def close(self) -> None:
         """Let the file go."""

@@ -18,7 +18,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import Field, ValidationError
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sparkctl.train.optim import Optimizer
 
 TRAINABLE, OPTIMIZER, STATE, DIGESTS = "trainable.safetensors", "optimizer.safetensors", "state.json", "digests.json"
-FORMAT = 1
+FORMAT: Final = 1
 RECENT = 10  # losses that the final one is the mean of
 RANDOM = "random."
 ALONE = "there is no other whole checkpoint"
@@ -48,7 +48,7 @@ class CheckpointDamaged(SparkError):
 class State(Table):
     """state.json: where a training stands after `step` optimiser steps."""
 
-    format: int = FORMAT
+    format: Literal[1] = FORMAT
     mode: Mode | Literal["mtp"] = Field(description="what is trained: the model, or its MTP head")
     lora: Lora | None = None
     step: int = 0

@@ -20,6 +20,7 @@ from sparkctl.manifest.schema import Machine
 from sparkctl.manifest.table import EngineName, Mode
 from sparkctl.progress import Progress
 from sparkctl.train.engines import make_engine
+from sparkctl.verify.bits import apart
 from sparkctl.verify.gradients import fill_adapters
 from sparkctl.verify.small import SIZES, parts_of, plan_for, write_model
 
@@ -125,15 +126,7 @@ def _computed(engine: Engine, documents: list[Document]) -> Tensors:
 
 
 def difference(a: Tensors, b: Tensors) -> float:
-    """0 where all is equal to the bit, else the largest relative difference of a tensor."""
-    import torch
-
+    """0 where all is equal to the bit, else the largest relative difference of a tensor, infinite at a NaN."""
     if a.keys() != b.keys():
         raise ValueError("two computations of one engine gave different tensors")
-    unequal = [name for name in a if not torch.equal(a[name], b[name])]
-    return max((_relative(a[name], b[name]) for name in unequal), default=0.0)
-
-
-def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    size = float(a.double().norm())
-    return float((a.double() - b.double()).norm()) / size if size else float("inf")
+    return max((apart(a[name], b[name]) for name in a), default=0.0)

@@ -9,6 +9,7 @@ from typing import Any
 
 from sparkctl.train import state
 from sparkctl.train.metrics import TIMING, read
+from sparkctl.verify.bits import apart
 
 SHOWN = 3  # differences of a kind
 
@@ -22,8 +23,9 @@ def differences(straight: Path, resumed: Path, steps: int) -> list[str]:
         return lost
     found = list(_metrics(*(run / "metrics.jsonl" for run in (straight, resumed))))
     for file in (state.TRAINABLE, state.OPTIMIZER):
-        if (checkpoints[0] / file).read_bytes() != (checkpoints[1] / file).read_bytes():
-            found += list(_tensors(*(checkpoint / file for checkpoint in checkpoints)))[:SHOWN]
+        straight_file, resumed_file = (checkpoint / file for checkpoint in checkpoints)
+        if straight_file.read_bytes() != resumed_file.read_bytes():
+            found += list(_tensors(straight_file, resumed_file))[:SHOWN] or [f"{file}: other bytes around its tensors"]
     return found
 
 
@@ -42,7 +44,6 @@ def _metrics(straight: Path, resumed: Path) -> Iterator[str]:
 
 def _tensors(straight: Path, resumed: Path) -> Iterator[str]:
     """Tensors whose bytes differ, and by how much."""
-    import torch
     from safetensors import safe_open
 
     with safe_open(straight, framework="pt") as a, safe_open(resumed, framework="pt") as b:
@@ -52,6 +53,5 @@ def _tensors(straight: Path, resumed: Path) -> Iterator[str]:
             return
         for name in names:
             x, y = a.get_tensor(name), b.get_tensor(name)
-            if not torch.equal(x, y):
-                far = float((x.double() - y.double()).norm() / x.double().norm().clamp_min(1e-30))
+            if far := apart(x, y):
                 yield f"{straight.name}: `{name}` differs by {far:.1e} of its norm"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import plans
 import pytest
 import ready
@@ -18,6 +20,7 @@ from sparkctl.bench import clock, heads, predict, setting, stacks, step, worker,
 from sparkctl.bench.worker import Measured
 from sparkctl.cli import app, bench_options, timings
 from sparkctl.errors import SparkError, UsageError
+from sparkctl.manifest.store import Run
 
 
 def test_two_stacks_compute_the_same_on_a_tiny_shape(bench: Any) -> None:
@@ -29,8 +32,8 @@ def test_two_stacks_compute_the_same_on_a_tiny_shape(bench: Any) -> None:
     assert native["tokens_per_second"] == pytest.approx(64 / native["measured"]["p50"])
     assert native["measured"]["trainable"] == rival["measured"]["trainable"] > 0
     assert native["measured"]["head_rows"] == said["labels"] < rival["measured"]["head_rows"] == 64
-    # the rival's is a mean over labels and sees one document: near, not equal
-    assert native["measured"]["loss"] / said["labels"] == pytest.approx(rival["measured"]["loss"], rel=0.02)
+    # the rival sees one document: near, not equal
+    assert native["measured"]["loss"] == pytest.approx(rival["measured"]["loss"], rel=0.02)
     assert 0 < native["share"] < 1
     assert native["measured"]["p20"] < native["measured"]["p80"]  # of two calls the faster and the slower
     assert native["measured"]["first_step"] > 1
@@ -40,6 +43,16 @@ def test_a_stack_that_fails_is_a_row(bench: Any) -> None:
     status, said = bench("step", "--stacks", "unsloth", "--steps", 1, "--pack", 32, "--documents", 1)
     assert (status, said["ok"]) == (1, False)
     assert said["stacks"][0]["failed"] == "stack `unsloth` failed: unsloth is not installed"
+
+
+def test_a_step_whose_loss_is_no_number_is_not_timed(bench: Any, tmp_path: Path, llama_folder: Path) -> None:
+    weights = load_file(llama_folder / "model.safetensors")
+    broken = {name: tensor.fill_(math.nan) if "norm" in name else tensor for name, tensor in weights.items()}
+    shutil.copytree(llama_folder, tmp_path / "broken")
+    save_file(broken, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    status, said = bench("step", "--model", tmp_path / "broken", "--stacks", "native", "--pack", 32, "--documents", 1)
+    assert (status, said["stacks"][0]["kept"]) == (1, False)
+    assert said["stacks"][0]["failed"] == "stack `native` failed: the loss of its first step is nan"
 
 
 def test_a_stack_is_not_measured_without_what_it_is_named_after(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +104,17 @@ def test_lengths_come_from_a_run(bench: Any, tmp_path: Path, llama_folder: Path)
     assert said["shape"] == llama_folder.name
 
 
+def test_a_pack_of_a_run_is_its_fullest(tmp_path: Path, llama_folder: Path) -> None:
+    """Packs lie in random order, and one holds what was left."""
+    made = [(np.arange(length, dtype=np.int32), np.ones(length, dtype=bool)) for length in (15, 15, 15, 15, 1)]
+    run = Run.create(tmp_path / "run")
+    ready.store(run.root / "tokens", made, held_out=np.zeros(5, dtype=bool))
+    for pack, lengths in ((46, [1, 15, 15, 15]), (45, [15, 15, 15]), (20, [1, 15])):
+        taken = setting.setting(mode="lora", pack=pack, model=llama_folder, run=run.root).work
+        assert sorted(taken.lengths) == lengths
+        assert sum(taken.labels) == sum(length - 1 for length in lengths)
+
+
 def test_a_model_folder_is_computed_with_its_weights(bench: Any, tmp_path: Path, llama_folder: Path) -> None:
     """A norm 30 times as large makes other logits; without weights random ones stand in, which is said."""
     arguments = ("step", "--stacks", "peft-fla,native", "--steps", 1, "--pack", 64, "--documents", 1, "--model")
@@ -103,7 +127,7 @@ def test_a_model_folder_is_computed_with_its_weights(bench: Any, tmp_path: Path,
     said = {folder: bench(*arguments, folder)[1] for folder in (llama_folder, changed, bare)}
     losses = {folder: [stack["measured"]["loss"] for stack in answer["stacks"]] for folder, answer in said.items()}
     for folder in losses:
-        assert losses[folder][1] / said[folder]["labels"] == pytest.approx(losses[folder][0], rel=0.02)
+        assert losses[folder][1] == pytest.approx(losses[folder][0], rel=0.02)
     assert losses[changed][0] > 1.5 * losses[llama_folder][0]
     assert [answer["note"] for answer in said.values()] == [None, None, f"`{bare}` has no weights: random ones"]
 
@@ -260,7 +284,7 @@ def test_operations_are_those_that_a_stack_does() -> None:
 def test_a_stack_is_warm_when_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[int] = []
     stack = SimpleNamespace(
-        step=lambda: done.append(1) or 2.0, trainable=1, head_rows=1, checkpointing=False, choices={}
+        step=lambda: done.append(1) or 2.0, trainable=1, head_rows=1, checkpointing=False, choices={}, summed=1
     )
     monkeypatch.setattr(heads, "stacks_of", lambda work: {"native": lambda work, device: stack})
     monkeypatch.setattr(worker.clock, "in_a_row", lambda work, device, count: done.append(-count) or clock.Times([0.5]))

@@ -206,11 +206,11 @@ def test_ways_are_those_of_the_machine_the_layers_and_the_versions(monkeypatch: 
 def test_a_training_takes_what_was_kept_and_a_resumed_one_what_it_began_with() -> None:
     config = type("Config", (), dict(model_type="qwen3", hidden_size=8, intermediate_size=16))
     measurements.keep_ways(this_machine(), Layers("qwen3", 8, 16, 0), {"gemm nt 1x2x3": "halves"}, "now")
-    native.take_ways({}, Layers.of(config))
+    native.pin_start({}, Layers.of(config))
     assert ways.pinned() == {"gemm nt 1x2x3": "halves"}
-    native.take_ways({"device": "a GPU", "gemm nn 1x2x3": "halves"}, Layers.of(config))
+    native.pin_start({"device": "a GPU", "gemm nn 1x2x3": "halves"}, Layers.of(config))
     assert ways.pinned() == {"gemm nn 1x2x3": "halves"}
-    native.take_ways({"device": "a GPU"}, Layers.of(config))
+    native.pin_start({"device": "a GPU"}, Layers.of(config))
     assert ways.pinned() == {}
 
 

@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import ready
 import torch
+from forking import mend_threads
+from sparkctl_kernels import ways
 from sparkctl_kernels.gated_delta import op as gated_delta
 from striking import at_step
 from two_ranks import free_port, two_ranks
@@ -282,6 +284,7 @@ Waiting = tuple[BaseProcess, Callable[[], None]]
 
 
 def _joining(port: int, root: str, folder: str) -> None:
+    mend_threads()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": "1"}
     os.environ["LOCAL_RANK"] = "1"
     signal.signal(signal.SIGTERM, lambda *_: None)
@@ -337,11 +340,16 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("engine", [NativeEngine, HeadEngine])
-def test_an_engine_takes_the_tiles_that_it_is_told(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_takes_the_tiles_and_the_products_of_the_first(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[dict[str, str]] = []
     monkeypatch.setattr(gated_delta, "pin", taken.append)
-    engine.pin(object(), {"a kernel": "BV=32"})
-    assert taken == [{"a kernel": "BV=32"}]
+    first = {"a kernel": "BV=32", "gemm nt 48x300x200": "halves"}
+    ways.pin({"gemm nn 1x2x3": "halves"})  # as was measured on this rank's machine
+    try:
+        engine.pin(object(), first)
+        assert (taken, ways.pinned()) == ([first], {"gemm nt 48x300x200": "halves"})
+    finally:
+        ways.pin({})
 
 
 def test_a_rank_computes_on_the_gpu_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -93,6 +94,17 @@ def test_a_flipped_bit_is_noticed_and_named_and_the_one_before_taken(folder: Pat
     assert ["step-000030/" in problem for problem in damaged] == [True]
     path.unlink()
     assert state.newest_complete(folder)[0] == folder / "step-000020"
+
+
+def test_a_checkpoint_of_another_version_is_refused(folder: Path) -> None:
+    checkpoint = folder / "step-000030"
+    at = json.loads((checkpoint / "state.json").read_bytes()) | {"format": 2}
+    (checkpoint / "state.json").write_text(json.dumps(at))
+    digests = json.loads((checkpoint / "digests.json").read_bytes())
+    digests["state.json"] = hashlib.sha256((checkpoint / "state.json").read_bytes()).hexdigest()
+    (checkpoint / "digests.json").write_text(json.dumps(digests, sort_keys=True, separators=(",", ":")))
+    with pytest.raises(CheckpointDamaged, match="is of another version"):
+        state.verify(checkpoint)
 
 
 def test_none_is_complete(folder: Path, tmp_path: Path) -> None:

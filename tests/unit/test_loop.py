@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
@@ -270,6 +271,21 @@ def test_a_full_disk_takes_the_torn_line_back(small_disk: Path) -> None:
     written.close()
     assert metrics.read(small_disk / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
     assert (small_disk / "metrics.jsonl").read_bytes().endswith(b"}\n")
+
+
+def test_the_disk_has_the_lines_that_lead_to_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut right after a checkpoint must not leave a hole behind it."""
+    training, synced, held = Training(tmp_path), os.fsync, []
+
+    def fsync(file: int) -> None:
+        synced(file)
+        if os.path.samestat(os.fstat(file), (tmp_path / "metrics.jsonl").stat()):
+            held.append(max(line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    training.on_saved = lambda name: held.append(name)
+    training.run()
+    assert held == [3, "step-000003", 6, "step-000006"]
 
 
 def test_metrics_are_cut_at_a_step_and_a_torn_last_line_goes(tmp_path: Path) -> None:

@@ -46,11 +46,11 @@ def test_a_step_s_products_are_measured_and_kept_for_heads_alone() -> None:
     assert any(name.startswith(f"gemm tn {2 * ffn}x{hidden}x") for name in found)  # the head's, of the rows that draft
     assert set(found.values()) == {"halves"}
     measurements.keep_ways(this_machine(), layers, found, "now")
-    native.take_ways({}, layers._replace(head=False))
+    native.pin_start({}, layers._replace(head=False))
     assert ways.pinned() == {}
-    native.take_ways({}, layers)
+    native.pin_start({}, layers)
     assert ways.pinned() == found
-    native.take_ways({"device": "a GPU", "gemm nn 1x2x3": "halves"}, layers)  # what a resumed one began with
+    native.pin_start({"device": "a GPU", "gemm nn 1x2x3": "halves"}, layers)  # what a resumed one began with
     assert ways.pinned() == {"gemm nn 1x2x3": "halves"}
 
 

@@ -63,6 +63,7 @@ def test_without_the_library_a_gpu_is_refused(gpu: pytest.MonkeyPatch, qwen35_fo
     [
         (HOPPER, "3.6.0", 64, True), (HOPPER, "3.4.0+git", 8, True), (HOPPER, "3.6.0", 128, False),
         (HOPPER, "3.7.1", 64, False), (HOPPER, "3.3.1", 64, False), (SPARK, "3.6.0", 64, False),
+        (HOPPER, "3.7.0rc1", 64, True), (HOPPER, "3.8", 64, False),
     ],
 )  # fmt: skip
 def test_tiles_that_are_wrong_on_hopper_are_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -287,6 +288,12 @@ def test_the_last_bit_is_a_difference() -> None:
     value = torch.tensor([1.0, 2.0])
     assert difference({"a": value}, {"a": value.clone()}) == 0
     assert difference({"a": value}, {"a": torch.nextafter(value, value + 1)}) > 0
+    assert difference({"a": torch.tensor([1.0, 0.0])}, {"a": torch.tensor([1.0, -0.0])}) > 0
+    assert difference({"a": torch.tensor(0.0)}, {"a": torch.tensor(-0.0)}) > 0
+    near, none = torch.nextafter(value, value + 1), torch.tensor([1.0, math.nan])
+    for order in ("ab", "ba"):  # a number that is none is seen wherever it stands
+        assert difference(dict.fromkeys(order, value), {"a": near, "b": none}) == math.inf
+    assert difference({"a": none}, {"a": none.clone()}) == 0
 
 
 def test_adapters_are_filled_so_that_gradients_of_both_can_leak(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import ready
 import torch
+from safetensors.torch import save_file
 
 from sparkctl.data.tokens import TokenStore
 from sparkctl.errors import SparkError, UsageError
@@ -88,6 +90,14 @@ def test_a_training_that_draws_lots_is_caught(run: Run, here: None, monkeypatch:
     assert any(one.startswith("optimizer.safetensors: `exp_avg.") for one in found)
 
 
+def test_a_resume_that_begins_anew_is_caught(run: Run, here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes come of it: that no checkpoint was read has to be seen."""
+    monkeypatch.setattr(state, "newest_complete", lambda _: (None, []))
+    made = verify_resume.verify_resume(run.root)
+    assert made.resumed_from == 0
+    assert made.differences == ["resumed from step 0; the checkpoint is of step 2"]
+
+
 def test_scratch_folders_of_killed_proofs_are_swept(run: Run, here: None) -> None:
     old = run.root / ".verify-resume.abc.tmp"
     old.mkdir()
@@ -128,6 +138,25 @@ def test_a_line_or_a_number_that_one_lacks_is_a_difference(tmp_path: Path) -> No
     ):  # fmt: skip
         (tmp_path / "b" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         assert len(differences(tmp_path / "a", tmp_path / "b", 2)) == count, lines
+
+
+@pytest.mark.parametrize(
+    ("theirs", "metadata", "found"),
+    [
+        ([1.0, -0.0], None, "trainable.safetensors: `x` differs by 4.9e-324 of its norm"),
+        ([1.0, math.nan], None, "trainable.safetensors: `x` differs by inf of its norm"),
+        ([1.0, 0.0], {"format": "pt"}, "trainable.safetensors: other bytes around its tensors"),
+    ],
+)
+def test_bytes_that_no_number_tells_of_are_a_difference(
+    tmp_path: Path, theirs: list[float], metadata: dict[str, str] | None, found: str
+) -> None:
+    for name, values, about in (("a", [1.0, 0.0], None), ("b", theirs, metadata)):
+        folder = tmp_path / name / "checkpoints" / "step-000002"
+        folder.mkdir(parents=True)
+        save_file({"x": torch.tensor(values)}, folder / state.TRAINABLE, about)
+        (folder / state.OPTIMIZER).write_bytes(b"the same")
+    assert differences(tmp_path / "a", tmp_path / "b", 2) == [found]
 
 
 @pytest.mark.parametrize("draws", [0, 3])

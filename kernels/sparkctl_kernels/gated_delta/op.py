@@ -57,9 +57,9 @@ def _wrong_tiles(capability: tuple[int, int], key_dim: int) -> bool:
     A key dim of 128 takes tiles of 128, whose gradients equal the recurrence's.
     """
     import triton
+    from packaging.version import Version
 
-    number = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
-    return capability[0] == 9 and (3, 4, 0) <= number < (3, 7, 1) and key_dim <= 64
+    return capability[0] == 9 and (3, 4, 0) <= Version(triton.__version__).release < (3, 7, 1) and key_dim <= 64
 
 
 def choice(device: torch.device, key_dim: int) -> Choice:

@@ -75,19 +75,16 @@ def settle(base: Any, layers: Layers, choices: dict[str, str], allow_slow: bool)
     if device.type == "cpu":
         cpu.settle(base.config.hidden_size, choices)
     else:
-        take_ways(choices, layers)
-        pin_tiles(choices)
+        pin_start(choices, layers)
     parts = kernels(base, device)
     if not allow_slow:
         refuse_slow(parts)
     return parts
 
 
-def take_ways(choices: dict[str, str], layers: Layers) -> None:
-    """Compute matrix products as `ways_of` says."""
-    from sparkctl_kernels import ways
-
-    ways.pin(ways_of(choices, layers))
+def pin_start(choices: dict[str, str], layers: Layers) -> None:
+    """Compute as the earlier start whose choices these are; at a first start, without any, by the fastest products."""
+    pin_kernels({**choices, **ways_of(choices, layers)})
 
 
 def ways_of(choices: dict[str, str], layers: Layers) -> dict[str, str]:
@@ -228,8 +225,8 @@ class NativeEngine:
         return pinned(self.device, self._parts)
 
     def pin(self, choices: dict[str, str]) -> None:
-        """Take the tiles that the first rank's tuner found."""
-        pin_tiles(choices)
+        """Take the tiles that the first rank's tuner found, and the products as it computes them."""
+        pin_kernels(choices)
 
     def _nothing(self) -> torch.Tensor:
         import torch
@@ -257,10 +254,12 @@ def pinned(device: torch.device, parts: list[Choice]) -> dict[str, str]:
     return {"device": torch.cuda.get_device_name(device), **found, **gated_delta.tiles(), **ways.pinned()}
 
 
-def pin_tiles(choices: dict[str, str]) -> None:
-    """Take the tiles of the delta rule among `choices` from now on."""
+def pin_kernels(choices: dict[str, str]) -> None:
+    """Take the tiles of the delta rule, and the products that are not torch's, among `choices` from now on."""
+    from sparkctl_kernels import ways
     from sparkctl_kernels.gated_delta import op as gated_delta
 
+    ways.pin(choices)
     gated_delta.pin(choices)
 
 
