@@ -81,7 +81,7 @@ class Training:
         plan = self.plan
         self.schedule = Schedule(
             self.store, pack_length=plan.pack_length, gradient_accumulation=plan.gradient_accumulation,
-            epochs=plan.epochs, seed=plan.seed, world_size=self.ranks.size, max_steps=plan.max_steps,
+            epochs=plan.epochs, seed=plan.seed, max_steps=plan.max_steps,
         )  # fmt: skip
         self.optimizer = Optimizer(self.engine.parameters(), plan)
         self.signals = Signals("sparkctl resume r1", lambda text: None)

@@ -11,7 +11,7 @@ from sparkctl.errors import OtherOptions
 from sparkctl.hardware.ceiling import DEVICES, Ceiling
 from sparkctl.hardware.load import Load, splitting
 from sparkctl.hardware.memory import peak
-from sparkctl.hardware.shape import Shape
+from sparkctl.hardware.shape import Shape, chunks_of
 from sparkctl.manifest.table import Mode
 from sparkctl.model import catalog
 from sparkctl.model.families import count
@@ -83,6 +83,7 @@ def peak_memory(work: Workload, parameters: int, trainable: int, capability: str
         mode=work.mode, trainable=trainable or parameters, rank=work.rank if work.lora else 0, area=work.tokens,
         longest=max(work.lengths), labels=sum(work.labels), checkpointing=work.checkpointing, device="cuda", fla=True,
         engine="native", multiprocessors=splitting(capability, shape.head_dim),
+        chunks=chunks_of(work.lengths),
     )  # fmt: skip
     return peak(shape, load).total
 

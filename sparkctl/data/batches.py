@@ -45,7 +45,6 @@ class Schedule:
         gradient_accumulation: int,
         epochs: int,
         seed: int,
-        world_size: int = 1,
         max_steps: int | None = None,
     ) -> None:
         self._store = store
@@ -53,7 +52,6 @@ class Schedule:
         if not len(self._rows):
             raise SparkError("the token store has no training example", "give `analyze` more data")
         self._pack_length, self._accumulation, self._seed = pack_length, gradient_accumulation, seed
-        self.world_size = world_size
         self._packs: dict[int, Packs] = {}
         firsts = [0]  # the first step of each epoch
         while len(firsts) <= epochs and (max_steps is None or firsts[-1] < max_steps):
@@ -73,16 +71,35 @@ class Schedule:
         """The epoch (from 0) that step `n` belongs to."""
         return int(np.searchsorted(self._firsts, n, side="right")) - 1
 
-    def heaviest(self) -> list[Pack]:
-        """The first epoch's packs of which each may want the most memory, each once: the one around the longest
-        training document, and where others have more of them, that of most tokens and that of most labels."""
-        store, rows, packs = self._store, self._rows, self._epoch(0)
-        chosen = [packs.home(int(np.argmax(store.lengths[rows])))]
-        for sums in (packs.sums(store.lengths[rows]), packs.sums(store.label_counts[rows])):
-            most = int(np.argmax(sums))
-            if sums[most] > sums[chosen].max():
-                chosen.append(most)
-        return [make_pack(store, rows[packs.pack(i)]) for i in chosen]
+    def around_longest(self) -> Pack:
+        """The first epoch's pack that holds the longest training document."""
+        return make_pack(self._store, self._rows[self._home_of_longest()])
+
+    def heaviest(self, chunk: int) -> list[Pack]:
+        """The packs of which each may want the most memory, each once: the one around the longest document, and where
+        others of any epoch have more of them, that of most tokens, of most labels, and of most chunks of `chunk`
+        tokens, of which each document begins its own.
+        """
+        store, rows = self._store, self._rows
+        lengths, labels = store.lengths[rows].astype(np.int64), store.label_counts[rows].astype(np.int64)
+        measures = (lengths, labels, -(-lengths // chunk))
+        most: list[tuple[int, np.ndarray]] = [(0, rows[:0])] * len(measures)
+        for epoch in reversed(range(len(self._firsts) - 1)):  # the first stays at hand
+            packs = self._epoch(epoch)
+            for i, values in enumerate(measures):
+                sums = packs.sums(values)
+                at = int(np.argmax(sums))
+                if sums[at] >= most[i][0]:  # of equal ones the earliest
+                    most[i] = (int(sums[at]), packs.pack(at))
+        chosen = [self._home_of_longest()]
+        for values, (total, pack) in zip(measures, most, strict=True):
+            if all(total > values[other].sum() for other in chosen):
+                chosen.append(pack)
+        return [make_pack(store, rows[pack]) for pack in chosen]
+
+    def _home_of_longest(self) -> np.ndarray:
+        packs = self._epoch(0)
+        return packs.pack(packs.home(int(np.argmax(self._store.lengths[self._rows]))))
 
     def _rows_of(self, n: int) -> list[np.ndarray]:
         if not 0 <= n < self.steps:

@@ -43,17 +43,17 @@ def parameters(shape: Shape) -> int:
 
 def peak(
     shape: Shape, area: int, longest: int, labels: int, steps: int, device: str, *, fla: bool,
-    multiprocessors: int = 0,
+    multiprocessors: int = 0, chunks: int = 0,
 ) -> int:  # fmt: skip
     """Peak bytes: the frozen model, the head with masters, gradients, moments and rounded copies, what all draft steps
     keep, a chunk of logits of the teacher and of one student, and the frozen model's layer in hand.
 
     area: tokens of a pack, of which `labels` are trained; longest: those of the longest document;
-    multiprocessors: see `Load`. The demo's head peaked at 821 MB on a CPU.
+    multiprocessors, chunks: see `Load`. The demo's head peaked at 821 MB on a CPU.
     """
     frozen = shape.parameters * BF16 + shape.float32_parameters * (FP32 - BF16)
     head = parameters(shape) * (4 * FP32 + BF16)
-    load = Load("lora", 0, 0, area, longest, labels, True, device, fla, "native", multiprocessors)
+    load = Load("lora", 0, 0, area, longest, labels, True, device, fla, "native", multiprocessors, chunks)
     drafts = kept(shape, area, labels, steps, device)
     if device == "cuda":
         backward = max(

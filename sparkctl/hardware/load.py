@@ -16,7 +16,8 @@ class Load:
     trainable: parameters with gradients. rank: of the adapters, 0 in full fine-tuning. area: tokens computed at once,
     padding included. longest: the longest document. labels: label tokens among them. fla: GatedDeltaNet runs on
     flash-linear-attention. engine: what computes it. multiprocessors: of a GPU whose attention's backward splits its
-    sums among them, see `splitting`.
+    sums among them, see `splitting`. chunks: of the delta rule, of which each document begins its own; at least as many
+    as one document has.
     """
 
     mode: Mode
@@ -30,6 +31,7 @@ class Load:
     fla: bool = False
     engine: EngineName = "reference"
     multiprocessors: int = 0
+    chunks: int = 0
 
 
 # of the largest GPU of each kind

@@ -124,9 +124,14 @@ def rule_bytes(shape: Shape, load: Load, stream: int) -> int:
     projected = shape.convolved + shape.rule_values + 2 * shape.rule_heads
     own = stream + BF16 * (projected + shape.rule_values) + 3 * BF16 * load.rank
     if load.device == "cuda" and load.fla:
-        state = shape.rule_keys * shape.rule_values // shape.rule_heads
-        return own + (BF16 * CHUNK + 2 * FP32) * shape.rule_heads + BF16 * (state // CHUNK + shape.rule_values)
+        return own + (BF16 * CHUNK + 2 * FP32) * shape.rule_heads + BF16 * (states(shape, load) + shape.rule_values)
     return own + tape_bytes(shape)
+
+
+def states(shape: Shape, load: Load) -> int:
+    """Values a token of the delta rule's states, one a chunk."""
+    state = shape.rule_keys * shape.rule_values // max(shape.rule_heads, 1)
+    return state * max(load.chunks, -(-load.area // CHUNK)) // load.area
 
 
 def tape_bytes(shape: Shape) -> int:
@@ -165,15 +170,13 @@ def rule_hand(shape: Shape, load: Load) -> int:
     """
     if not shape.rule_layers:
         return 0
-    state = shape.rule_keys * shape.rule_values // shape.rule_heads
-    wide = 2 * shape.convolved + 6 * shape.rule_values + 5 * shape.rule_keys + state // CHUNK
+    wide = 2 * shape.convolved + 6 * shape.rule_values + 5 * shape.rule_keys + states(shape, load)
     return BF16 * (wide + load.rank + 2 * shape.rule_heads) + 3 * FP32 * shape.rule_heads
 
 
 def passing(shape: Shape, load: Load) -> int:
     """Bytes a token of a forward that keeps nothing: a layer's tensors, and what its rule has in hand."""
-    state = shape.rule_keys * shape.rule_values // max(shape.rule_heads, 1)
-    rule = shape.convolved + shape.rule_keys + 2 * shape.rule_values + state // CHUNK if shape.rule_layers else 0
+    rule = shape.convolved + shape.rule_keys + 2 * shape.rule_values + states(shape, load) if shape.rule_layers else 0
     return Kept.of(shape, load).layer + BF16 * (2 * shape.hidden + max(rule, shape.ffn))
 
 

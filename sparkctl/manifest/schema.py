@@ -65,7 +65,7 @@ class DataTable(Table):
     files: list[DataFile]
     max_seq_length: int | None = Field(None, ge=1, description="longer examples are dropped; none is cut")
     eval_fraction: float = Field(0.02, ge=0, le=0.9, description="share of the examples that is held out")
-    seed: int = 0
+    seed: int = Field(0, description="of the hash that chooses what is held out")
     skip_bad: bool = Field(False, description="drop bad lines, count them and show the first five")
     recipe: str | None = Field(None, description="recipe that `recommend` takes where no other is named")
     dropped: Dropped = Field(default_factory=Dropped)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sparkctl.data.pack import best_fit
-from sparkctl.hardware.shape import Shape
+from sparkctl.hardware.shape import CHUNK, Shape
 from sparkctl.manifest.table import Mode
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ MOMENTS = 3 * 4  # bytes a trained parameter of a checkpoint: master and two mom
 DISK_RATE = 150e6  # bytes a second written, synced and hashed: a slow SSD
 START_SECONDS = 15.0  # imports, a rehearsal's packs
 LOAD_RATE = 500e6  # bytes of weights a second
+TO_COME = 1.05  # of what the first epoch's packs have at most: those to come are packed anew
 SAMPLE = 64  # packs that the padding is counted on
 EVAL_SHARE = 0.5  # of a training pass that a pass without gradients takes, a third at best
 
@@ -57,9 +58,21 @@ class Documents:
         """Label tokens among all."""
         return float(self.labels.sum()) / max(1, self.tokens)
 
+    def up_to(self, tokens: int) -> Documents:
+        """Those that are trained and no longer than so many tokens."""
+        fitting = self.lengths <= tokens
+        return Documents(self.lengths[fitting], self.labels[fitting], self.held_out_lengths)
+
     def most_labels(self, pack_length: int, seed: int) -> int:
         """Label tokens of the first epoch's fullest pack, and 5 % for packs to come."""
-        return _most_labels(self, pack_length, seed)
+        return min(pack_length, int(TO_COME * _most(self, pack_length, seed)[0]))
+
+    def most_chunks(self, pack_length: int, seed: int) -> int:
+        """Likewise the chunks of the delta rule: those of one long document, and what short ones, each of which begins
+        its own, have beyond them.
+        """
+        least = -(-pack_length // CHUNK)
+        return least + int(TO_COME * max(0, _most(self, pack_length, seed)[1] - least))
 
     def padding(self, pack_length: int, seed: int) -> float:
         """Tokens computed for each real one where documents stand a row each, as the reference engine has them."""
@@ -76,9 +89,12 @@ class Documents:
 
 
 @lru_cache(maxsize=64)
-def _most_labels(documents: Documents, pack_length: int, seed: int) -> int:
+def _most(documents: Documents, pack_length: int, seed: int) -> tuple[int, int]:
+    """(label tokens, chunks) of the first epoch's packs that have most of them."""
+    if not len(documents.lengths):
+        return 0, 0
     packs = best_fit(documents.lengths, pack_length, seed=(seed, 0))
-    return min(pack_length, int(1.05 * packs.sums(documents.labels).max()))
+    return int(packs.sums(documents.labels).max()), int(packs.sums(-(-documents.lengths // CHUNK)).max())
 
 
 @dataclass(frozen=True)

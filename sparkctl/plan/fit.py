@@ -10,7 +10,7 @@ from sparkctl.hardware.memory import peak
 from sparkctl.manifest.schema import MemoryTerms
 from sparkctl.manifest.table import EngineName, Mode
 from sparkctl.plan import rules
-from sparkctl.plan.estimates import Documents, Model
+from sparkctl.plan.estimates import TO_COME, Documents, Model
 
 RANKS = (64, 32, 16, 8)
 
@@ -58,6 +58,7 @@ class Memory:
             fla=self.fla,
             engine=self.engine,
             multiprocessors=self.multiprocessors,
+            chunks=documents.most_chunks(length, self.seed),
         )
 
     def terms(self, variant: Variant) -> MemoryTerms:
@@ -75,9 +76,9 @@ class Memory:
         def takes(tiles: int) -> bool:
             area = tiles * rules.TILE
             labels = area * asked.labels // asked.area
-            return (
-                peak(self.model.shape, replace(asked, area=area, longest=area, labels=labels)).total <= self.available
-            )
+            chunks = self.documents.up_to(area).most_chunks(area, self.seed)
+            load = replace(asked, area=area, longest=area, labels=labels, chunks=int(TO_COME * chunks))  # other packs
+            return peak(self.model.shape, load).total <= self.available
 
         return rules.TILE * largest(takes, asked.area // rules.TILE)
 

@@ -74,6 +74,7 @@ def plan_head(plan: PlanTable, shape: Shape, store: TokenStore, wishes: HeadWish
         estimated_peak_memory=heads.peak(
             shape, length, documents.longest, labels, wishes.steps, plan.machine.device,
             fla=fla, multiprocessors=splitting(plan.machine.capability, shape.head_dim),
+            chunks=documents.most_chunks(length, plan.seed),
         ),
     )  # fmt: skip
 

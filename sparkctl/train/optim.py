@@ -30,7 +30,8 @@ def learning_rate(plan: Course, step: int, steps: int) -> float:
 class Optimizer:
     """AdamW over named fp32 masters. Moments exist from the start, so that a rehearsal meets their memory.
 
-    Weight decay falls on matrices alone: norms, biases and the decay rates of GatedDeltaNet (1-D) are left in peace.
+    Weight decay falls on what has two dims or more (matrices, embeddings, convolutions): norms, biases and the decay
+    rates of GatedDeltaNet are left in peace.
     """
 
     def __init__(self, parameters: dict[str, Parameter], plan: Course) -> None:

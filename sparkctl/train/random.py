@@ -1,4 +1,6 @@
-"""Every random state that training could touch: saved with a checkpoint, put back by resume and after a rehearsal."""
+"""The generators that training could draw from, Python's, numpy's and torch's: those of the first rank are saved with a
+checkpoint, put back by resume and after a rehearsal.
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparkctl.data.batches import Pack, Schedule, eval_packs
+from sparkctl.hardware.shape import CHUNK
 from sparkctl.manifest.schema import Course, PlanTable
 from sparkctl.model.audit import not_finite
 from sparkctl.progress import Progress, silent
@@ -82,7 +83,7 @@ class Session:
         ranks = ranks or Ranks()
         schedule = Schedule(
             store, pack_length=plan.pack_length, gradient_accumulation=plan.gradient_accumulation, epochs=plan.epochs,
-            seed=plan.seed, world_size=ranks.size, max_steps=plan.max_steps,
+            seed=plan.seed, max_steps=plan.max_steps,
         )  # fmt: skip
         guard.limit_memory(plan.machine)
         with guard.memory("the model and its optimiser", advice.model):
@@ -108,7 +109,7 @@ class Session:
         """Try the heaviest packs, an evaluation and a checkpoint in `folder`; nothing is changed by it."""
         saves = -(-self.schedule.steps // self.plan.save_every)
         rehearse(
-            self.engine, self.optimizer, self.schedule.heaviest(), self.held_out, folder, self.state,
+            self.engine, self.optimizer, self.schedule.heaviest(CHUNK), self.held_out, folder, self.state,
             checkpoints=min(saves, self.plan.keep + 2), advice=self.advice, writes=self.ranks.writes,
             accumulates=self.plan.gradient_accumulation > self.ranks.size,
         )  # fmt: skip

@@ -57,6 +57,9 @@ def losses(model: Path, tokens: Path, engine: str, mode: str) -> list[float]:
         def write(self, **values: float) -> None:
             found.extend(values[key] for key in ("loss", "eval_loss") if key in values)
 
+        def sync(self) -> None:
+            pass
+
     session.loop(tokens / "checkpoints", Lines(), Signals("", print), lambda *saved: None).run()
     return found
 

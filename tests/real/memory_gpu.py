@@ -35,7 +35,7 @@ from sparkctl.demo.model import config as demo_config
 from sparkctl.hardware import heads, memory
 from sparkctl.hardware.load import Load, splitting
 from sparkctl.hardware.machine import find_gpu
-from sparkctl.hardware.shape import Shape
+from sparkctl.hardware.shape import Shape, chunks_of
 from sparkctl.manifest.schema import MemoryTerms
 from sparkctl.manifest.table import Mode
 from sparkctl.model import catalog
@@ -60,6 +60,10 @@ THEN: list[tuple[Mode, int, int, bool]] = [
     ("lora", 5376, 12, True),
     ("full", 16384, 1, False),
     ("lora", 5376, 1, False),
+]
+SHORT: list[tuple[Mode, int, int, bool]] = [  # each document begins a chunk of the delta rule
+    ("lora", 16384, 400, False),
+    ("lora", 16384, 400, True),
 ]
 HEADS, HEAD_PACK = ("2b", "4b"), (8192, 12)
 REFERENCE: list[tuple[Mode, int, int, bool]] = [
@@ -105,17 +109,18 @@ class Case:
         """What the model says; of a head only the whole. trainable: its parameters, where they were counted."""
         work = self.work
         shape = Shape.from_config(work.config, text_parameters(work.config))
-        longest, labels = max(work.lengths), sum(work.labels)
+        longest, labels, chunks = max(work.lengths), sum(work.labels), chunks_of(work.lengths)
         processors = splitting(capability, shape.head_dim)
         if self.kind == "head":
             load = (work.tokens, longest, labels, work.draft_steps, device)
-            return heads.peak(shape, *load, fla=device == "cuda", multiprocessors=processors)
+            return heads.peak(shape, *load, fla=device == "cuda", multiprocessors=processors, chunks=chunks)
         if trainable is None:  # near enough to see whether it fits
             trainable = shape.parameters if work.mode == "full" else shape.layer_parameters // 10
         load = Load(
             mode=work.mode, trainable=trainable, rank=work.rank if work.lora else 0, area=work.tokens, longest=longest,
             labels=labels, checkpointing=work.checkpointing, device=device, fla=device == "cuda",
             engine="reference" if self.kind == "reference" else "native", multiprocessors=processors,
+            chunks=chunks,
         )  # fmt: skip
         return memory.peak(shape, load)
 
@@ -131,7 +136,8 @@ def cases(reference: bool, tiny: bool) -> list[Case]:
     first, then = (
         [Case("native", size, *rest, use) for rest in some for size, use in SIZES.items()] for some in (FIRST, THEN)
     )
-    return [*first, *(Case("head", size, "full", *HEAD_PACK, use=SIZES[size]) for size in HEADS), *then]
+    short = (Case("native", size, *rest) for rest in SHORT for size in ("2b", "4b"))
+    return [*first, *(Case("head", size, "full", *HEAD_PACK, use=SIZES[size]) for size in HEADS), *short, *then]
 
 
 class Process:

@@ -91,7 +91,7 @@ def test_max_steps_ends_early_and_changes_nothing_before(folder: Path) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_share_a_step_in_equal_counts(folder: Path, world_size: int) -> None:
-    schedule = Schedule(TokenStore.open(folder), **SETTINGS, world_size=world_size)
+    schedule = Schedule(TokenStore.open(folder), **SETTINGS)
     for n in range(schedule.steps):
         packs = schedule.step(n)
         shares = [share(packs, rank, world_size) for rank in range(world_size)]
@@ -120,19 +120,28 @@ def test_eval_packs_hold_the_held_out_part(folder: Path) -> None:
         assert max(pack.tokens for pack in longer) == longest
 
 
-def test_the_heaviest_packs_are_those_of_the_longest_document_of_most_tokens_and_of_most_labels(
+def test_the_heaviest_packs_are_those_of_the_longest_document_and_of_most_tokens_labels_and_chunks(
     folder: Path, tmp_path: Path
 ) -> None:
     """The longest document leaves room that no other fits in; two others fill a pack; a third pair has most labels."""
     store = ready.store(tmp_path, [document(length, labels) for length, labels in KINDS], np.zeros(5, dtype=bool))
-    heaviest = Schedule(store, **SETTINGS | {"pack_length": 100}).heaviest()
+    heaviest = Schedule(store, **SETTINGS | {"pack_length": 100}).heaviest(64)
     assert [sorted(len(d.ids) for d in pack.documents) for pack in heaviest] == [[70], [48, 50], [40, 41]]
     assert [pack.labels for pack in heaviest] == [7, 10, 60]
-    one = Schedule(store, **SETTINGS | {"pack_length": 400}).heaviest()
+    one = Schedule(store, **SETTINGS | {"pack_length": 400}).heaviest(64)
     assert [pack.tokens for pack in one] == [249]
     real = TokenStore.open(folder)
-    lengths = [len(d.ids) for d in Schedule(real, **SETTINGS).heaviest()[0].documents]
+    schedule = Schedule(real, **SETTINGS | {"epochs": 5})
+    lengths = [len(d.ids) for d in schedule.around_longest().documents]
     assert max(lengths) == np.where(real.held_out, 0, real.lengths).max()
+    tried, all_packs = schedule.heaviest(8), [pack for n in range(schedule.steps) for pack in schedule.step(n)]
+    assert ids(tried[:1]) == ids([schedule.around_longest()])
+    for measure in (lambda pack: pack.tokens, lambda pack: pack.labels, chunks_of_eight):
+        assert max(map(measure, tried)) == max(map(measure, all_packs))
+
+
+def chunks_of_eight(pack: Pack) -> int:
+    return sum(-(-len(document.ids) // 8) for document in pack.documents)
 
 
 KINDS = ((70, 7), (50, 5), (48, 5), (40, 30), (41, 30))  # tokens, labels at the end

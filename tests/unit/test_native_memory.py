@@ -16,7 +16,7 @@ from sparkctl.bench.setting import text_parameters
 from sparkctl.bench.workload import synthetic
 from sparkctl.hardware import heads, memory, native
 from sparkctl.hardware.load import BF16, FP32, MULTIPROCESSORS, Load, splitting
-from sparkctl.hardware.shape import Shape
+from sparkctl.hardware.shape import Shape, chunks_of
 from sparkctl.model import catalog
 
 A100, HOPPER, SPARK = "8.0", "9.0", "12.1"  # compute capabilities
@@ -33,8 +33,10 @@ CASES = [
     ("4b", "lora", 32768, 1, True, SPARK),
     ("4b", "full", 16384, 1, False, A100),
     ("27b", "lora", 8192, 2, True, SPARK),
+    ("2b", "lora", 16384, 400, False, HOPPER),
+    ("4b", "full", 16384, 400, True, SPARK),
 ]
-HEADS = [("2b", 8192, 12, SPARK), ("4b", 8192, 1, A100)]
+HEADS = [("2b", 8192, 12, SPARK), ("4b", 8192, 1, A100), ("4b", 8192, 200, SPARK)]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,7 @@ def test_what_a_training_allocates(number: int, counted: list[dict[str, int]]) -
     load = Load(
         mode, found["trainable"], work.rank if work.lora else 0, pack, max(work.lengths), sum(work.labels),
         checkpointing, "cuda", fla=True, engine="native", multiprocessors=splitting(gpu, 256),
+        chunks=chunks_of(work.lengths),
     )  # fmt: skip
     terms = memory.peak(shape, load)
     assert terms.weights + terms.masters == pytest.approx(found["weights"], rel=0.005)
@@ -83,7 +86,8 @@ def test_what_a_head_s_training_allocates(number: int, counted: list[dict[str, i
     found, config = counted[len(CASES) + number], catalog.config(f"qwen3.5-{size}")
     work, shape = synthetic(config, "full", pack, documents), Shape.from_config(config, text_parameters(config))
     load = (pack, max(work.lengths), sum(work.labels), 3, "cuda")
-    total = heads.peak(shape, *load, fla=True, multiprocessors=splitting(gpu, 256)) - memory.CUDA_RUNTIME
+    total = heads.peak(shape, *load, fla=True, multiprocessors=splitting(gpu, 256), chunks=chunks_of(work.lengths))
+    total -= memory.CUDA_RUNTIME
     everything = found["weights"] + found["gradients"] + found["work"] + 2 * FP32 * found["trainable"]
     assert 0.98 * everything <= total <= 1.03 * everything
 

@@ -229,6 +229,20 @@ def test_a_document_that_cannot_fit_is_counted_and_named(chats: Store) -> None:
     assert recommend(situation(kept, "9b"), wishes()).estimates.peak_memory <= SPARK.memory
 
 
+def test_short_documents_cost_the_memory_of_their_chunks() -> None:
+    """Each begins one of its own: a pack of 60-token documents has more than one of long ones, and the pack that holds
+    most of the short documents counts, not the mean.
+    """
+    long, short = Store(np.full(400, 2048)), Store(np.full(14_000, 60))
+    mixed = Store(np.concatenate([np.full(8_000, 16), np.full(100, 16_384)]))
+    most = [Documents.of(store).most_chunks(16_384, 0) for store in (long, short, mixed)]
+    assert most == [256, 256 + int(1.05 * 16), 256 + int(1.05 * (1024 - 256))]
+    asked = wishes(mode="lora", pack_length=16_384)
+    costs = [recommend(situation(store, "2b"), asked).estimates.peak_memory for store in (long, mixed)]
+    state, layers, loss = 2 * 16 * 128 * 128, 18, 1.06  # of the 2B: bytes of a chunk in a layer, layers of the rule
+    assert costs[1] - costs[0] == pytest.approx(loss * layers * state * (most[2] - most[0]), rel=0.02)
+
+
 def test_a_document_longer_than_the_packs_asked_for(chats: Store) -> None:
     error = refused(situation(chats), wishes(pack_length=1000))
     assert "longer than packs of 1,000" in error.message

@@ -76,7 +76,7 @@ def test_it_tries_every_pack_that_may_be_the_heaviest(
 ) -> None:
     opened = session(run, llama_folder)
     packs = [make_pack(opened.store, np.array(rows)) for rows in ([0], [1, 2], [3])]
-    monkeypatch.setattr(opened.schedule, "heaviest", lambda: packs)
+    monkeypatch.setattr(opened.schedule, "heaviest", lambda chunk: packs)
     tried: list[tuple[Pack, bool]] = []
     step = opened.engine.micro_step
 
