@@ -53,12 +53,14 @@ watch: Callable[[Product, torch.Tensor, torch.Tensor, torch.Tensor | None, float
 def product(
     a_MK: torch.Tensor, b_KN: torch.Tensor, out_MN: torch.Tensor | None = None, bias_N: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """a·b in their dtype, plus a bias; `out` may be part of a wider buffer."""
+    """a·b in their dtype, plus a bias, rounded once; `out` may be part of a wider buffer."""
     way = _way(a_MK, b_KN, out_MN, 1.0, False) if pinned or watch else None
     if way is not None:
         out_MN = a_MK.new_empty(a_MK.shape[0], b_KN.shape[1]) if out_MN is None else out_MN
-        way(a_MK, b_KN, out_MN, 1.0, False)
-        return out_MN if bias_N is None else out_MN.add_(bias_N)
+        if bias_N is not None:
+            out_MN.copy_(bias_N)
+        way(a_MK, b_KN, out_MN, 1.0, bias_N is not None)
+        return out_MN
     if bias_N is not None:
         return torch.addmm(bias_N, a_MK, b_KN, out=out_MN)
     return torch.mm(a_MK, b_KN, out=out_MN)

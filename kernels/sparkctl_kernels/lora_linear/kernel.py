@@ -32,7 +32,7 @@ def _round(table_ptr, factors_ptr, blocks_ptr, like_ptr, BLOCK: tl.constexpr, AL
         size, width, stride = (
             tl.multiple_of(size, ALIGNED), tl.multiple_of(width, ALIGNED), tl.multiple_of(stride, ALIGNED)
         )  # fmt: skip
-    at = number * BLOCK + tl.arange(0, BLOCK)  # no matrix has 2³¹ values
+    at = number * BLOCK + tl.arange(0, BLOCK)  # see Table: no matrix has 2³¹ values
     values = tl.load(master + at, mask=at < size, other=0.0) * tl.load(factors_ptr + matrix)
     if stride == width:
         tl.store(copy + at, values.to(like_ptr.dtype.element_ty), mask=at < size)
@@ -50,6 +50,7 @@ class Table:
         for number, (copy, master, _) in enumerate(copies):
             assert master.is_contiguous()
             assert master.dtype == torch.float32
+            assert master.numel() < 2**31 - BLOCK
             width, stride = (copy.shape[-1], copy.stride(0)) if copy.ndim > 1 else (copy.numel(), copy.numel())
             rows.append([master.data_ptr(), copy.data_ptr(), master.numel(), width, stride])
             blocks += [[number, i] for i in range(triton.cdiv(master.numel(), BLOCK))]
