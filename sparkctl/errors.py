@@ -110,6 +110,32 @@ def reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+DISK = {*DISK_FULL, errno.EFBIG, errno.EIO, errno.ESTALE}  # what fails in an open file, whose name is not told then
+
+
+def refused_by_system(error: OSError) -> bool:
+    """Whether the operating system refused something; other errors of this class are bugs."""
+    return error.errno is not None and (error.filename is not None or error.errno in DISK)
+
+
+def system_error(error: OSError, again: str = AGAIN) -> SparkError:
+    """What the operating system refused, as a message: the place, the reason, the mend. again: what to do after it."""
+    where = f" at `{error.filename}`" if error.filename else ""
+    hints = {
+        **dict.fromkeys(DISK_FULL, f"free some space there, then {again}"),
+        **dict.fromkeys((errno.EACCES, errno.EPERM), "check the permissions of that path"),
+        errno.EFBIG: "that file system, or `ulimit -f`, takes no file so large: lift that, or choose another place",
+        errno.EEXIST: "choose another target, or `--force` to replace it",
+        errno.ENOENT: "check the path",
+        errno.EISDIR: "that is a folder: name a file in it",
+        errno.ENOTDIR: "a part of that path is a file, not a folder: choose another path",
+        errno.EROFS: "that file system is mounted read-only: choose another path",
+    }
+    other = f"mend what the system says there, then {again}"
+    return SparkError(f"{reason(error)}{where}", hints.get(error.errno or 0, other))
+
+
 def memory_ended(error: BaseException) -> bool:
     """Whether memory ended, a device's or the host's: the world's fault. torch's own class is known by its name."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -16,7 +15,6 @@ import typer
 from sparkctl import __version__
 from sparkctl.cli import console
 from sparkctl.errors import (
-    AGAIN,
     ControlC,
     OtherOptions,
     SparkError,
@@ -25,7 +23,8 @@ from sparkctl.errors import (
     interruption,
     memory_ended,
     memory_error,
-    reason,
+    refused_by_system,
+    system_error,
 )  # fmt: skip
 from sparkctl.train.ranks import leave
 
@@ -106,7 +105,7 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         if memory_ended(error):
             return _no_memory(error, json)
-        if error.errno is None or (error.filename is None and error.errno not in DISK):
+        if not refused_by_system(error):
             raise
         console.failure(system_error(error), json=json)
         return 1
@@ -126,27 +125,6 @@ def _no_memory(error: BaseException, json: bool) -> int:
     short = memory_error(error)
     console.failure(short, json=json)
     return short.exit_status
-
-
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-DISK = {*DISK_FULL, errno.EFBIG, errno.EIO, errno.ESTALE}  # what fails in an open file, whose name is not told then
-
-
-def system_error(error: OSError) -> SparkError:
-    """What the operating system refused, as a message: the place, the reason, the mend."""
-    where = f" at `{error.filename}`" if error.filename else ""
-    hints = {
-        **dict.fromkeys(DISK_FULL, f"free some space there, then {AGAIN}"),
-        **dict.fromkeys((errno.EACCES, errno.EPERM), "check the permissions of that path"),
-        errno.EFBIG: "that file system, or `ulimit -f`, takes no file so large: lift that, or choose another place",
-        errno.EEXIST: "choose another target, or `--force` to replace it",
-        errno.ENOENT: "check the path",
-        errno.EISDIR: "that is a folder: name a file in it",
-        errno.ENOTDIR: "a part of that path is a file, not a folder: choose another path",
-        errno.EROFS: "that file system is mounted read-only: choose another path",
-    }
-    other = f"mend what the system says there, then {AGAIN}"
-    return SparkError(f"{reason(error)}{where}", hints.get(error.errno or 0, other))
 
 
 def _sentence(text: str) -> str:

@@ -54,7 +54,8 @@ class Speech:
         kwargs: dict[str, Any],
         untrained: Collection[int] = (),
     ) -> list[tuple[int, int]]:
-        """The trained spans of the text, as characters; of messages `untrained` (from 0) none. Raises NotFound."""
+        """The trained spans of the text, as characters; of messages `untrained` (from 0), and of those of which the
+        template prints nothing, none. Raises NotFound."""
         frame, regions = self.frame(kwargs) if kwargs else self.usual, rendering.regions()
         if frame.mixed and not self._template.speaks:
             self._check_unmixed(frame, messages)
@@ -73,8 +74,13 @@ class Speech:
             before = messages[number - 1]["role"] if number else FIRST
             begin = start + _header(rendering.text[start:end], frame, before, number)
             stop = max(begin, self._stop(rendering.text, start, end, frame, number))
-            found += self._spoken(rendering, begin, stop) if self._template.speaks else [(begin, stop)]
+            spoken = self._spoken(rendering, begin, stop) if self._template.speaks else [(begin, stop)]
+            found += spoken if self._has_words(rendering.text[begin:stop]) else []
         return found
+
+    def _has_words(self, said: str) -> bool:
+        """Whether there is more than the end of a turn: of reasoning alone, say, a template may print nothing."""
+        return said.strip() not in {"", *self._vocabulary.special}
 
     def _check_unmixed(self, frame: Frame, messages: list[Any]) -> None:
         for number, message in enumerate(messages):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 PROMPT_ROLES = frozenset({"system", "developer", "user"})
 KEYS = 2**64
+RULES = b"trained 2"  # of what is trained of a chat: others make all rows new
 FEWEST = 10  # examples below which nothing is held out
 # Held-out examples below which a choice is chance: where nothing tells two models apart, 12 of 16 examples or more are
 # on the side of the one in 4 % of the cases.
@@ -35,7 +36,7 @@ def row_hash(example: Example) -> bytes:
     """16 bytes of hash over all that the chat template sees of an example, and which answers are not to be learnt."""
     seen: list[Any] = [example.messages, example.tools, example.template_kwargs]
     untrained = [sorted(example.untrained)] if example.untrained else []
-    return blake2b(_bytes(seen + untrained), digest_size=16).digest()
+    return blake2b(_bytes(seen + untrained), digest_size=16, person=RULES).digest()
 
 
 def text_of(content: Any) -> str:

@@ -11,11 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from sparkctl.data.direct import HARMLESS, NAMED, Direct, load_directly, read_table
 from sparkctl.errors import SparkError, memory_ended
+from sparkctl.files import sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "generation_config.json",
+)  # fmt: skip
 CACHED_WORDS = 1000  # by default 10,000, which fill 20 MB as a file is read and make nothing quicker
 
 
@@ -68,6 +73,13 @@ def load_tokenizer(folder: Path) -> Loaded:
         sha256=_digest(file, found.name, vocabulary),
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
     )
+
+
+def files_digest(folder: Path) -> str:
+    """Of the files that a tokenizer and its stop tokens are read from, without config.json: tells without loading it
+    that it is the same. Another digest need not be another tokenizer."""
+    digests = {name: sha256_file(folder / name) for name in FILES if (folder / name).is_file()}
+    return sha256_bytes(json.dumps(digests, sort_keys=True).encode())
 
 
 def _unloadable(folder: Path, error: Exception) -> SparkError:

@@ -41,7 +41,8 @@ class ModelTable(Table):
     model_type: str
     parameters: int = Field(description="without the MTP head")
     vocab_size: int = Field(description="rows of the embedding")
-    tokenizer_sha256: str
+    tokenizer_sha256: str = Field(description="of all that ids depend on beside the template")
+    tokenizer_files: str | None = Field(None, description="digest of the files that it is read from")
     chat_template: ChatTemplate
     allow_unknown: bool = Field(False, description="accept a model type that is not in the catalogue")
 
@@ -190,24 +191,24 @@ class Method(Table):
 class Course(Table):
     """Packs, steps, learning and saving: what the training loop needs of a plan, whatever is trained."""
 
-    tokens_per_step: int
-    pack_length: int
-    gradient_accumulation: int = Field(description="packs an optimiser step")
-    epochs: int
-    max_steps: int | None = None
-    steps: int
-    learning_rate: float
+    tokens_per_step: int = Field(ge=1)
+    pack_length: int = Field(ge=1)
+    gradient_accumulation: int = Field(ge=1, description="packs an optimiser step")
+    epochs: int = Field(ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    steps: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
     schedule: Schedule
-    warmup_steps: int
-    min_lr_fraction: float
-    weight_decay: float
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    max_grad_norm: float
-    save_every: int
-    keep: int
-    seed: int
+    warmup_steps: int = Field(ge=0)
+    min_lr_fraction: float = Field(ge=0, le=1)
+    weight_decay: float = Field(ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1, description="of AdamW, as the next two")
+    beta2: float = Field(0.999, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(gt=0)
+    save_every: int = Field(ge=1)
+    keep: int = Field(ge=1)
+    seed: int = Field(ge=0, lt=2**32)
     machine: Machine
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparkctl.data.split import ENOUGH, FEW
+from sparkctl.data.tokenizer import files_digest
 from sparkctl.data.tokens import stored_digest
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.files import naming, staged_folder, sweep_stages, write_atomic
@@ -213,7 +214,7 @@ class _Analysis:
         with self._progress.task("tokenising", total, unit="B") as task:
             tally = ingest.run(self._request.data, task.advance)
         if not tally.lengths:
-            raise SparkError(f"no example is left: {_counts(tally)}", _why_none(tally))
+            raise SparkError(f"no example is left: {_counts(tally)}", _why_none(tally, self._inherited_limit()))
         return tally
 
     def _earlier(self, run: Run | None) -> list[Earlier]:
@@ -237,6 +238,13 @@ class _Analysis:
             if same and analysis and analysis.digest == store.digest:
                 stores.append(Earlier(store))
         return stores
+
+    def _inherited_limit(self) -> str:
+        """What a limit is that nobody gave here, and whose it was; nothing of one that was given."""
+        limit, parent = self._inputs.max_seq_length, self._inputs.parent
+        if self._request.max_seq_length or not limit:
+            return ""
+        return f": it is {limit:,}, as in `{parent.root}`" if parent else f": it is {limit:,}, as it was before"
 
     def _held_out(self, tally: Tally) -> np.ndarray:
         from sparkctl.data.split import choose_held_out
@@ -286,6 +294,7 @@ class _Analysis:
             parameters=info.parameters,
             vocab_size=info.vocab_size,
             tokenizer_sha256=self._format.tokenizer_sha256,
+            tokenizer_files=files_digest(inputs.source.folder),
             chat_template=ChatTemplate(
                 file=TEMPLATE, sha256=self._format.template_sha256, given=inputs.template_text is not None
             ),
@@ -347,14 +356,15 @@ def _counts(tally: Tally) -> str:
     return f"{sum(tally.read) + dropped.bad_lines} read, {named or 'none kept'}"
 
 
-def _why_none(tally: Tally) -> str:
-    """What to do where nothing is left: about the reason that took most."""
+def _why_none(tally: Tally, inherited: str) -> str:
+    """What to do where nothing is left: about the reason that took most. inherited: where the limit comes from."""
     dropped = tally.dropped
     hints = {
-        "raise `--max-seq-length`, or leave it out": dropped.too_long,
+        f"raise `--max-seq-length`{inherited or ', or leave it out'}": dropped.too_long,
         "leave `--skip-bad` out to see what is wrong with the first bad line": dropped.bad_lines,
         "give every chat an assistant turn with text": dropped.empty_assistant,
-        "no answer has anything to learn: an end token at its beginning, or a `weight` of 0": dropped.no_trained_token,
+        "no answer has anything to learn: an end token at its beginning, a `weight` of 0, or a template that prints "
+        "nothing of it": dropped.no_trained_token,
     }
     most = max(hints, key=lambda hint: hints[hint])
     return most if hints[most] else "give files with one chat a line"

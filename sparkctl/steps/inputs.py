@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparkctl.data.tokenizer import FILES
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.files import sha256_bytes, sha256_file
 from sparkctl.manifest.fingerprint import fingerprint
@@ -33,14 +34,11 @@ if TYPE_CHECKING:
     from sparkctl.model.hub import ModelSource
     from sparkctl.model.inspect import ModelInfo
 
-FORMAT = 1  # of tokens and their meaning: a change here makes every analysis stale
+FORMAT = 2  # of tokens and their meaning: a change here makes every analysis stale
 SEED = 0
 TOKENS = "tokens"  # the folder of a run's token store
 EVAL_FRACTION = 0.02
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
@@ -142,14 +140,18 @@ class Inputs:
         assert manifest.data
         assert manifest.model
         run, model = manifest.run, manifest.model
-        recorded = (manifest.data.recipe, run.continues, run.parent, model.allow_unknown, model.source)
-        return recorded != (self.recipe, self.continues, self._parent_path(), self.allow_unknown, self.model_path())
+        places = [file.path for file in manifest.data.files]
+        recorded = (manifest.data.recipe, run.continues, run.parent, model.allow_unknown, model.source, places)
+        now = (self.recipe, self.continues, self._parent_path(), self.allow_unknown, self.model_path())
+        return recorded != (*now, [file.path for file in self.files])
 
     def record_wishes(self, manifest: Manifest) -> None:
-        """Write down what later steps are to do, and where parent and model are now; no token depends on it."""
+        """Write down what later steps are to do, and where parent, model and data are now; no token depends on it."""
         assert manifest.data
         assert manifest.model
         manifest.data.recipe = self.recipe
+        for file, now in zip(manifest.data.files, self.files, strict=True):  # the same, by their digests
+            file.path, file.size, file.mtime_ns = now.path, now.size, now.mtime_ns
         manifest.model.allow_unknown = self.allow_unknown
         manifest.run.continues = self.continues
         manifest.run.parent = self._parent_path()
@@ -334,7 +336,7 @@ def _model(request: Request, run: Run | None, parent: Run | None, progress: Prog
 
 def _tokenizer(folder: Path) -> dict[str, str]:
     """Digests of the files that decide over ids, template and stop tokens."""
-    paths = [*(folder / name for name in TOKENIZER_FILES), *sorted(folder.glob(NAMED_TEMPLATES))]
+    paths = [*(folder / name for name in (*FILES, *TEMPLATE_FILES)), *sorted(folder.glob(NAMED_TEMPLATES))]
     return {str(path.relative_to(folder)): sha256_file(path) for path in paths if path.is_file()}
 
 

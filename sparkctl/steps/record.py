@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from sparkctl.errors import Interrupted, SparkError
+from sparkctl.errors import Interrupted, SparkError, refused_by_system, system_error
 from sparkctl.files import sweep_stages
 from sparkctl.hardware.measurements import Kind
 from sparkctl.hardware.software import versions
@@ -243,6 +243,9 @@ class _Recorder:
             self._stopped = stop.reason if isinstance(stop, Interrupted) else None
             with suppress(OSError, SparkError):
                 self.write("interrupted" if isinstance(stop, Interrupted) else "failed")
+            if self._last and isinstance(stop, OSError) and refused_by_system(stop):
+                again = self._session.ranks.command(self._job.again)
+                raise system_error(stop, f"`{again}` goes on from {self._last}") from error
             raise
         self.write("done")
 

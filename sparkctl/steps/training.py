@@ -150,7 +150,22 @@ def model_folder(run: Run, model: ModelTable, progress: Progress) -> Path:
             f"`{source.folder / 'config.json'}` is not the one that `analyze` saw",
             analyze_command(run, "--force"),
         )
+    _require_tokenizer(run, model, source.folder)
     return source.folder
+
+
+def _require_tokenizer(run: Run, model: ModelTable, folder: Path) -> None:
+    """Raise UsageError where the base's tokenizer is not the one that `analyze` read the chats with: what was trained
+    on its ids would be merged beside another. An earlier version's run does not know its files."""
+    from sparkctl.data.tokenizer import files_digest, load_tokenizer
+
+    if model.tokenizer_files in (None, files_digest(folder)):
+        return
+    if load_tokenizer(folder).sha256 != model.tokenizer_sha256:
+        raise UsageError(
+            f"the tokenizer in `{folder}` is not the one that `analyze` read the chats with",
+            f"put it back, or read them anew: `{analyze_command(run, '--force')}`",
+        )
 
 
 @contextmanager
@@ -233,10 +248,12 @@ def _require_unseen(run: Run, parent: Run) -> None:
     if not seen.any():
         return
     here, there = (owner.manifest.data.eval_fraction for owner in (run, parent) if owner.manifest.data)
+    fraction = there if there < here else 0.0
+    command = analyze_command(run, "--eval-fraction", f"{fraction:g}", "--force")
     raise UsageError(
         f"the parent `{parent.root}` was trained on {np.count_nonzero(seen):,} of the "
         f"{counted(len(seen), 'example')} that `{run.root}` holds out, so their loss would flatter it",
-        analyze_command(run, "--eval-fraction", f"{there if there < here else 0:g}", "--force"),
+        command if fraction else f"`{command}` holds none out; then nothing is measured, and `--gate` has to go",
     )
 
 

@@ -185,15 +185,26 @@ def test_nothing_left_is_an_error_with_the_counts(analyze: Analyze, tmp_path: Pa
         (chat("q", ""), [], "an assistant turn with text"),
         ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]}, [],
          "a `weight` of 0"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "reasoning_content": "w"}]},
+         ["--chat-template", "chatml.jinja"], "a template that prints nothing of it"),
         ("", [], "one chat a line"),
     ],
 )  # fmt: skip
 def test_where_nothing_is_left_the_hint_is_about_the_reason(
-    analyze: Analyze, tmp_path: Path, line: Any, options: list[object], hint: str
+    analyze: Analyze, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: Any, options: list[object], hint: str
 ) -> None:
+    (tmp_path / "chatml.jinja").write_text(tiny.CHATML)
+    monkeypatch.chdir(tmp_path)
     answer = analyze(lines(tmp_path / "d.jsonl", line), "--run", tmp_path / "r1", *options)
     assert answer.status == 1
     assert hint in answer.json["hint"]
+
+
+def test_a_limit_that_nobody_gave_here_is_told_with_whose_it_was(analyze: Analyze, tmp_path: Path) -> None:
+    parent, long = tiny.chats(tmp_path / "chats.jsonl"), lines(tmp_path / "d.jsonl", chat("long", "x" * 3000))
+    assert analyze(parent, "--run", tmp_path / "r1", "--max-seq-length", 1000).status == 0
+    hint = analyze(long, "--run", tmp_path / "r2", "--parent", tmp_path / "r1", model=None).json["hint"]
+    assert hint == f"raise `--max-seq-length`: it is 1,000, as in `{tmp_path / 'r1'}`"
 
 
 def test_dry_run_writes_nothing(analyze: Analyze, tmp_path: Path) -> None:

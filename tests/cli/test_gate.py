@@ -126,3 +126,24 @@ def test_what_the_parent_was_trained_on_measures_nothing(
     assert say(*shlex.split(refused["hint"])[1:])["analysis"]["eval_examples"] == held_out[0]
     say("recommend", r2, *plan)
     assert say(*train)["ok"]
+
+
+def test_a_parent_that_held_nothing_out_cannot_be_a_rival_of_its_own_data(
+    tmp_path: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the hint is followed nothing is left to measure: it says so, and does not send in a circle."""
+
+    def say(*words: object) -> dict:
+        capsys.readouterr()
+        app.run([*map(str, words), "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    data, r1, r2 = tiny.chats(tmp_path / "chats.jsonl"), tmp_path / "r1", tmp_path / "r2"
+    plan = ("--epochs", 1, "--lora-r", 8, "--lora-alpha", 8)
+    say("analyze", data, "--run", r1, "--model", llama_folder, "--eval-fraction", 0)
+    say("recommend", r1, *plan)
+    assert say("train", r1, "--no-certificate")["ok"]
+    assert say("analyze", data, "--run", r2, "--parent", r1, "--eval-fraction", 0.5)["ok"]
+    say("recommend", r2, *plan)
+    hint = say("train", r2, "--no-certificate", "--gate", 9)["hint"]
+    assert hint.endswith("--eval-fraction 0 --force` holds none out; then nothing is measured, and `--gate` has to go")

@@ -365,7 +365,8 @@ def test_a_full_disk_while_training(
     assert "error: no space left" in err
     assert ("metrics.jsonl" in err) == (what == "metrics")
     assert (run.root / "checkpoints" / "step-000003").exists() == (what == "manifest")
-    assert "hint: free some space" in err
+    again = f"`sparkctl resume {run.root}` goes on from step-000003" if what == "manifest" else "run the same command"
+    assert f"hint: free some space there, then {again}" in err
     assert Run.open(run.root).manifest.train.status in ("running", "failed")
     assert [p.name for p in (run.root / "checkpoints").iterdir() if p.name.startswith(".")] == []
     filler.unlink()

@@ -29,6 +29,14 @@ CASES: dict[str, tuple[str, Example, str]] = {
         "<|im_start|>developer\nd<|im_end|>\n<|im_start|>assistant\n⟦a<|im_end|>⟧\n"),
     "an empty turn among others": ("chatml", example(("user", "hi"), ("assistant", " "), ("assistant", "b")),
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n <|im_end|>\n<|im_start|>assistant\n⟦b<|im_end|>⟧\n"),
+    "reasoning that the template leaves out": ("chatml", example(("user", "hi"), say("", "w"), *TWO[2:]),
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n<|im_start|>user\nok?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦bye<|im_end|>⟧\n"),
+    "qwen3.5, an earlier turn of thinking alone": ("qwen35", example(("user", "hi"), say("", "w"), *TWO[2:]),
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n<|im_start|>user\nok?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n⟦bye<|im_end|>⟧\n"),
+    "words alone, of which none are printed": ("plain", example(("user", "hi"), say("", "w"), *TWO[2:]),
+        "Question: hi\nAnswer: \nQuestion: ok?\nAnswer: ⟦bye⟧\n"),
     "qwen2, tools": ("qwen2", example(*TOOLS),
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n"
         '⟦<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "x y"}}\n</tool_call><|im_end|>⟧\n'

@@ -11,8 +11,7 @@ import hub_server
 import pytest
 from hub_server import SHARDS, SMALL, HubServer
 
-from sparkctl.cli import app
-from sparkctl.errors import SparkError, UsageError
+from sparkctl.errors import SparkError, UsageError, system_error
 from sparkctl.model.download import Hub
 from sparkctl.model.hub import ModelSource, is_hub_id, locate
 from sparkctl.model.token import keep_token
@@ -196,7 +195,7 @@ def test_a_cache_that_may_not_be_written(hub: HubServer, commit: str, tmp_path: 
     (tmp_path / "hf").write_text("a file")
     with pytest.raises(OSError, match=str(tmp_path / "hf")) as raised:
         locate(ID)
-    said = app.system_error(raised.value)
+    said = system_error(raised.value)
     assert str(tmp_path / "hf") in said.message
     assert said.message.startswith(("not a directory", "file exists"))
 

@@ -16,10 +16,11 @@ import holding
 import pytest
 import ready
 from filelock import FileLock
+from pydantic import ValidationError
 
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.manifest import store
-from sparkctl.manifest.schema import Checkpoint, DataFile, MergedFolder, MergeTable
+from sparkctl.manifest.schema import Checkpoint, DataFile, MergedFolder, MergeTable, PlanTable
 from sparkctl.manifest.store import NAME, Run, read_manifest
 
 
@@ -61,6 +62,18 @@ def test_a_manifest_that_does_not_hold_is_named(run: Run, change: tuple[str, str
         Run.open(run.root)
     assert caught.value.hint
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("gradient_accumulation", 0), ("seed", -1), ("beta1", 1.0), ("epsilon", 0.0), ("warmup_steps", -3),
+        ("learning_rate", 0.0), ("steps", 0), ("keep", 0), ("max_grad_norm", 0.0), ("min_lr_fraction", 1.5),
+    ],
+)  # fmt: skip
+def test_a_plan_edited_to_values_that_mean_nothing_is_named(key: str, value: float) -> None:
+    with pytest.raises(ValidationError, match=key):
+        PlanTable.model_validate(ready.plan().model_dump() | {key: value})
 
 
 def test_every_problem_is_named_at_once(run: Run) -> None:

@@ -18,8 +18,7 @@ from heads import WANTED
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
-from sparkctl.cli.app import system_error
-from sparkctl.errors import SparkError, UsageError
+from sparkctl.errors import SparkError, UsageError, system_error
 from sparkctl.model.download import sentence
 from sparkctl.model.ranges import PATIENCE, TRIES
 from sparkctl.model.weights import INDEX, SINGLE

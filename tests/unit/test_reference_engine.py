@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ready
+import tiny
 import torch
 import torch.nn.functional as F
 
@@ -147,6 +148,33 @@ def test_rows_of_like_length_fill_the_area(powers: bool, dealt: list[list[int]])
     documents = [Document(i, np.zeros(n, np.int32), np.ones(n, bool)) for i, n in enumerate(lengths)]
     rows = batches(Pack(documents, 91, 84), 64, powers=powers)
     assert [[len(d.ids) for d in batch] for batch in rows] == dealt
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotations_that_move_with_the_longest_row_are_those_of_each_row_alone(tmp_path: Path, kind: str) -> None:
+    """Whatever was computed before, and beside it: a model that is loaded anew for each document agrees."""
+    factors = dict(short_factor=[1.0] * 4, long_factor=[4.0] * 4, original_max_position_embeddings=16)
+    rope = dict(rope_type=kind, rope_theta=1e4, factor=4.0, **(factors if kind == "longrope" else {}))
+    most = 64 if kind == "longrope" else 16
+    folder = tiny.dense(tmp_path, rope_parameters=rope, max_position_embeddings=most)
+
+    def sharp() -> reference.ReferenceEngine:
+        made = engine(folder, pack_length=256)
+        with torch.no_grad():
+            for parameter in made._model.parameters():
+                parameter *= 10 if parameter.ndim > 1 else 1  # attention that looks at few places
+        return made
+
+    made = sharp()
+    lengths = np.random.RandomState(0)
+    documents = [(lengths.randint(0, 250, n).astype(np.int32), np.ones(n, dtype=bool)) for n in (40, 12, 30, 9, 60)]
+    alone = [float(sharp().eval_sum(pack(one))) for one in documents]
+    for _ in range(2):
+        assert float(made.eval_sum(pack(*documents))) == pytest.approx(sum(alone), rel=EXACT)
+        assert float(made.micro_step(pack(*documents), 1.0)) == pytest.approx(sum(alone), rel=EXACT)
+        assert float(made.eval_sum(pack(documents[2]))) == pytest.approx(alone[2], rel=EXACT)
+    made._moving = []  # as transformers has it, rows together
+    assert float(made.eval_sum(pack(*documents))) != pytest.approx(sum(alone), rel=100 * EXACT)
 
 
 def test_an_engine_that_is_not_there_is_named() -> None:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from sparkctl.data.batches import Document, Pack
+from sparkctl.model.served import MOVING_ROPE
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,7 @@ class RowEngine(ABC):
 
     def __init__(self, model: Any, trained: dict[str, Parameter], area: int) -> None:
         self._model, self._trained, self._area = model, trained, area
+        self._moving = [module for module in model.modules() if getattr(module, "rope_type", None) in MOVING_ROPE]
         self.device: torch.device = next(model.parameters()).device
 
     def parameters(self) -> dict[str, Parameter]:
@@ -63,7 +65,11 @@ class RowEngine(ABC):
         """Sum of the cross-entropy over the label tokens of these rows; None where there is no label."""
 
     def _batches(self, pack: Pack) -> Iterator[list[Document]]:
-        return batches(pack, self._area, powers=self.device.type == "cuda")
+        """Rows of like length together; each alone where the longest of them turns the others' rotations too."""
+        for documents in batches(pack, 1 if self._moving else self._area, powers=self.device.type == "cuda"):
+            for rotations in self._moving:
+                as_loaded(rotations)
+            yield documents
 
     def _around(self) -> AbstractContextManager[None]:
         """What the model is called within."""
@@ -73,6 +79,13 @@ class RowEngine(ABC):
         import torch
 
         return torch.zeros((), dtype=torch.float32, device=self.device)
+
+
+def as_loaded(rotations: Any) -> None:
+    """Let a rotary embedding forget the longest row that it met: transformers' dynamic one keeps its frequencies."""
+    if hasattr(rotations, "max_seq_len_cached"):
+        rotations.max_seq_len_cached = rotations.original_max_seq_len
+        rotations.inv_freq = rotations.original_inv_freq.to(rotations.inv_freq.device)
 
 
 def batches(pack: Pack, area: int, *, powers: bool) -> Iterator[list[Document]]:
