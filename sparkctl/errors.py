@@ -115,8 +115,9 @@ DISK = {*DISK_FULL, errno.EFBIG, errno.EIO, errno.ESTALE}  # what fails in an op
 
 
 def refused_by_system(error: OSError) -> bool:
-    """Whether the operating system refused something; other errors of this class are bugs."""
-    return error.errno is not None and (error.filename is not None or error.errno in DISK)
+    """Whether the operating system refused something other than memory; other errors of this class are bugs."""
+    told = error.errno is not None and (error.filename is not None or error.errno in DISK)
+    return told and not memory_ended(error)
 
 
 def system_error(error: OSError, again: str = AGAIN) -> SparkError:

@@ -164,6 +164,8 @@ def sweep_stages(folder: Path, name: str = "") -> None:
     A folder that was taken away for one that never came goes back to its place.
     """
     for path in folder.glob(f".{glob.escape(name)}.*.tmp" if name else ".*.tmp"):
+        if name and "." in path.name[len(name) + 2 :].removesuffix(".tmp").removesuffix(".old"):
+            continue  # of a name that begins so: `.merged.v2.….tmp`
         if path.is_dir():
             _put_back(path)
             shutil.rmtree(path, ignore_errors=True)

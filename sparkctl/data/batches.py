@@ -73,33 +73,30 @@ class Schedule:
 
     def around_longest(self) -> Pack:
         """The first epoch's pack that holds the longest training document."""
-        return make_pack(self._store, self._rows[self._home_of_longest()])
+        packs = self._epoch(0)
+        home = packs.home(int(np.argmax(self._store.lengths[self._rows])))
+        return make_pack(self._store, self._rows[packs.pack(home)])
 
     def heaviest(self, chunk: int) -> list[Pack]:
-        """The packs of which each may want the most memory, each once: the one around the longest document, and where
-        others of any epoch have more of them, that of most tokens, of most labels, and of most chunks of `chunk`
-        tokens, of which each document begins its own.
+        """The packs of which each may want the most memory, each once: of those that are trained in any epoch the one
+        around the longest document, and where others have more of them, that of most tokens, of most labels, and of
+        most chunks of `chunk` tokens, of which each document begins its own.
         """
         store, rows = self._store, self._rows
         lengths, labels = store.lengths[rows].astype(np.int64), store.label_counts[rows].astype(np.int64)
-        measures = (lengths, labels, -(-lengths // chunk))
-        most: list[tuple[int, np.ndarray]] = [(0, rows[:0])] * len(measures)
+        summed = (lengths, labels, -(-lengths // chunk))
+        most: list[tuple[int, np.ndarray]] = [(0, rows[:0])] * (1 + len(summed))
         for epoch in reversed(range(len(self._firsts) - 1)):  # the first stays at hand
-            packs = self._epoch(epoch)
-            for i, values in enumerate(measures):
-                sums = packs.sums(values)
-                at = int(np.argmax(sums))
-                if sums[at] >= most[i][0]:  # of equal ones the earliest
-                    most[i] = (int(sums[at]), packs.pack(at))
-        chosen = [self._home_of_longest()]
-        for values, (total, pack) in zip(measures, most, strict=True):
+            packs, trained = self._epoch(epoch), (self.steps - int(self._firsts[epoch])) * self._accumulation
+            for i, weights in enumerate([packs.most(lengths), *map(packs.sums, summed)]):
+                at = int(np.argmax(weights[:trained]))
+                if weights[at] >= most[i][0]:  # of equal ones the earliest
+                    most[i] = (int(weights[at]), packs.pack(at))
+        chosen = [most[0][1]]
+        for values, (total, pack) in zip(summed, most[1:], strict=True):
             if all(total > values[other].sum() for other in chosen):
                 chosen.append(pack)
         return [make_pack(store, rows[pack]) for pack in chosen]
-
-    def _home_of_longest(self) -> np.ndarray:
-        packs = self._epoch(0)
-        return packs.pack(packs.home(int(np.argmax(self._store.lengths[self._rows]))))
 
     def _rows_of(self, n: int) -> list[np.ndarray]:
         if not 0 <= n < self.steps:

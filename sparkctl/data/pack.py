@@ -40,6 +40,10 @@ class Packs:
         """The pack that holds a document."""
         return int(np.searchsorted(self.starts, np.flatnonzero(self.order == document)[0], side="right")) - 1
 
+    def most(self, values: np.ndarray) -> np.ndarray:
+        """The largest number of a document in each pack, int64 [P]."""
+        return np.maximum.reduceat(values[self.order].astype(np.int64), self.starts[:-1])
+
     def sums(self, values: np.ndarray) -> np.ndarray:
         """What a number of each document comes to in each pack, int64 [P]."""
         return np.add.reduceat(values[self.order].astype(np.int64), self.starts[:-1])

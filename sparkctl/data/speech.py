@@ -73,21 +73,20 @@ class Speech:
                     raise NotFound(f"the template leaves out the tool call of message {number + 1}")
             before = messages[number - 1]["role"] if number else FIRST
             begin = start + _header(rendering.text[start:end], frame, before, number)
-            stop = max(begin, self._stop(rendering.text, start, end, frame, number))
-            spoken = self._spoken(rendering, begin, stop) if self._template.speaks else [(begin, stop)]
-            found += spoken if self._has_words(rendering.text[begin:stop]) else []
+            bare, stop = self._stop(rendering.text, start, end, frame, number)
+            if not rendering.text[begin:bare].strip():  # of reasoning alone, say, a template may print nothing
+                continue
+            stop = max(begin, stop)
+            found += self._spoken(rendering, begin, stop) if self._template.speaks else [(begin, stop)]
         return found
-
-    def _has_words(self, said: str) -> bool:
-        """Whether there is more than the end of a turn: of reasoning alone, say, a template may print nothing."""
-        return said.strip() not in {"", *self._vocabulary.special}
 
     def _check_unmixed(self, frame: Frame, messages: list[Any]) -> None:
         for number, message in enumerate(messages):
             if message["role"] in frame.mixed:
                 raise NotFound(f"the template renders message {number + 1} ({message['role']}) inside an answer")
 
-    def _stop(self, text: str, start: int, end: int, frame: Frame, number: int) -> int:
+    def _stop(self, text: str, start: int, end: int, frame: Frame, number: int) -> tuple[int, int]:
+        """(where its words end, where what it has to say ends)."""
         for ending in frame.endings:
             if text.endswith(ending.said + ending.after, start, end):
                 stop = end - len(ending.after)
@@ -95,7 +94,7 @@ class Speech:
                     stop += max(
                         (len(token) for token in self._vocabulary.stops if text.startswith(token, end)), default=0
                     )
-                return stop
+                return end - len(ending.said + ending.after), stop
         raise NotFound(f"message {number + 1} does not end as answers do")
 
     def _spoken(self, rendering: Rendering, begin: int, stop: int) -> Iterator[tuple[int, int]]:

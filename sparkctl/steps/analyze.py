@@ -6,6 +6,7 @@ manifest is written, each whole; where the work fails, a run made for it is remo
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -135,7 +136,7 @@ def _is_true(run: Run, inputs: Inputs) -> bool:
 
 def _up_to_date(run: Run, inputs: Inputs, request: Request, dry_run: bool) -> Result:
     """The tables as they are; wishes that change no token (recipe, --continue) are still recorded."""
-    if not dry_run and inputs.wishes_differ(run.manifest):
+    if not dry_run and os.access(run.root, os.W_OK) and inputs.wishes_differ(run.manifest):
         with run.edit() as manifest:
             inputs.record_wishes(manifest)
     shown = _show(run.root / TOKENS, inputs.chat_format(), request.show) if request.show else []
@@ -244,7 +245,9 @@ class _Analysis:
         limit, parent = self._inputs.max_seq_length, self._inputs.parent
         if self._request.max_seq_length or not limit:
             return ""
-        return f": it is {limit:,}, as in `{parent.root}`" if parent else f": it is {limit:,}, as it was before"
+        theirs = parent.manifest.data if parent else None
+        whose = f"in `{parent.root}`" if parent and theirs and theirs.max_seq_length == limit else "it was before"
+        return f": it is {limit:,}, as {whose}"
 
     def _held_out(self, tally: Tally) -> np.ndarray:
         from sparkctl.data.split import choose_held_out

@@ -24,7 +24,7 @@ from sparkctl.merge.serve import load_text_adapter, model_length, serve_adapter,
 from sparkctl.progress import Progress, silent
 from sparkctl.steps.bases import same_base
 from sparkctl.steps.inputs import analysed, analyze_command
-from sparkctl.steps.training import CHECKPOINTS, model_folder, planned
+from sparkctl.steps.training import CHECKPOINTS, model_folder, planned, require_tokenizer
 from sparkctl.steps.written import with_folder
 from sparkctl.train import state
 from sparkctl.words import here, quoted
@@ -125,12 +125,14 @@ def merge(request: Request, *, force: bool = False, dry_run: bool = False, progr
                 _record(job, sealed)
             _tell_training(run, progress)
             return job.result(sealed, up_to_date=True)
+        if not (dry_run or run.read_only):
+            sweep_stages(job.out.parent, job.out.name)
         _check_target(job, sealed, force, progress)
+        require_tokenizer(run, job.model, job.base)
         state.verify(job.trained)
         if dry_run:
             return _dry_run(job)
         run.require_writable()
-        sweep_stages(job.out.parent, job.out.name)
         written = _write(job, force, progress)
         _tell_training(run, progress)
         return job.result(written)

@@ -71,11 +71,12 @@ def inject(request: Request, *, force: bool = False, dry_run: bool = False, prog
             if not (dry_run or run.read_only):
                 _record(job, sealed)
             return _result(job, sealed, up_to_date=True)
+        if not (dry_run or run.read_only):
+            sweep_stages(job.out.parent, job.out.name)
         _check_target(job, sealed, force)
         if dry_run:
             return _result(job, _seal(job, {}), written=False)
         run.require_writable()
-        sweep_stages(job.out.parent, job.out.name)
         return _write(job, force, progress)
 
 

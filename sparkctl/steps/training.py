@@ -92,12 +92,13 @@ class Job:
     def base(self, checkpoint: Path | None, progress: Progress) -> BaseTable | None:
         """The weights to train on.
 
-        Raises UsageError where a training that goes on began with others, SparkError where one that begins would end
-        in a model that cannot be merged.
+        Raises UsageError where the tokenizer is another, or a training that goes on began with other weights,
+        SparkError where one that begins would end in a model that cannot be merged.
         """
         folder = self.model_folder(progress)
         if checkpoint is None:
             require_whole(folder)
+        require_tokenizer(self.run, self.model, folder)
         same = same_base(self.run, self.before, folder, self.model, progress) if checkpoint and self.before else None
         return same or read_base(folder, self.model, None, progress)
 
@@ -150,11 +151,10 @@ def model_folder(run: Run, model: ModelTable, progress: Progress) -> Path:
             f"`{source.folder / 'config.json'}` is not the one that `analyze` saw",
             analyze_command(run, "--force"),
         )
-    _require_tokenizer(run, model, source.folder)
     return source.folder
 
 
-def _require_tokenizer(run: Run, model: ModelTable, folder: Path) -> None:
+def require_tokenizer(run: Run, model: ModelTable, folder: Path) -> None:
     """Raise UsageError where the base's tokenizer is not the one that `analyze` read the chats with: what was trained
     on its ids would be merged beside another. An earlier version's run does not know its files."""
     from sparkctl.data.tokenizer import files_digest, load_tokenizer
@@ -258,13 +258,14 @@ def _require_unseen(run: Run, parent: Run) -> None:
 
 
 def continued(run: Run, plan: PlanTable) -> tuple[Run, Path]:
-    """Where `--continue` starts. Raises UsageError unless base, mode and rank are the parent's."""
+    """Where `--continue` starts. Raises UsageError unless base, tokenizer, mode and rank are the parent's."""
     parent, checkpoint = parent_of(run)
-    model, trained = analysed(run)[0], state.read_state(checkpoint)
+    model, theirs, trained = analysed(run)[0], analysed(parent)[0], state.read_state(checkpoint)
     differences = [
         what
         for what, same in (
-            ("base model", model.config_sha256 == analysed(parent)[0].config_sha256),
+            ("base model", model.config_sha256 == theirs.config_sha256),
+            ("tokenizer", model.tokenizer_sha256 == theirs.tokenizer_sha256),
             ("mode", plan.mode == trained.mode),
             ("LoRA rank and alpha", plan.lora == trained.lora),
         )

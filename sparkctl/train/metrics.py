@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparkctl.files import sync_folder, write_atomic
+from sparkctl.files import naming, sync_folder, write_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,8 @@ class Metrics:
 
     def sync(self) -> None:
         """Wait until the disk has every line: a checkpoint must not outlive the lines that lead to it."""
-        os.fsync(self._file)
+        with naming(self._path):
+            os.fsync(self._file)
 
     def close(self) -> None:
         """Let the file go."""

@@ -205,6 +205,10 @@ def test_a_limit_that_nobody_gave_here_is_told_with_whose_it_was(analyze: Analyz
     assert analyze(parent, "--run", tmp_path / "r1", "--max-seq-length", 1000).status == 0
     hint = analyze(long, "--run", tmp_path / "r2", "--parent", tmp_path / "r1", model=None).json["hint"]
     assert hint == f"raise `--max-seq-length`: it is 1,000, as in `{tmp_path / 'r1'}`"
+    words = (parent, "--run", tmp_path / "r3", "--parent", tmp_path / "r1", "--max-seq-length", 900)
+    assert analyze(*words, model=None).status == 0
+    hint = analyze(long, "--run", tmp_path / "r3", "--force", model=None).json["hint"]
+    assert hint == "raise `--max-seq-length`: it is 900, as it was before"
 
 
 def test_dry_run_writes_nothing(analyze: Analyze, tmp_path: Path) -> None:

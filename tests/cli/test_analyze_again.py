@@ -17,9 +17,8 @@ from sparkctl.cli import app
 from sparkctl.errors import UsageError
 from sparkctl.manifest.schema import Manifest
 from sparkctl.manifest.store import NAME, Run, read_manifest
-from sparkctl.progress import silent
 from sparkctl.steps.inputs import analyze_command
-from sparkctl.steps.training import model_folder, parent_of, planned
+from sparkctl.steps.training import parent_of, planned
 
 RECIPE = "qwen3.5-0.8b-lora"
 
@@ -183,29 +182,6 @@ def test_data_that_moved(analyze: Analyze, tmp_path: Path, data: Path) -> None:
     assert (said["up_to_date"], said["data"]["files"][0]["path"]) == (True, "../elsewhere.jsonl")
     assert read_manifest(tmp_path / "r1").data.files[0].examples > 0
     assert shlex.split(analyze_command(Run.open(tmp_path / "r1")))[2] == os.path.relpath(moved)
-
-
-def test_a_tokenizer_that_changed_since_is_refused(
-    analyze: Analyze, tmp_path: Path, data: Path, qwen35_folder: Path
-) -> None:
-    """What was trained on its ids would be merged beside another; a file that changes no id does not matter."""
-    model = Path(shutil.copytree(qwen35_folder, tmp_path / "model"))
-    assert analyze(data, "--run", tmp_path / "r1", model=model).status == 0
-    run = Run.open(tmp_path / "r1")
-    table = run.manifest.model
-    (model / "generation_config.json").write_text(json.dumps({"temperature": 0.7}))
-    assert model_folder(run, table, silent) == model
-    whole = (model / "tokenizer.json").read_text()
-    known = json.loads(whole)
-    vocabulary = known["model"]["vocab"]
-    first, second, *_ = sorted(vocabulary, key=vocabulary.__getitem__)
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    (model / "tokenizer.json").write_text(json.dumps(known))
-    with pytest.raises(UsageError, match=r"the tokenizer in .* is not the one that `analyze` read") as refused:
-        model_folder(run, table, silent)
-    assert f"`{analyze_command(run, '--force')}`" in refused.value.hint
-    (model / "tokenizer.json").write_text(whole)
-    assert model_folder(run, table, silent) == model
 
 
 def test_a_hint_analyses_as_the_user_did(

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from sparkctl import __version__
 from sparkctl.cli import app
-from sparkctl.errors import Interrupted, SparkError, Terminated
+from sparkctl.errors import Interrupted, SparkError, Terminated, refused_by_system
 from sparkctl.files import staged_folder
 from sparkctl.steps import show
 
@@ -148,6 +148,11 @@ def test_a_place_under_a_file_is_no_target_that_exists(
     assert "hint: a part of that path is a file, not a folder: choose another path" in " ".join(said.split())
     with pytest.raises(FileExistsError), staged_folder(tmp_path / "deep"):
         pass
+
+
+def test_memory_that_ended_at_a_file_is_no_refusal() -> None:
+    assert refused_by_system(OSError(errno.EIO, "Input/output error"))
+    assert not refused_by_system(OSError(errno.ENOMEM, "Cannot allocate memory", "x.safetensors"))
 
 
 def test_bare_it_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import holding
 import merging_run
 import pytest
 import ready
+import tiny
 
 from sparkctl.cli.app import run as sparkctl
 from sparkctl.files import sha256_file
@@ -51,6 +52,19 @@ def test_a_merge_that_another_followed_is_up_to_date(finished: Path, read_only: 
     merge = Run.open(finished).manifest.merge
     assert merge
     assert merge.folder == "../elsewhere"
+
+
+def test_an_analysis_of_data_that_have_another_name_by_now_is_up_to_date(
+    tmp_path: Path, llama_folder: Path, read_only: Mount, capsys: Said
+) -> None:
+    """Nothing is lost where their name cannot be written down."""
+    data, run = tiny.chats(tmp_path / "chats.jsonl"), tmp_path / "r2"
+    assert sparkctl(["analyze", str(data), "--run", str(run), "--model", str(llama_folder)]) == 0
+    moved = data.rename(tmp_path / "elsewhere.jsonl")
+    read_only(run)
+    capsys.readouterr()
+    assert sparkctl(["analyze", str(moved), "--run", str(run), "--json"]) == 0, capsys.readouterr().err
+    assert json.loads(capsys.readouterr().out)["up_to_date"] is True
 
 
 def test_it_is_shown(finished: Path, read_only: Mount, capsys: Said) -> None:

@@ -37,6 +37,10 @@ CASES: dict[str, tuple[str, Example, str]] = {
         "<|im_start|>assistant\n<think>\n\n</think>\n\n⟦bye<|im_end|>⟧\n"),
     "words alone, of which none are printed": ("plain", example(("user", "hi"), say("", "w"), *TWO[2:]),
         "Question: hi\nAnswer: \nQuestion: ok?\nAnswer: ⟦bye⟧\n"),
+    "words alone, one of them a special token": ("plain", example(("user", "hi"), say("[INST]"), *TWO[2:]),
+        "Question: hi\nAnswer: ⟦[INST]⟧\nQuestion: ok?\nAnswer: ⟦bye⟧\n"),
+    "a special token for an answer, which the next turn ends": ("glm", example(("user", "hi"), say("[INST]"), *TWO[2:]),
+        "<|im_start|>hi<|endoftext|>⟦[INST]<|im_start|>⟧ok?<|endoftext|>⟦bye⟧"),
     "qwen2, tools": ("qwen2", example(*TOOLS),
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n"
         '⟦<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "x y"}}\n</tool_call><|im_end|>⟧\n'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from two_ranks import two_ranks
 from untimed import untimed
 
 from sparkctl.data.batches import Pack
-from sparkctl.errors import Interrupted, SparkError
+from sparkctl.errors import Interrupted, SparkError, refused_by_system
 from sparkctl.train import metrics, state
 from sparkctl.train.ranks import joined
 
@@ -286,6 +287,21 @@ def test_the_disk_has_the_lines_that_lead_to_a_checkpoint(tmp_path: Path, monkey
     training.on_saved = lambda name: held.append(name)
     training.run()
     assert held == [3, "step-000003", 6, "step-000006"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_metrics_that_do_not_reach_the_disk_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fsync(file: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    lines = metrics.Metrics(tmp_path / "metrics.jsonl")
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match=r"metrics\.jsonl") as refused:
+        lines.sync()
+    assert refused_by_system(refused.value)
+    lines.close()
 
 
 def test_metrics_are_cut_at_a_step_and_a_torn_last_line_goes(tmp_path: Path) -> None:

@@ -66,6 +66,14 @@ def test_what_was_there_is_put_back_where_a_kill_came_between_the_renames(
     assert list(tmp_path.iterdir()) == [final]
 
 
+def test_another_folder_s_stage_is_left_alone_though_its_name_begins_alike(tmp_path: Path) -> None:
+    (tmp_path / ".merged.x1.tmp").mkdir()
+    (tmp_path / ".merged.x2.old.tmp").mkdir()
+    with staged_folder(tmp_path / "merged.v2") as stage:
+        sweep_stages(tmp_path, "merged")
+        assert list(tmp_path.iterdir()) == [stage]
+
+
 def test_what_was_taken_away_does_not_come_back_beside_the_new(tmp_path: Path) -> None:
     for place in (tmp_path / "merged", tmp_path / ".merged.x1.old.tmp" / "merged", tmp_path / ".step-1.old.tmp"):
         place.mkdir(parents=True)
