@@ -2,7 +2,8 @@
 
 A step writes its own table and reads the others: analyze [model] [data] [analysis], recommend [plan], train [train]
 and [[checkpoints]], merge [merge]. `made_from` in a table is the fingerprint of everything it was made from.
-Sizes are bytes, times seconds, instants ISO 8601 in UTC. Paths are relative to the run's folder where they can be.
+Sizes are bytes, times seconds, instants ISO 8601 in UTC. A `RunPath` is relative to the run's folder where it can be,
+and counted anew where that was moved.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 
 from sparkctl.manifest.evidence import Acceptance, Lossless
-from sparkctl.manifest.table import CheckpointKind, EngineName, HeadLoss, Mode, Schedule, Table
+from sparkctl.manifest.table import CheckpointKind, EngineName, HeadLoss, MaybeRunPath, Mode, RunPath, Schedule, Table
 
 SCHEMA = 1
 MOST_EPOCHS = 1000  # each is packed to count its steps
@@ -24,7 +25,7 @@ class RunTable(Table):
     created: str
     sparkctl: str = Field(description="version that wrote this manifest last")
     folder: str = Field(description="absolute folder at the last write: where relative paths led before a move")
-    parent: str | None = Field(None, description="the run of the round before")
+    parent: MaybeRunPath = Field(None, description="the run of the round before")
     continues: bool = Field(False, description="training goes on from the parent's best checkpoint")
 
 
@@ -35,7 +36,7 @@ class ChatTemplate(Table):
 
 
 class ModelTable(Table):
-    source: str = Field(description="a folder, or a hub id where `revision` is set")
+    source: RunPath = Field(description="a folder, or a hub id where `revision` is set")
     revision: str | None = Field(None, description="the hub commit that every file comes from")
     config_sha256: str
     model_type: str
@@ -48,7 +49,7 @@ class ModelTable(Table):
 
 
 class DataFile(Table):
-    path: str
+    path: RunPath
     sha256: str
     size: int
     mtime_ns: int
@@ -68,7 +69,7 @@ class DataTable(Table):
     eval_fraction: float = Field(0.02, ge=0, le=0.9, description="share of the examples that is held out")
     seed: int = Field(0, description="of the hash that chooses what is held out")
     skip_bad: bool = Field(False, description="drop bad lines, count them and show the first five")
-    recipe: str | None = Field(None, description="recipe that `recommend` takes where no other is named")
+    recipe: MaybeRunPath = Field(None, description="recipe that `recommend` takes where no other is named")
     dropped: Dropped = Field(default_factory=Dropped)
     bad: list[str] = Field(default_factory=list, description="file:line of the first five bad lines, and what is wrong")
 
@@ -139,7 +140,7 @@ class Asked(Table):
 
     flags: Choices = Field(default_factory=Choices)
     auto: list[str] = Field(default_factory=list, description="choices that a flag leaves to the rules")
-    recipe: str | None = Field(None, description="`--recipe`: a name, or a file relative to the run")
+    recipe: MaybeRunPath = Field(None, description="`--recipe`: a name, or a file relative to the run")
 
 
 class Machine(Table):
@@ -214,7 +215,7 @@ class Course(Table):
 
 class PlanTable(Course, Method):
     checkpointing: bool
-    recipe: str | None = None
+    recipe: MaybeRunPath = None
     asked: Asked = Field(default_factory=Asked)
     reasons: dict[str, str] = Field(default_factory=dict, description="why each choice is as it is")
     origin: dict[str, str] = Field(default_factory=dict, description="flag, recipe, parent or rule: which won")
@@ -240,7 +241,7 @@ class BaseFile(Table):
 class BaseTable(Table):
     """The weights that a training began with."""
 
-    source: str = Field(description="as [model] named it")
+    source: RunPath = Field(description="as [model] named it")
     config_sha256: str
     files: list[BaseFile]
 
@@ -293,7 +294,7 @@ class MergedFolder(Table):
     checkpoint: str
     asked: str = Field("best", description="`--checkpoint` as it was given: best, last or an id")
     digest: str | None = Field(None, description="of that checkpoint as it was merged")
-    folder: str
+    folder: RunPath
     tensors: int
     changed_tensors: int
     bytes: int
@@ -340,10 +341,10 @@ class ServedTable(Table):
 
     mode: Literal["trained", "default"]
     shipped: bool = Field(False, description="under `trained` the base's head, since training did not help")
-    source: str = Field(description="where the head is from: a file, a folder, or a hub id")
-    model: str = Field(description="the folder that got it")
+    source: RunPath = Field(description="where the head is from: a file, a folder, or a hub id")
+    model: RunPath = Field(description="the folder that got it")
     merged: str | None = Field(None, description="digest of the merged model, where that is the folder")
-    folder: str
+    folder: RunPath
     link: bool = Field(False, description="by `--link`: the merged model's files are not copied")
     head_digest: str
     tensors: int
@@ -359,7 +360,7 @@ class Checkpoint(Table):
     id: str
     kind: CheckpointKind
     parent: str | None = None
-    path: str
+    path: RunPath
     step: int | None = None
     created: str
     digest: str

@@ -25,6 +25,7 @@ from sparkctl import __version__
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.files import make_folder, write_atomic
 from sparkctl.manifest.schema import SCHEMA, Manifest, RunTable
+from sparkctl.manifest.table import run_paths
 from sparkctl.words import quoted
 
 NAME = "run.toml"
@@ -259,30 +260,9 @@ def _follow_move(manifest: Manifest, root: Path) -> None:
     if before == root:
         return
 
-    def moved(path: str | None) -> str | None:
-        return os.path.relpath(_find(path, root, before), root) if path and _leads_out(path) else path
-
-    manifest.run.parent = moved(manifest.run.parent)
-    if manifest.model:
-        manifest.model.source = moved(manifest.model.source) or ""
-    if manifest.train and manifest.train.base:
-        manifest.train.base.source = moved(manifest.train.base.source) or ""
-    for table in (manifest.data, manifest.plan):
-        if table:
-            table.recipe = moved(table.recipe)
-    if manifest.plan:
-        manifest.plan.asked.recipe = moved(manifest.plan.asked.recipe)
-    for file in manifest.data.files if manifest.data else []:
-        file.path = moved(file.path) or ""
-    for merged in (manifest.merge, manifest.adapter, manifest.adapter_text):
-        for one in (merged, *(merged.others or ())) if merged else ():
-            one.folder = moved(one.folder) or ""
-    if manifest.served:
-        manifest.served.folder = moved(manifest.served.folder) or ""
-        manifest.served.model = moved(manifest.served.model) or ""
-        manifest.served.source = moved(manifest.served.source) or ""
-    for checkpoint in manifest.checkpoints:
-        checkpoint.path = moved(checkpoint.path) or ""
+    for table, key, path in run_paths(manifest):
+        if _leads_out(path):
+            setattr(table, key, os.path.relpath(_find(path, root, before), root))
 
 
 def describe(error: ValidationError) -> str:

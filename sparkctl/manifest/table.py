@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
@@ -11,6 +12,14 @@ EngineName = Literal["native", "reference", "unsloth"]
 HeadLoss = Literal["kl", "ce"]
 Schedule = Literal["cosine", "linear"]
 CheckpointKind = Literal["base", "step", "merged", "mtp-head", "served"]
+
+
+class FromTheRun:
+    """Marks a path that is counted from the run's folder, and anew when that is moved."""
+
+
+RunPath = Annotated[str, FromTheRun()]
+MaybeRunPath = Annotated[str | None, FromTheRun()]
 
 
 class Table(BaseModel):
@@ -25,3 +34,14 @@ class Table(BaseModel):
         if isinstance(value, str) and "\0" in value:
             raise ValueError("holds a zero byte")
         return value
+
+
+def run_paths(table: BaseModel) -> Iterator[tuple[BaseModel, str, str]]:
+    """Every path of a table and of those within it that is counted from the run: (its table, its key, the path)."""
+    for key, field in type(table).model_fields.items():
+        value = getattr(table, key)
+        if isinstance(value, str) and any(isinstance(mark, FromTheRun) for mark in field.metadata):
+            yield table, key, value
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, BaseModel):
+                yield from run_paths(inner)

@@ -19,9 +19,10 @@ from filelock import FileLock
 from pydantic import ValidationError
 
 from sparkctl.errors import SparkError, UsageError
-from sparkctl.manifest import store
+from sparkctl.manifest import schema, store
 from sparkctl.manifest.schema import Checkpoint, DataFile, MergedFolder, MergeTable, PlanTable
 from sparkctl.manifest.store import NAME, Run, read_manifest
+from sparkctl.manifest.table import FromTheRun, Table
 
 
 @pytest.fixture
@@ -213,6 +214,24 @@ def test_an_edit_after_a_move_writes_paths_as_they_are_now(run: Run, tmp_path: P
         assert not Path(path).is_absolute()
         assert Path(os.path.normpath(moved.root / path)) == meant
     assert manifest.checkpoints[1].path == "checkpoints/s"
+
+
+NO_PATHS = {"RunTable.folder", "Checkpoint.parent"}  # absolute; an id
+
+
+def test_every_key_that_leads_out_of_a_run_is_known_as_such() -> None:
+    """One that is not would be wrong after a move, and nobody would say so."""
+    names = {"path", "folder", "source", "recipe", "parent", "model"}
+    tables = [one for one in vars(schema).values() if isinstance(one, type) and issubclass(one, Table)]
+    texts = {
+        f"{table.__name__}.{key}": field
+        for table in tables
+        for key, field in table.model_fields.items()
+        if key in names and field.annotation in (str, str | None)
+    }
+    unmarked = {name for name, field in texts.items() if not any(isinstance(m, FromTheRun) for m in field.metadata)}
+    assert len(texts) > 12
+    assert unmarked <= NO_PATHS
 
 
 def test_names_are_no_paths(run: Run, tmp_path: Path) -> None:
