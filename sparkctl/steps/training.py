@@ -93,11 +93,13 @@ class Job:
         """The weights to train on.
 
         Raises UsageError where the tokenizer is another, or a training that goes on began with other weights,
-        SparkError where one that begins would end in a model that cannot be merged.
+        SparkError where one that begins could not be merged, or would continue a damaged checkpoint.
         """
         folder = self.model_folder(progress)
         if checkpoint is None:
             require_whole(folder)
+            if self.parent:
+                state.verify(self.parent[1])
         require_tokenizer(self.run, self.model, folder)
         same = same_base(self.run, self.before, folder, self.model, progress) if checkpoint and self.before else None
         return same or read_base(folder, self.model, None, progress)

@@ -297,3 +297,17 @@ def test_a_run_analysed_anew_for_another_model(folder: Path, capsys: Said, confi
     assert "was trained on" in " ".join(text.split())
     assert f"sparkctl train {folder / 'run'} --force" in " ".join(text.split())
     assert not (folder / "run" / "merged").exists()
+
+
+def test_a_round_does_not_continue_a_damaged_best(folder: Path, tmp_path: Path, capsys: Said) -> None:
+    """Its weights would be taken without a word."""
+    parent = Run.open(folder / "run")
+    child = ready.run(tmp_path / "child", folder / "base", parent=parent, continues=True, count=24)
+    weights = parent.root / "checkpoints" / "step-000003" / state.TRAINABLE
+    whole = weights.read_bytes()
+    flip(weights)
+    status, text = said(capsys, "train", child.root)
+    assert (status, f"`{weights}` is damaged" in text) == (1, True), text
+    assert not (child.root / "checkpoints").exists()
+    weights.write_bytes(whole)
+    assert said(capsys, "train", child.root)[0] == 0
