@@ -135,8 +135,10 @@ def _is_true(run: Run, inputs: Inputs) -> bool:
 
 
 def _up_to_date(run: Run, inputs: Inputs, request: Request, dry_run: bool) -> Result:
-    """The tables as they are; wishes that change no token (recipe, --continue) are still recorded."""
-    if not dry_run and os.access(run.root, os.W_OK) and inputs.wishes_differ(run.manifest):
+    """The tables as they are; wishes that change no token (recipe, --continue) are still recorded, and new places
+    where the run can be written."""
+    moved = inputs.places_differ(run.manifest) and os.access(run.root, os.W_OK)
+    if not dry_run and (moved or inputs.wishes_differ(run.manifest)):
         with run.edit() as manifest:
             inputs.record_wishes(manifest)
     shown = _show(run.root / TOKENS, inputs.chat_format(), request.show) if request.show else []

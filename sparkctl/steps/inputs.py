@@ -136,14 +136,18 @@ class Inputs:
         return TokenStore.open(self.parent.root / TOKENS).held_out_keys()
 
     def wishes_differ(self, manifest: Manifest) -> bool:
-        """Whether the manifest records other wishes than these for the steps to come, or other places."""
+        """Whether the manifest records other wishes than these for the steps to come."""
         assert manifest.data
         assert manifest.model
-        run, model = manifest.run, manifest.model
-        places = [file.path for file in manifest.data.files]
-        recorded = (manifest.data.recipe, run.continues, run.parent, model.allow_unknown, model.source, places)
-        now = (self.recipe, self.continues, self._parent_path(), self.allow_unknown, self.model_path())
-        return recorded != (*now, [file.path for file in self.files])
+        recorded = (manifest.data.recipe, manifest.run.continues, manifest.model.allow_unknown)
+        return recorded != (self.recipe, self.continues, self.allow_unknown)
+
+    def places_differ(self, manifest: Manifest) -> bool:
+        """Whether parent, model or data, the same ones, are elsewhere by now."""
+        assert manifest.data
+        assert manifest.model
+        recorded = (manifest.run.parent, manifest.model.source, [file.path for file in manifest.data.files])
+        return recorded != (self._parent_path(), self.model_path(), [file.path for file in self.files])
 
     def record_wishes(self, manifest: Manifest) -> None:
         """Write down what later steps are to do, and where parent, model and data are now; no token depends on it."""

@@ -65,6 +65,7 @@ def test_an_analysis_of_data_that_have_another_name_by_now_is_up_to_date(
     capsys.readouterr()
     assert sparkctl(["analyze", str(moved), "--run", str(run), "--json"]) == 0, capsys.readouterr().err
     assert json.loads(capsys.readouterr().out)["up_to_date"] is True
+    assert sparkctl(["analyze", str(moved), "--run", str(run), "--recipe", "qwen3.5-0.8b-lora"]) == 1  # a wish is told
 
 
 def test_it_is_shown(finished: Path, read_only: Mount, capsys: Said) -> None:
