@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -163,9 +163,10 @@ def sweep_stages(folder: Path, name: str = "") -> None:
 
     A folder that was taken away for one that never came goes back to its place.
     """
-    for path in folder.glob(f".{glob.escape(name)}.*.tmp" if name else ".*.tmp"):
-        if name and "." in path.name[len(name) + 2 :].removesuffix(".tmp").removesuffix(".old"):
-            continue  # of a name that begins so: `.merged.v2.….tmp`
+    stages = rf"\.{re.escape(name)}\.[^.]+(\.old)?\.tmp" if name else ".*"  # `.merged.v2.….tmp` is not of `merged`
+    for path in folder.glob(".*.tmp"):
+        if not re.fullmatch(stages, path.name):
+            continue
         if path.is_dir():
             _put_back(path)
             shutil.rmtree(path, ignore_errors=True)

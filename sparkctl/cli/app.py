@@ -103,12 +103,12 @@ def run(arguments: Sequence[str]) -> int:
         console.failure(error.mended(arguments) if isinstance(error, OtherOptions) else error, json=json)
         return error.exit_status
     except OSError as error:
-        if memory_ended(error):
-            return _no_memory(error, json)
-        if not refused_by_system(error):
+        if refused_by_system(error):
+            console.failure(system_error(error), json=json)
+            return 1
+        if not memory_ended(error):
             raise
-        console.failure(system_error(error), json=json)
-        return 1
+        return _no_memory(error, json)
     except (KeyboardInterrupt, typer.Abort, Terminated) as error:
         stopped = interruption(error)
         console.failure(stopped, json=json)

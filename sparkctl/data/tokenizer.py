@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparkctl.data.direct import HARMLESS, NAMED, Direct, load_directly, read_table
 from sparkctl.errors import SparkError, memory_ended
-from sparkctl.files import sha256_bytes, sha256_file
+from sparkctl.files import sha256_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -75,11 +75,10 @@ def load_tokenizer(folder: Path) -> Loaded:
     )
 
 
-def files_digest(folder: Path) -> str:
-    """Of the files that a tokenizer and its stop tokens are read from, without config.json: tells without loading it
-    that it is the same. Another digest need not be another tokenizer."""
-    digests = {name: sha256_file(folder / name) for name in FILES if (folder / name).is_file()}
-    return sha256_bytes(json.dumps(digests, sort_keys=True).encode())
+def file_digests(folder: Path) -> dict[str, str]:
+    """Of the files that a tokenizer and its stop tokens are read from, without config.json: equal ones tell, without
+    loading it, that it is the same. Others need not be another tokenizer's."""
+    return {name: sha256_file(folder / name) for name in FILES if (folder / name).is_file()}
 
 
 def _unloadable(folder: Path, error: Exception) -> SparkError:

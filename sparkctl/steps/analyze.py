@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparkctl.data.split import ENOUGH, FEW
-from sparkctl.data.tokenizer import files_digest
 from sparkctl.data.tokens import stored_digest
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.files import naming, staged_folder, sweep_stages, write_atomic
@@ -299,7 +298,7 @@ class _Analysis:
             parameters=info.parameters,
             vocab_size=info.vocab_size,
             tokenizer_sha256=self._format.tokenizer_sha256,
-            tokenizer_files=files_digest(inputs.source.folder),
+            tokenizer_files=inputs.tokenizer_files,
             chat_template=ChatTemplate(
                 file=TEMPLATE, sha256=self._format.template_sha256, given=inputs.template_text is not None
             ),

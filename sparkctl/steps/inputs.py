@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparkctl.data.tokenizer import FILES
+from sparkctl.data.tokenizer import file_digests
 from sparkctl.errors import SparkError, UsageError
 from sparkctl.files import sha256_bytes, sha256_file
 from sparkctl.manifest.fingerprint import fingerprint
@@ -84,6 +84,7 @@ class Inputs:
     parent: Run | None
     files: list[DataFile]
     config_sha256: str
+    tokenizer_files: str
     template_text: str | None  # None: the model's own
     max_seq_length: int | None
     eval_fraction: float
@@ -247,11 +248,11 @@ def gather(request: Request, run: Run | None, progress: Progress) -> Inputs:
     if eval_fraction is None:
         eval_fraction = recorded.eval_fraction if recorded else EVAL_FRACTION
     seed = recorded.seed if recorded else SEED
-    tokenizer = _tokenizer(source.folder)
+    tokenizer = file_digests(source.folder)
     models = [owner.manifest.model for owner in owners if owner.manifest.model]
     made_from = fingerprint(
-        FORMAT, [file.sha256 for file in files], config_sha256, tokenizer, template_text, max_seq_length,
-        eval_fraction, seed, request.skip_bad, analysed(parent)[2].made_from if parent else None,
+        FORMAT, [file.sha256 for file in files], config_sha256, tokenizer | _templates(source.folder), template_text,
+        max_seq_length, eval_fraction, seed, request.skip_bad, analysed(parent)[2].made_from if parent else None,
     )  # fmt: skip
     return Inputs(
         root=root,
@@ -259,6 +260,7 @@ def gather(request: Request, run: Run | None, progress: Progress) -> Inputs:
         parent=parent,
         files=files,
         config_sha256=config_sha256,
+        tokenizer_files=fingerprint(tokenizer),
         template_text=template_text,
         max_seq_length=max_seq_length,
         eval_fraction=eval_fraction,
@@ -338,9 +340,9 @@ def _model(request: Request, run: Run | None, parent: Run | None, progress: Prog
     raise UsageError("which model to train is not said", "name it: `--model FOLDER` or `--model HUB_ID`")
 
 
-def _tokenizer(folder: Path) -> dict[str, str]:
-    """Digests of the files that decide over ids, template and stop tokens."""
-    paths = [*(folder / name for name in (*FILES, *TEMPLATE_FILES)), *sorted(folder.glob(NAMED_TEMPLATES))]
+def _templates(folder: Path) -> dict[str, str]:
+    """Digests of the files that the model's chat templates are read from."""
+    paths = [*(folder / name for name in TEMPLATE_FILES), *folder.glob(NAMED_TEMPLATES)]
     return {str(path.relative_to(folder)): sha256_file(path) for path in paths if path.is_file()}
 
 

@@ -159,9 +159,9 @@ def model_folder(run: Run, model: ModelTable, progress: Progress) -> Path:
 def require_tokenizer(run: Run, model: ModelTable, folder: Path) -> None:
     """Raise UsageError where the base's tokenizer is not the one that `analyze` read the chats with: what was trained
     on its ids would be merged beside another. An earlier version's run does not know its files."""
-    from sparkctl.data.tokenizer import files_digest, load_tokenizer
+    from sparkctl.data.tokenizer import file_digests, load_tokenizer
 
-    if model.tokenizer_files in (None, files_digest(folder)):
+    if model.tokenizer_files in (None, fingerprint(file_digests(folder))):
         return
     if load_tokenizer(folder).sha256 != model.tokenizer_sha256:
         raise UsageError(

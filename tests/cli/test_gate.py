@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,51 +100,55 @@ def test_a_gate_without_a_parent_is_refused_before_training(
     assert not (root / "metrics.jsonl").exists()
 
 
+Answer = Callable[..., dict]
+SMALL = ("--epochs", 1, "--lora-r", 8, "--lora-alpha", 8)  # a plan
+
+
+@pytest.fixture
+def answer(capsys: pytest.CaptureFixture[str]) -> Answer:
+    """What a command answers, as its JSON object."""
+
+    def answer(*words: object) -> dict:
+        capsys.readouterr()
+        app.run([*map(str, words), "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    return answer
+
+
 @pytest.mark.parametrize("option", ["--continue", "--gate"])
 def test_what_the_parent_was_trained_on_measures_nothing(
-    tmp_path: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str], option: str
+    tmp_path: Path, llama_folder: Path, answer: Answer, option: str
 ) -> None:
     """A child that holds out more than its parent holds out what the parent has seen; its hint mends that."""
 
-    def say(*words: object) -> dict:
-        capsys.readouterr()
-        app.run([*map(str, words), "--json"])
-        return json.loads(capsys.readouterr().out)
-
     data, r1, r2 = tiny.chats(tmp_path / "chats.jsonl"), tmp_path / "r1", tmp_path / "r2"
-    plan = ("--epochs", 1, "--lora-r", 8, "--lora-alpha", 8)
     train = ("train", r2, "--no-certificate", *(["--gate", "9"] if option == "--gate" else []))
-    say("analyze", data, "--run", r1, "--model", llama_folder, "--eval-fraction", 0.1)
-    say("recommend", r1, *plan)
-    assert say("train", r1, "--no-certificate")["ok"]
+    answer("analyze", data, "--run", r1, "--model", llama_folder, "--eval-fraction", 0.1)
+    answer("recommend", r1, *SMALL)
+    assert answer("train", r1, "--no-certificate")["ok"]
     more = ["--continue"] if option == "--continue" else []
-    assert say("analyze", data, "--run", r2, "--parent", r1, "--eval-fraction", 0.5, *more)["ok"]
-    say("recommend", r2, *plan)
+    assert answer("analyze", data, "--run", r2, "--parent", r1, "--eval-fraction", 0.5, *more)["ok"]
+    answer("recommend", r2, *SMALL)
     held_out = [Run.open(root).manifest.analysis.eval_examples for root in (r1, r2)]
-    refused = say(*train)
+    refused = answer(*train)
     assert refused["exit_status"] == 2
     assert f"was trained on {held_out[1] - held_out[0]} of the {held_out[1]} examples that" in refused["error"]
-    assert say(*shlex.split(refused["hint"])[1:])["analysis"]["eval_examples"] == held_out[0]
-    say("recommend", r2, *plan)
-    assert say(*train)["ok"]
+    assert answer(*shlex.split(refused["hint"])[1:])["analysis"]["eval_examples"] == held_out[0]
+    answer("recommend", r2, *SMALL)
+    assert answer(*train)["ok"]
 
 
 def test_a_parent_that_held_nothing_out_cannot_be_a_rival_of_its_own_data(
-    tmp_path: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, llama_folder: Path, answer: Answer
 ) -> None:
     """Where the hint is followed nothing is left to measure: it says so, and does not send in a circle."""
 
-    def say(*words: object) -> dict:
-        capsys.readouterr()
-        app.run([*map(str, words), "--json"])
-        return json.loads(capsys.readouterr().out)
-
     data, r1, r2 = tiny.chats(tmp_path / "chats.jsonl"), tmp_path / "r1", tmp_path / "r2"
-    plan = ("--epochs", 1, "--lora-r", 8, "--lora-alpha", 8)
-    say("analyze", data, "--run", r1, "--model", llama_folder, "--eval-fraction", 0)
-    say("recommend", r1, *plan)
-    assert say("train", r1, "--no-certificate")["ok"]
-    assert say("analyze", data, "--run", r2, "--parent", r1, "--eval-fraction", 0.5)["ok"]
-    say("recommend", r2, *plan)
-    hint = say("train", r2, "--no-certificate", "--gate", 9)["hint"]
+    answer("analyze", data, "--run", r1, "--model", llama_folder, "--eval-fraction", 0)
+    answer("recommend", r1, *SMALL)
+    assert answer("train", r1, "--no-certificate")["ok"]
+    assert answer("analyze", data, "--run", r2, "--parent", r1, "--eval-fraction", 0.5)["ok"]
+    answer("recommend", r2, *SMALL)
+    hint = answer("train", r2, "--no-certificate", "--gate", 9)["hint"]
     assert hint.endswith("--eval-fraction 0 --force` holds none out; then nothing is measured, and `--gate` has to go")
